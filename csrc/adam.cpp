@@ -1,0 +1,7 @@
+#define FUSED_L2_KERNELS "adam_kernels.h"
+#include "foreach_capability.h"
+#include "kernels.h"
+
+namespace fused_l2 {
+const PerCapability<PieceFunction> adam_kernels = FUSED_L2_PER_CAPABILITY(adam);
+}

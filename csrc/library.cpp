@@ -1,0 +1,147 @@
+// The C interface that fused_l2/engines/cpu.py loads with ctypes. No header of torch or Python is needed to build it:
+// what is used of libtorch is looked up by name in the copy that the process has loaded.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "torch_abi.h"
+
+#if defined(_WIN32)
+#define FUSED_L2_EXPORT extern "C" __declspec(dllexport)
+#else
+#define FUSED_L2_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+using namespace fused_l2;
+
+// Names and order of every column, coefficient and flag: Python compares it with its own before the first call.
+FUSED_L2_EXPORT const char* fused_l2_layout() { return layout(); }
+
+// Finds torch's functions in the library loaded from `path`. Returns which were found: 1 threads, 2 tensor accessors.
+FUSED_L2_EXPORT int64_t fused_l2_connect(const char* path) {
+  const TorchAbi& abi = connect_torch_abi(path);
+  use_threads_of({abi.parallel_for, abi.num_threads});
+  return (abi.has_threads() ? 1 : 0) | (abi.has_tensors() ? 2 : 0);
+}
+
+FUSED_L2_EXPORT int64_t fused_l2_thread_count() { return thread_count(); }
+
+// Instruction sets are numbered from the most general one; a name is null past the last.
+FUSED_L2_EXPORT const char* fused_l2_capability_name(int64_t index) {
+  if (index < 0 || index >= static_cast<int64_t>(Capability::count)) return nullptr;
+  return name_of(static_cast<Capability>(index));
+}
+FUSED_L2_EXPORT int64_t fused_l2_capability_supported(int64_t index) {
+  return is_supported(static_cast<Capability>(index));
+}
+FUSED_L2_EXPORT int64_t fused_l2_capability() { return static_cast<int64_t>(active_capability()); }
+FUSED_L2_EXPORT void fused_l2_select_capability(int64_t index) { activate(static_cast<Capability>(index)); }
+
+// Is every watched tensor where and what it was when the plan was made? A watch is int64: handle,
+// address, bytes of storage needed from that address, dtype, dim, sizes, strides.
+FUSED_L2_EXPORT int64_t fused_l2_watches_hold(const int64_t* watch, int64_t count) {
+  const TorchAbi& abi = torch_abi();
+  for (int64_t i = 0; i < count; ++i) {
+    const TensorFacts facts = abi.facts(address<void>(watch[0]));
+    const int64_t dim = watch[4];
+    if (!facts.valid || facts.address != watch[1] || facts.bytes_from_address < watch[2] || facts.dtype != watch[3] ||
+        facts.dim != dim || !std::equal(facts.sizes, facts.sizes + dim, watch + 5) ||
+        !std::equal(facts.strides, facts.strides + dim, watch + 5 + dim))
+      return 0;
+    watch += 5 + 2 * dim;
+  }
+  return 1;
+}
+
+// Writes the watches of tensors to `out`. Returns their length in all, 0 if a tensor has no storage of its size, or
+// minus the length needed when it exceeds `capacity`.
+FUSED_L2_EXPORT int64_t fused_l2_make_watches(const int64_t* handles, int64_t count, int64_t* out, int64_t capacity) {
+  int64_t length = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const TensorFacts facts = torch_abi().facts(address<void>(handles[i]));
+    if (!facts.valid) return 0;
+    int64_t* watch = out + length;
+    length += 5 + 2 * facts.dim;
+    if (length > capacity) continue;
+    watch[0] = handles[i];
+    watch[1] = facts.address;
+    watch[2] = facts.bytes_needed;
+    watch[3] = facts.dtype;
+    watch[4] = facts.dim;
+    std::copy(facts.sizes, facts.sizes + facts.dim, watch + 5);
+    std::copy(facts.strides, facts.strides + facts.dim, watch + 5 + facts.dim);
+  }
+  return length > capacity ? -length : length;
+}
+
+FUSED_L2_EXPORT void fused_l2_release(const int64_t* handles, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) torch_abi().release(address<void>(handles[i]));
+}
+
+// Do the gradients have memory, and do the step counters stand where the coefficients were computed for?
+// Returns 0 if so, else 1 + the position of the first row, over all buckets, that does not.
+FUSED_L2_EXPORT int64_t fused_l2_check(const Bucket* buckets, int64_t count) {
+  int64_t position = 0;
+  for (int64_t b = 0; b < count; ++b) {
+    for (int64_t r = 0; r < buckets[b].rows; ++r) {
+      const Row row = buckets[b].row(r);
+      ++position;
+      if (row[column::grad] == 0 && row[column::numel] != 0) return position;
+      if (row[column::step] == 0) continue;
+      float step;
+      std::memcpy(&step, address<const void>(row[column::step]), sizeof step);
+      if (static_cast<double>(step) != buckets[b].steps[row[column::coefficients]]) return position;
+    }
+  }
+  return 0;
+}
+
+namespace {
+void update(const Piece& piece) {
+  (piece.bucket->rule == rule::sgd ? sgd_kernels : adam_kernels).get()(piece);
+}
+}  // namespace
+
+// One step of every tensor of every bucket, then its step counter.
+FUSED_L2_EXPORT void fused_l2_step(const Bucket* buckets, int64_t count) {
+  for_each_piece(buckets, count, update);
+  for (int64_t b = 0; b < count; ++b) {
+    for (int64_t r = 0; r < buckets[b].rows; ++r) {
+      void* counter = address<void>(buckets[b].row(r)[column::step]);
+      if (counter == nullptr) continue;
+      float step;
+      std::memcpy(&step, counter, sizeof step);
+      step += 1;
+      std::memcpy(counter, &step, sizeof step);
+    }
+  }
+}
+
+// out[i] = sum of squares of tensor i, in float64. Each tensor is cut into chunks of a fixed size whose sums are added
+// in order, so the result does not depend on the number of threads.
+FUSED_L2_EXPORT void fused_l2_sums_of_squares(const int64_t* addresses, const int64_t* dtypes, const int64_t* numels,
+                                              int64_t count, double* out) {
+  constexpr int64_t chunk = 65536;
+  struct Part { const char* x; int64_t dtype, count; double sum; };
+  constexpr int64_t sizes[] = {4, 8, 2, 2};
+  static_assert(sizeof sizes / sizeof *sizes == dtype::count);
+  std::vector<Part> parts;
+  std::vector<size_t> first;
+  for (int64_t i = 0; i < count; ++i) {
+    first.push_back(parts.size());
+    for (int64_t begin = 0; begin < numels[i]; begin += chunk)
+      parts.push_back({address<const char>(addresses[i]) + begin * sizes[dtypes[i]], dtypes[i],
+                       std::min(chunk, numels[i] - begin), 0});
+  }
+  first.push_back(parts.size());
+  const auto sum = [](void* context, int64_t i) {
+    Part& part = static_cast<Part*>(context)[i];
+    part.sum = sum_of_squares_kernels.get()(part.x, part.dtype, part.count);
+  };
+  for_each_index(static_cast<int64_t>(parts.size()), sum, parts.data());
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = 0;
+    for (size_t k = first[static_cast<size_t>(i)]; k < first[static_cast<size_t>(i) + 1]; ++k) out[i] += parts[k].sum;
+  }
+}

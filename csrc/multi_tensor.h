@@ -1,0 +1,100 @@
+// From a table row to vectors and back: one loop for every rule, dtype signature and instruction set.
+// No include guard: compiled once per instruction set by foreach_capability.h.
+#include "parallel.h"
+
+namespace fused_l2 {
+namespace FUSED_L2_NAMESPACE {
+
+// Two vectors are in flight at a time; the end of a tensor, shorter than two vectors, passes through a buffer of that
+// size and the same code, so that no element's result depends on where it stands.
+template <class V, class P, class S, class Rule>
+struct Sweep {
+  static constexpr int width = V::width, block = 2 * width, states = Rule::states;
+  // Any order of lanes does as long as all streams share it, so it takes one storage type.
+  static constexpr bool interleaved = std::is_same_v<P, S> || states == 0;
+
+  static FUSED_L2_INLINE void step(const Rule& rule, P* param, const P* grad, S* const* state) {
+    V p[2], g[2], s[2][states + 1];
+    load2<V, interleaved>(param, p[0], p[1]);
+    load2<V, interleaved>(grad, g[0], g[1]);
+    if constexpr (Rule::reads_states)
+      for (int k = 0; k < states; ++k) load2<V, interleaved>(state[k], s[0][k], s[1][k]);
+    rule(p[0], g[0], s[0]);
+    rule(p[1], g[1], s[1]);
+    store2<interleaved>(param, p[0], p[1]);
+    for (int k = 0; k < states; ++k) store2<interleaved>(state[k], s[0][k], s[1][k]);
+  }
+
+  template <class T>
+  static FUSED_L2_INLINE void prefetch(const T* p) {
+#if defined(__GNUC__) || defined(__clang__)
+    for (int offset = 0; offset < block * int(sizeof(T)); offset += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes + offset);
+#else
+    (void)p;
+#endif
+  }
+
+  static void run(const Piece& piece, const double* coefficients, bool maximize) {
+    const Rule rule(coefficients, maximize);
+    P* param = address<P>(piece.row[column::param]) + piece.begin;
+    const P* grad = address<const P>(piece.row[column::grad]) + piece.begin;
+    S* state[states + 1];
+    for (int k = 0; k < states; ++k) state[k] = address<S>(piece.row[column::state0 + k]) + piece.begin;
+
+    alignas(64) P param_tail[block], grad_tail[block];
+    alignas(64) S state_tail[states + 1][block];
+    int64_t blocks = piece.count / block;
+    const size_t tail = static_cast<size_t>(piece.count % block);
+    bool in_tail = false;
+    P* param_home = nullptr;
+    S* state_home[states + 1];
+    for (;;) {
+      for (; blocks > 0; --blocks) {
+        if (piece.prefetch) {
+          prefetch(param);
+          prefetch(grad);
+          for (int k = 0; k < states; ++k) prefetch(state[k]);
+        }
+        step(rule, param, grad, state);
+        param += block;
+        grad += block;
+        for (int k = 0; k < states; ++k) state[k] += block;
+      }
+      if (in_tail || tail == 0) break;
+      in_tail = true;
+      blocks = 1;
+      std::memset(param_tail, 0, sizeof param_tail);
+      std::memset(grad_tail, 0, sizeof grad_tail);
+      std::memcpy(param_tail, param, tail * sizeof(P));
+      std::memcpy(grad_tail, grad, tail * sizeof(P));
+      param_home = param;
+      param = param_tail;
+      grad = grad_tail;
+      for (int k = 0; k < states; ++k) {
+        std::memset(state_tail[k], 0, sizeof state_tail[k]);
+        if (Rule::reads_states) std::memcpy(state_tail[k], state[k], tail * sizeof(S));
+        state_home[k] = state[k];
+        state[k] = state_tail[k];
+      }
+    }
+    if (!in_tail) return;
+    std::memcpy(param_home, param_tail, tail * sizeof(P));
+    for (int k = 0; k < states; ++k) std::memcpy(state_home[k], state_tail[k], tail * sizeof(S));
+  }
+};
+
+// Calls f with the storage types and the vector type of a bucket's dtype signature.
+template <class F>
+void with_dtypes(const Bucket& bucket, F&& f) {
+  const bool wide_state = bucket.state_dtype == dtype::float32;
+  switch (bucket.param_dtype) {
+    case dtype::float32: return f(F32{}, float{}, float{});
+    case dtype::float64: return f(F64{}, double{}, double{});
+    case dtype::bfloat16: return wide_state ? f(F32{}, BFloat16{}, float{}) : f(F32{}, BFloat16{}, BFloat16{});
+    default: return wide_state ? f(F32{}, Float16{}, float{}) : f(F32{}, Float16{}, Float16{});
+  }
+}
+
+}  // namespace FUSED_L2_NAMESPACE
+}  // namespace fused_l2

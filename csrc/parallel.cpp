@@ -1,0 +1,153 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <vector>
+
+namespace fused_l2 {
+namespace {
+
+// Below this many elements a step is shorter than waking a thread.
+constexpr int64_t kSerialElements = 32768;
+// What a thread takes at a time: small enough to even out the ends, large enough that streams run.
+constexpr int64_t kChunk = 16384;
+// Cuts inside a tensor fall on multiples of this, so that threads share no cache line of an aligned tensor.
+constexpr int64_t kCut = 64;
+// A step that touches more than this many bytes does not fit the caches and gains from prefetching.
+constexpr int64_t kPrefetchFrom = int64_t(48) << 20;
+
+TorchThreads torch_threads{nullptr, nullptr};
+
+// The rows of all buckets in one line of elements.
+struct Line {
+  struct Entry {
+    const Bucket* bucket;
+    Row row;
+  };
+  std::vector<Entry> entries;
+  std::vector<int64_t> first;  // first[i]: position of entry i; the last one is the total
+  bool prefetch;
+
+  Line(const Bucket* buckets, int64_t count) {
+    size_t rows = 0;
+    for (int64_t b = 0; b < count; ++b) rows += static_cast<size_t>(buckets[b].rows);
+    entries.reserve(rows);
+    first.reserve(rows + 1);
+    int64_t position = 0;
+    for (int64_t b = 0; b < count; ++b) {
+      for (int64_t r = 0; r < buckets[b].rows; ++r) {
+        const Row row = buckets[b].row(r);
+        if (row[column::numel] == 0) continue;  // an empty tensor has no place in the line
+        entries.push_back({&buckets[b], row});
+        first.push_back(position);
+        position += row[column::numel];
+      }
+    }
+    first.push_back(position);
+    prefetch = position * 16 > kPrefetchFrom;  // 16: param, grad and two states of float32
+  }
+
+  int64_t size() const { return first.back(); }
+  size_t entry_of(int64_t position) const {
+    return static_cast<size_t>(std::upper_bound(first.begin(), first.end(), position) - first.begin()) - 1;
+  }
+  int64_t cut(int64_t position) const {
+    if (position <= 0) return 0;
+    if (position >= size()) return size();
+    const int64_t start = first[entry_of(position)];
+    return start + (position - start) / kCut * kCut;
+  }
+  void visit(int64_t begin, int64_t end, PieceFunction f) const {
+    if (begin >= end) return;
+    for (size_t i = entry_of(begin); begin < end; ++i) {
+      const int64_t stop = std::min(end, first[i + 1]);
+      f(Piece{entries[i].bucket, entries[i].row, begin - first[i], stop - begin, prefetch});
+      begin = stop;
+    }
+  }
+};
+
+// Each thread owns a contiguous range of chunks and, once done, takes chunks from the far end of another's.
+struct Shares {
+  struct alignas(64) Share {
+    std::atomic<uint64_t> range;  // first chunk in the upper half, one past the last in the lower
+  };
+  std::unique_ptr<Share[]> shares;
+  int64_t count;
+
+  Shares(int64_t chunks, int64_t threads) : shares(new Share[static_cast<size_t>(threads)]), count(threads) {
+    for (int64_t t = 0; t < threads; ++t)
+      shares[t].range.store(uint64_t(chunks * t / threads) << 32 | uint64_t(chunks * (t + 1) / threads));
+  }
+  bool take(int64_t owner, bool from_front, int64_t& chunk) {
+    std::atomic<uint64_t>& range = shares[owner].range;
+    uint64_t seen = range.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t front = seen >> 32, back = seen & 0xffffffff;
+      if (front >= back) return false;
+      const uint64_t left = from_front ? (front + 1) << 32 | back : front << 32 | (back - 1);
+      if (range.compare_exchange_weak(seen, left, std::memory_order_relaxed)) {
+        chunk = static_cast<int64_t>(from_front ? front : back - 1);
+        return true;
+      }
+    }
+  }
+};
+
+struct Work {
+  const Line& line;
+  Shares shares;
+  int64_t chunk;
+  PieceFunction f;
+
+  void run(int64_t thread) {
+    int64_t taken;
+    for (int64_t hop = 0; hop < shares.count; ++hop) {
+      const int64_t owner = (thread + hop) % shares.count;
+      while (shares.take(owner, hop == 0, taken))
+        line.visit(line.cut(taken * chunk), line.cut((taken + 1) * chunk), f);
+    }
+  }
+};
+
+struct IndexedCall {
+  void (*f)(void*, int64_t);
+  void* context;
+};
+
+}  // namespace
+
+void use_threads_of(const TorchThreads& threads) { torch_threads = threads; }
+
+int64_t thread_count() {
+  uint32_t count = 1;
+  if (torch_threads.parallel_for == nullptr || torch_threads.num_threads == nullptr) return 1;
+  if (torch_threads.num_threads(&count) != 0) return 1;
+  return std::max<int64_t>(count, 1);
+}
+
+void for_each_index(int64_t count, void (*f)(void*, int64_t), void* context) {
+  const auto serial = [&](int64_t begin) {
+    for (int64_t i = begin; i < count; ++i) f(context, i);
+  };
+  if (count <= 1 || thread_count() == 1) return serial(0);
+  IndexedCall call{f, context};
+  const auto range = [](int64_t begin, int64_t end, void* opaque) {
+    const auto* c = static_cast<IndexedCall*>(opaque);
+    for (int64_t i = begin; i < end; ++i) c->f(c->context, i);
+  };
+  torch_threads.parallel_for(0, count, 1, range, &call);
+}
+
+void for_each_piece(const Bucket* buckets, int64_t count, PieceFunction f) {
+  const Line line(buckets, count);
+  const int64_t threads = thread_count();
+  if (threads == 1 || line.size() < kSerialElements) return line.visit(0, line.size(), f);
+  // 32 bits hold the chunk numbers of a share: a larger line gets larger chunks.
+  const int64_t chunk = std::max(kChunk, (line.size() / (int64_t(1) << 31) + 1) * kCut);
+  Work work{line, Shares((line.size() + chunk - 1) / chunk, threads), chunk, f};
+  for_each_index(threads, [](void* w, int64_t thread) { static_cast<Work*>(w)->run(thread); }, &work);
+}
+
+}  // namespace fused_l2

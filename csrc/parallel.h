@@ -1,0 +1,37 @@
+// Splitting one step, all tensors of all its buckets, over torch's own threads.
+#pragma once
+#include <cstdint>
+
+#include "table.h"
+
+namespace fused_l2 {
+
+// How far ahead of the loop memory is asked for, in bytes per stream, once the step is larger than the caches.
+constexpr int kPrefetchBytes = 1024;
+
+// A contiguous part of one tensor, the work of one kernel call.
+struct Piece {
+  const Bucket* bucket;
+  Row row;
+  int64_t begin;  // element within the tensor
+  int64_t count;
+  bool prefetch;
+};
+
+using PieceFunction = void (*)(const Piece&);
+
+// Calls f on pieces that cover every element of every row exactly once, on torch's threads.
+void for_each_piece(const Bucket* buckets, int64_t count, PieceFunction f);
+
+// Calls f(context, index) for 0 <= index < count on torch's threads.
+void for_each_index(int64_t count, void (*f)(void* context, int64_t index), void* context);
+
+// Torch's thread pool, as C functions of its stable ABI (torch/csrc/stable/c/shim.h, since torch 2.10).
+struct TorchThreads {
+  int (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context);
+  int (*num_threads)(uint32_t* count);
+};
+void use_threads_of(const TorchThreads&);
+int64_t thread_count();
+
+}  // namespace fused_l2

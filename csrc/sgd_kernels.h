@@ -1,0 +1,40 @@
+// SGD with and without momentum. No include guard: compiled once per instruction set by foreach_capability.h.
+#include "multi_tensor.h"
+#include "update_rules.h"
+
+namespace fused_l2 {
+namespace FUSED_L2_NAMESPACE {
+
+template <class V, class P, class S, Decay decay, Momentum momentum>
+void sgd_piece(const Piece& piece, const double* row) {
+  const int64_t flags = piece.bucket->flags;
+  const bool maximize = flags & flag::maximize;
+  if constexpr (momentum != Momentum::none) {
+    if (flags & flag::nesterov) return Sweep<V, P, S, Sgd<V, decay, momentum, true>>::run(piece, row, maximize);
+  }
+  Sweep<V, P, S, Sgd<V, decay, momentum, false>>::run(piece, row, maximize);
+}
+
+template <class V, class P, class S, Decay decay>
+void sgd_piece(const Piece& piece, const double* row) {
+  if (!(piece.bucket->flags & flag::momentum)) return sgd_piece<V, P, P, decay, Momentum::none>(piece, row);
+  if (piece.row[column::flags] & row_flag::first_step)
+    return sgd_piece<V, P, S, decay, Momentum::first_step>(piece, row);
+  sgd_piece<V, P, S, decay, Momentum::running>(piece, row);
+}
+
+void sgd(const Piece& piece) {
+  const Bucket& bucket = *piece.bucket;
+  const double* row = bucket.coefficients + piece.row[column::coefficients] * kCoefficients;
+  with_dtypes(bucket, [&](auto vector, auto param, auto state) {
+    using V = decltype(vector);
+    using P = decltype(param);
+    using S = decltype(state);
+    if (row[sgd_coefficient::weight_decay] == 0) return sgd_piece<V, P, S, Decay::none>(piece, row);
+    if (bucket.flags & flag::decoupled) return sgd_piece<V, P, S, Decay::decoupled>(piece, row);
+    sgd_piece<V, P, S, Decay::coupled>(piece, row);
+  });
+}
+
+}  // namespace FUSED_L2_NAMESPACE
+}  // namespace fused_l2

@@ -1,0 +1,74 @@
+// The memory layout that Python and C++ share: tensor rows, coefficient rows, flags.
+//
+// Every name stands once here and once in fused_l2/tensor_table.py and fused_l2/coefficients.py;
+// `layout()` spells this side out and Python refuses a library whose spelling differs.
+#pragma once
+#include <cstdint>
+
+namespace fused_l2 {
+
+// One tensor of a step: int64 columns, addresses as integers.
+#define FUSED_L2_COLUMNS(X) X(param) X(grad) X(state0) X(state1) X(state2) X(step) X(numel) X(coefficients) X(flags)
+// The tensors of one step that share a rule and a dtype signature: int64 columns.
+#define FUSED_L2_BUCKET(X) X(rule) X(flags) X(param_dtype) X(state_dtype) X(rows) X(table) X(coefficients) X(steps)
+// The float64 scalars an update rule needs this step, one row per (param group, step count).
+#define FUSED_L2_SGD(X) X(weight_decay) X(decay) X(momentum) X(one_minus_dampening) X(neg_lr)
+#define FUSED_L2_ADAM(X) \
+  X(weight_decay) X(decay) X(one_minus_beta1) X(beta2) X(one_minus_beta2) X(bias_correction2_sqrt) X(eps) X(neg_step_size)
+#define FUSED_L2_RULES(X) X(sgd) X(adam)
+#define FUSED_L2_DTYPES(X) X(float32) X(float64) X(bfloat16) X(float16)
+// Flags of a bucket: the shape of the computation. Values are powers of two in this order.
+#define FUSED_L2_FLAGS(X) X(momentum) X(nesterov) X(maximize) X(decoupled) X(amsgrad)
+// Flags of a row.
+#define FUSED_L2_ROW_FLAGS(X) X(first_step)
+
+#define FUSED_L2_ENUMERATOR(name) name,
+namespace column { enum : int { FUSED_L2_COLUMNS(FUSED_L2_ENUMERATOR) count }; }
+namespace sgd_coefficient { enum : int { FUSED_L2_SGD(FUSED_L2_ENUMERATOR) count }; }
+namespace adam_coefficient { enum : int { FUSED_L2_ADAM(FUSED_L2_ENUMERATOR) count }; }
+namespace rule { enum : int64_t { FUSED_L2_RULES(FUSED_L2_ENUMERATOR) count }; }
+namespace dtype { enum : int64_t { FUSED_L2_DTYPES(FUSED_L2_ENUMERATOR) count }; }
+namespace flag {
+namespace bit { enum : int { FUSED_L2_FLAGS(FUSED_L2_ENUMERATOR) count }; }
+enum : int64_t {
+#define FUSED_L2_POWER(name) name = int64_t(1) << bit::name,
+  FUSED_L2_FLAGS(FUSED_L2_POWER)
+#undef FUSED_L2_POWER
+};
+}  // namespace flag
+namespace row_flag { enum : int64_t { first_step = 1 }; }
+#undef FUSED_L2_ENUMERATOR
+
+constexpr int kCoefficients = 8;  // doubles from one coefficient row to the next
+static_assert(sgd_coefficient::count <= kCoefficients && adam_coefficient::count <= kCoefficients);
+
+using Row = const int64_t*;  // points at `column::count` integers
+
+struct Bucket {
+  int64_t rule;
+  int64_t flags;
+  int64_t param_dtype;  // of parameters and gradients
+  int64_t state_dtype;
+  int64_t rows;
+  const int64_t* table;        // [rows][column::count]
+  const double* coefficients;  // [coefficient rows][kCoefficients]
+  const double* steps;         // [coefficient rows]: the step count each row expects to find, unused by SGD
+
+  Row row(int64_t index) const { return table + index * column::count; }
+};
+
+template <class T>
+T* address(int64_t value) {
+  return reinterpret_cast<T*>(static_cast<intptr_t>(value));
+}
+
+inline const char* layout() {
+#define FUSED_L2_SPELL(name) #name " "
+  return "columns " FUSED_L2_COLUMNS(FUSED_L2_SPELL) "bucket " FUSED_L2_BUCKET(FUSED_L2_SPELL) "sgd " FUSED_L2_SGD(
+      FUSED_L2_SPELL) "adam " FUSED_L2_ADAM(FUSED_L2_SPELL) "rules " FUSED_L2_RULES(FUSED_L2_SPELL) "dtypes "
+      FUSED_L2_DTYPES(FUSED_L2_SPELL) "flags " FUSED_L2_FLAGS(FUSED_L2_SPELL) "row_flags " FUSED_L2_ROW_FLAGS(
+          FUSED_L2_SPELL);
+#undef FUSED_L2_SPELL
+}
+
+}  // namespace fused_l2

@@ -1,0 +1,99 @@
+// AVX2 + FMA + F16C: eight floats or four doubles.
+// No include guard: compiled once per instruction set by foreach_capability.h.
+namespace fused_l2 {
+namespace FUSED_L2_NAMESPACE {
+
+struct F32 {
+  using T = float;
+  static constexpr int width = 8;
+  __m256 v;
+  static FUSED_L2_INLINE F32 broadcast(float x) { return {_mm256_set1_ps(x)}; }
+};
+struct F64 {
+  using T = double;
+  static constexpr int width = 4;
+  __m256d v;
+  static FUSED_L2_INLINE F64 broadcast(double x) { return {_mm256_set1_pd(x)}; }
+};
+
+FUSED_L2_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+FUSED_L2_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+FUSED_L2_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+FUSED_L2_INLINE F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+FUSED_L2_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+FUSED_L2_INLINE F32 sqrt(F32 a) { return {_mm256_sqrt_ps(a.v)}; }
+FUSED_L2_INLINE F32 negate(F32 a) { return {_mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f))}; }
+// torch.maximum: a NaN on either side wins. max_ps returns its second operand when either is NaN.
+FUSED_L2_INLINE F32 maximum(F32 a, F32 b) {
+  return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+}
+FUSED_L2_INLINE bool all_finite(F32 a) {
+  const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v);
+  return _mm256_movemask_ps(_mm256_cmp_ps(magnitude, _mm256_set1_ps(3.402823466e38f), _CMP_LE_OQ)) == 0xff;
+}
+
+FUSED_L2_INLINE F64 operator+(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
+FUSED_L2_INLINE F64 operator-(F64 a, F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
+FUSED_L2_INLINE F64 operator*(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
+FUSED_L2_INLINE F64 operator/(F64 a, F64 b) { return {_mm256_div_pd(a.v, b.v)}; }
+FUSED_L2_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+FUSED_L2_INLINE F64 sqrt(F64 a) { return {_mm256_sqrt_pd(a.v)}; }
+FUSED_L2_INLINE F64 negate(F64 a) { return {_mm256_xor_pd(a.v, _mm256_set1_pd(-0.0))}; }
+FUSED_L2_INLINE F64 maximum(F64 a, F64 b) {
+  return {_mm256_blendv_pd(_mm256_max_pd(a.v, b.v), a.v, _mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q))};
+}
+FUSED_L2_INLINE bool all_finite(F64) { return false; }
+
+// bfloat16: the upper half of a float. Round to nearest even in integers; a NaN keeps its upper bits and is made quiet.
+FUSED_L2_INLINE __m256i rounded_bf16(__m256 x) {  // the result stands in the upper halves
+  const __m256i u = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+  return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+}
+
+template <class V> FUSED_L2_INLINE V load(const float* p) { return {_mm256_loadu_ps(p)}; }
+template <class V> FUSED_L2_INLINE V load(const double* p) { return {_mm256_loadu_pd(p)}; }
+template <class V> FUSED_L2_INLINE V load(const BFloat16* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
+}
+template <class V> FUSED_L2_INLINE V load(const Float16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+FUSED_L2_INLINE void store(float* p, F32 x) { _mm256_storeu_ps(p, x.v); }
+FUSED_L2_INLINE void store(double* p, F64 x) { _mm256_storeu_pd(p, x.v); }
+FUSED_L2_INLINE void store(BFloat16* p, F32 x) {
+  const __m256i r = _mm256_srli_epi32(rounded_bf16(x.v), 16);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+FUSED_L2_INLINE void store(Float16* p, F32 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// Two vectors at a time. `interleaved` allows any fixed order of the lanes, the same for load and store:
+// bfloat16 then splits into even and odd elements by a shift and a mask, without crossing lanes.
+template <class V, bool interleaved, class S> FUSED_L2_INLINE void load2(const S* p, V& a, V& b) {
+  if constexpr (interleaved && std::is_same_v<S, BFloat16>) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    a.v = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    b.v = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int(0xffff0000))));
+  } else {
+    a = load<V>(p);
+    b = load<V>(p + V::width);
+  }
+}
+template <bool interleaved, class V, class S> FUSED_L2_INLINE void store2(S* p, V a, V b) {
+  if constexpr (interleaved && std::is_same_v<S, BFloat16>) {
+    const __m256i even = _mm256_srli_epi32(rounded_bf16(a.v), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, rounded_bf16(b.v), 0xaa));
+  } else {
+    store(p, a);
+    store(p + V::width, b);
+  }
+}
+
+}  // namespace FUSED_L2_NAMESPACE
+}  // namespace fused_l2

@@ -1,0 +1,97 @@
+// AVX-512 (F, BW, DQ, VL): sixteen floats or eight doubles.
+// No include guard: compiled once per instruction set by foreach_capability.h.
+namespace fused_l2 {
+namespace FUSED_L2_NAMESPACE {
+
+struct F32 {
+  using T = float;
+  static constexpr int width = 16;
+  __m512 v;
+  static FUSED_L2_INLINE F32 broadcast(float x) { return {_mm512_set1_ps(x)}; }
+};
+struct F64 {
+  using T = double;
+  static constexpr int width = 8;
+  __m512d v;
+  static FUSED_L2_INLINE F64 broadcast(double x) { return {_mm512_set1_pd(x)}; }
+};
+
+FUSED_L2_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+FUSED_L2_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+FUSED_L2_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+FUSED_L2_INLINE F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+FUSED_L2_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+FUSED_L2_INLINE F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
+FUSED_L2_INLINE F32 negate(F32 a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
+// torch.maximum: a NaN on either side wins. max_ps returns its second operand when either is NaN.
+FUSED_L2_INLINE F32 maximum(F32 a, F32 b) {
+  return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
+}
+FUSED_L2_INLINE bool all_finite(F32 a) {
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), _mm512_set1_ps(3.402823466e38f), _CMP_LE_OQ) == 0xffff;
+}
+
+FUSED_L2_INLINE F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
+FUSED_L2_INLINE F64 operator-(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+FUSED_L2_INLINE F64 operator*(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
+FUSED_L2_INLINE F64 operator/(F64 a, F64 b) { return {_mm512_div_pd(a.v, b.v)}; }
+FUSED_L2_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+FUSED_L2_INLINE F64 sqrt(F64 a) { return {_mm512_sqrt_pd(a.v)}; }
+FUSED_L2_INLINE F64 negate(F64 a) { return {_mm512_xor_pd(a.v, _mm512_set1_pd(-0.0))}; }
+FUSED_L2_INLINE F64 maximum(F64 a, F64 b) {
+  return {_mm512_mask_mov_pd(_mm512_max_pd(a.v, b.v), _mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
+}
+FUSED_L2_INLINE bool all_finite(F64) { return false; }
+
+// bfloat16: the upper half of a float. Round to nearest even in integers; a NaN keeps its upper bits and is made quiet.
+FUSED_L2_INLINE __m512i rounded_bf16(__m512 x) {  // the result stands in the upper halves
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  return _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
+}
+
+template <class V> FUSED_L2_INLINE V load(const float* p) { return {_mm512_loadu_ps(p)}; }
+template <class V> FUSED_L2_INLINE V load(const double* p) { return {_mm512_loadu_pd(p)}; }
+template <class V> FUSED_L2_INLINE V load(const BFloat16* p) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+}
+template <class V> FUSED_L2_INLINE V load(const Float16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+FUSED_L2_INLINE void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
+FUSED_L2_INLINE void store(double* p, F64 x) { _mm512_storeu_pd(p, x.v); }
+FUSED_L2_INLINE void store(BFloat16* p, F32 x) {
+  const __m256i packed = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bf16(x.v), 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+}
+FUSED_L2_INLINE void store(Float16* p, F32 x) {
+  const __m256i packed = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+}
+
+// Two vectors at a time. `interleaved` allows any fixed order of the lanes, the same for load and store:
+// bfloat16 then splits into even and odd elements by a shift and a mask, without crossing lanes.
+template <class V, bool interleaved, class S> FUSED_L2_INLINE void load2(const S* p, V& a, V& b) {
+  if constexpr (interleaved && std::is_same_v<S, BFloat16>) {
+    const __m512i x = _mm512_loadu_si512(p);
+    a.v = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    b.v = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000))));
+  } else {
+    a = load<V>(p);
+    b = load<V>(p + V::width);
+  }
+}
+template <bool interleaved, class V, class S> FUSED_L2_INLINE void store2(S* p, V a, V b) {
+  if constexpr (interleaved && std::is_same_v<S, BFloat16>) {
+    const __m512i even = _mm512_srli_epi32(rounded_bf16(a.v), 16);
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, even, rounded_bf16(b.v)));
+  } else {
+    store(p, a);
+    store(p + V::width, b);
+  }
+}
+
+}  // namespace FUSED_L2_NAMESPACE
+}  // namespace fused_l2

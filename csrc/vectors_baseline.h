@@ -1,0 +1,56 @@
+// Plain C++ lanes: the fallback on x86 and, through the compiler's vectoriser, the NEON path.
+// No include guard: compiled once per instruction set by foreach_capability.h.
+namespace fused_l2 {
+namespace FUSED_L2_NAMESPACE {
+
+template <class T_, int N>
+struct Lanes {
+  using T = T_;
+  static constexpr int width = N;
+  T lane[N];
+
+  template <class F>
+  static FUSED_L2_INLINE Lanes make(F f) {
+    Lanes r;
+    for (int i = 0; i < N; ++i) r.lane[i] = f(i);
+    return r;
+  }
+  static FUSED_L2_INLINE Lanes broadcast(T x) { return make([&](int) { return x; }); }
+  friend FUSED_L2_INLINE Lanes operator+(Lanes a, Lanes b) { return make([&](int i) { return a.lane[i] + b.lane[i]; }); }
+  friend FUSED_L2_INLINE Lanes operator-(Lanes a, Lanes b) { return make([&](int i) { return a.lane[i] - b.lane[i]; }); }
+  friend FUSED_L2_INLINE Lanes operator*(Lanes a, Lanes b) { return make([&](int i) { return a.lane[i] * b.lane[i]; }); }
+  friend FUSED_L2_INLINE Lanes operator/(Lanes a, Lanes b) { return make([&](int i) { return a.lane[i] / b.lane[i]; }); }
+};
+
+using F32 = Lanes<float, 4>;
+using F64 = Lanes<double, 2>;
+
+template <class V> FUSED_L2_INLINE V fma(V a, V b, V c) {
+  return V::make([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
+}
+template <class V> FUSED_L2_INLINE V sqrt(V a) { return V::make([&](int i) { return std::sqrt(a.lane[i]); }); }
+template <class V> FUSED_L2_INLINE V negate(V a) { return V::make([&](int i) { return -a.lane[i]; }); }
+// torch.maximum: a NaN on either side wins.
+template <class V> FUSED_L2_INLINE V maximum(V a, V b) {
+  return V::make([&](int i) { return a.lane[i] != a.lane[i] || a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+template <class V> FUSED_L2_INLINE bool all_finite(V) { return false; }
+
+template <class V, class S> FUSED_L2_INLINE V load(const S* p) {
+  return V::make([&](int i) { return widen(p[i]); });
+}
+template <class V, class S> FUSED_L2_INLINE void store(S* p, V x) {
+  for (int i = 0; i < V::width; ++i) narrow(x.lane[i], p[i]);
+}
+// Two vectors at a time. `interleaved` allows any fixed order of the lanes, the same for load and store.
+template <class V, bool interleaved, class S> FUSED_L2_INLINE void load2(const S* p, V& a, V& b) {
+  a = load<V>(p);
+  b = load<V>(p + V::width);
+}
+template <bool interleaved, class V, class S> FUSED_L2_INLINE void store2(S* p, V a, V b) {
+  store(p, a);
+  store(p + V::width, b);
+}
+
+}  // namespace FUSED_L2_NAMESPACE
+}  // namespace fused_l2

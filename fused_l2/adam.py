@@ -1,0 +1,174 @@
+"""Adam with coupled weight decay, and AdamW, with decoupled weight decay."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import coefficients
+from .optimizer import FusedOptimizer, at_least_zero, number
+from .tensor_table import Flag, Rule
+
+_read = itemgetter("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+
+
+class Adam(FusedOptimizer):
+    r"""``torch.optim.Adam`` in one pass over memory (Kingma & Ba 2015).
+
+    With gradient g, per element, in float32 (float64 for float64 tensors), t counting this tensor's steps::
+
+        g = g + weight_decay * w                          # coupled, if weight_decay != 0
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2                 # amsgrad: the largest v so far takes its place below
+        w = w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+    With ``weight_decay > 0`` this is what torch.optim.Adam does, and rarely what is wanted: the penalty's gradient passes
+    through both moments, so that sqrt(v) divides it. Weights with large gradients are then decayed *less*, and the strength
+    of the decay hardly depends on ``weight_decay`` where the penalty dominates. :class:`AdamW` decays all weights at one
+    rate (Loshchilov & Hutter 2019).
+
+    Args:
+        params: parameters, named parameters or param groups, as for ``torch.optim.Adam``.
+        lr: learning rate; a float, or a tensor with one element.
+        betas, eps, weight_decay, amsgrad, maximize, capturable: as for ``torch.optim.Adam``. ``weight_decay`` is the
+            coefficient of w in the gradient: lambda / n, see :func:`fused_l2.weight_decay.from_lambda`.
+        foreach, fused: accepted for compatibility, without effect: every step is fused.
+        differentiable: must be False.
+        decoupled_weight_decay: w <- (1 - lr * weight_decay) * w instead of the line marked "coupled", which is AdamW.
+
+    Raises:
+        ValueError, TypeError: if a hyperparameter is out of its range or not a number.
+    """
+
+    _rule = Rule.ADAM
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        self._checked_numbers(_read(defaults), None)
+        super().__init__(params, defaults)
+
+    _read_hyperparameters = staticmethod(_read)
+
+    def _checked_numbers(self, values: tuple[Any, ...], group: int | None) -> tuple[float, ...]:
+        where = "" if group is None else f" of param group {group}"
+        lr, betas, eps, weight_decay, *_ = values
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas must be a pair of numbers{where}, got {betas!r}")
+        beta1, beta2 = (number(beta, f"beta parameter at index {i}", where) for i, beta in enumerate(betas))
+        for i, beta in enumerate((beta1, beta2)):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {i}{where}: {beta}; expected 0 <= beta < 1")
+        return (
+            at_least_zero(lr, "learning rate", where, " (to ascend, pass maximize=True)"),
+            beta1,
+            beta2,
+            at_least_zero(eps, "epsilon value", where),
+            at_least_zero(weight_decay, "weight_decay value", where),
+        )
+
+    def _flags(self, values: tuple[Any, ...]) -> int:
+        *_, amsgrad, maximize, decoupled = values
+        flags = int(Flag.DECOUPLED) if decoupled else 0
+        if amsgrad:
+            flags |= Flag.AMSGRAD
+        if maximize:
+            flags |= Flag.MAXIMIZE
+        return flags
+
+    @staticmethod
+    def _state_names(flags: int) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if flags & Flag.AMSGRAD else ("exp_avg", "exp_avg_sq")
+
+    @staticmethod
+    def _coefficient_row(numbers: tuple[float, ...], flags: int, step: float) -> tuple[float, ...]:
+        return coefficients.adam(*numbers, decoupled=bool(flags & Flag.DECOUPLED), step=step)
+
+
+class AdamW(Adam):
+    r"""``torch.optim.AdamW`` in one pass over memory: Adam with decoupled weight decay (Loshchilov & Hutter 2019).
+
+    As :class:`Adam`, with the decay outside of the moments::
+
+        w = (1 - lr * weight_decay) * w                   # first, if weight_decay != 0
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
+        w = w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+    so that every decayed weight shrinks at the rate lr * weight_decay whatever its gradients. Biases, norm parameters and
+    embeddings are usually left out: see :func:`fused_l2.weight_decay.param_groups`.
+
+    Args:
+        params: parameters, named parameters or param groups, as for ``torch.optim.AdamW``.
+        lr: learning rate; a float, or a tensor with one element.
+        betas, eps, weight_decay, amsgrad, maximize, capturable: as for ``torch.optim.AdamW``.
+        foreach, fused: accepted for compatibility, without effect: every step is fused.
+        differentiable: must be False.
+
+    Raises:
+        ValueError, TypeError: if a hyperparameter is out of its range or not a number.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True  # also after loading a state dict of Adam

@@ -1,0 +1,132 @@
+"""The CPU engine: the C++ library ``libfused_l2``, loaded with ctypes.
+
+The library is built without torch or Python headers. It finds torch's thread pool and its tensor accessors, functions of
+torch's stable C ABI, in the libtorch_cpu that the process has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tensor_table import int64_array, layout
+
+CAPABILITY_VARIABLE = "FUSED_L2_CPU_CAPABILITY"
+_FILE = {"win32": "fused_l2.dll", "darwin": "libfused_l2.dylib"}.get(sys.platform, "libfused_l2.so")
+_TORCH_FILE = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+_REMEDY = (
+    "Install a C++17 compiler (g++ or clang++) and run `pip install --force-reinstall --no-deps --no-cache-dir fused_l2` "
+    "(in a checkout: `pip install -e .`)."
+)
+
+
+class Library:
+    """The loaded C++ library. ``capability`` is the instruction set in use, ``available`` those this machine has."""
+
+    def __init__(self, path: Path) -> None:
+        # Two views of one library: long calls let other Python threads run, short ones keep the GIL, which is cheaper.
+        self._long: Any = ctypes.CDLL(str(path))
+        self._short: Any = ctypes.PyDLL(str(path))
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        for library in (self._long, self._short):
+            library.fused_l2_layout.restype = ctypes.c_char_p
+            library.fused_l2_connect.argtypes = [ctypes.c_char_p]
+            library.fused_l2_connect.restype = integer
+            library.fused_l2_capability_name.argtypes = [integer]
+            library.fused_l2_capability_name.restype = ctypes.c_char_p
+            library.fused_l2_capability_supported.argtypes = [integer]
+            library.fused_l2_select_capability.argtypes = [integer]
+            library.fused_l2_select_capability.restype = None
+            for function in ("capability_supported", "capability", "thread_count"):
+                getattr(library, f"fused_l2_{function}").restype = integer
+            library.fused_l2_make_watches.argtypes = [pointer, integer, pointer, integer]
+            library.fused_l2_make_watches.restype = integer
+            library.fused_l2_watches_hold.argtypes = [pointer, integer]
+            library.fused_l2_watches_hold.restype = integer
+            library.fused_l2_release.argtypes = [pointer, integer]
+            library.fused_l2_release.restype = None
+            library.fused_l2_check.argtypes = [pointer, integer]
+            library.fused_l2_check.restype = integer
+            library.fused_l2_step.argtypes = [pointer, integer]
+            library.fused_l2_step.restype = None
+            library.fused_l2_sums_of_squares.argtypes = [pointer, pointer, pointer, integer, pointer]
+            library.fused_l2_sums_of_squares.restype = None
+        if self._short.fused_l2_layout().decode() != layout():
+            raise OSError(f"{path.name} was built from other sources than this Python code. {_REMEDY}")
+
+        names: list[str] = []
+        while name := self._short.fused_l2_capability_name(len(names)):
+            names.append(name.decode())
+        self._names = names
+        self.available = [n for i, n in enumerate(names) if self._short.fused_l2_capability_supported(i)]
+        self.forced = CAPABILITY_VARIABLE in os.environ
+        if self.forced:
+            self.select(os.environ[CAPABILITY_VARIABLE])
+
+        torch_library = Path(torch.__file__).parent / "lib" / _TORCH_FILE
+        found = self._short.fused_l2_connect(os.fsencode(torch_library))
+        self.has_threads = bool(found & 1)
+        self.has_tensors = bool(found & 2) and hasattr(torch._C, "_aoti")
+
+        # What step() calls each time, bound once.
+        self.check = self._short.fused_l2_check
+        self.step = self._long.fused_l2_step
+        self.make_watches = self._short.fused_l2_make_watches
+        self.watches_hold = self._short.fused_l2_watches_hold
+        self.release = self._short.fused_l2_release
+
+    @property
+    def capability(self) -> str:
+        return self._names[self._short.fused_l2_capability()]
+
+    def select(self, name: str) -> None:
+        """Use this instruction set from now on."""
+        if name not in self.available:
+            raise ValueError(
+                f"CPU capability {name!r} is not available on this machine; choose one of {', '.join(self.available)}"
+                f" (environment variable {CAPABILITY_VARIABLE})"
+            )
+        self._short.fused_l2_select_capability(self._names.index(name))
+
+    def thread_count(self) -> int:
+        return int(self._short.fused_l2_thread_count())
+
+    def sums_of_squares(self, tensors: Sequence[Tensor], dtypes: Sequence[int]) -> list[float]:
+        """Sum of x^2 per tensor, in float64; the same bits for any number of threads."""
+        out = (ctypes.c_double * len(tensors))()
+        self._long.fused_l2_sums_of_squares(
+            int64_array([t.data_ptr() for t in tensors]),
+            int64_array(dtypes),
+            int64_array([t.numel() for t in tensors]),
+            len(tensors),
+            out,
+        )
+        return list(out)
+
+
+@functools.cache
+def _load() -> tuple[Library | None, str]:
+    path = Path(__file__).parent.parent / _FILE
+    if not path.exists():
+        return None, f"fused_l2 was installed without its C++ library ({_FILE} is missing). {_REMEDY}"
+    try:
+        return Library(path), ""
+    except OSError as error:
+        return None, f"the C++ library could not be loaded: {error}"
+
+
+def library() -> Library | None:
+    """The C++ library, or None (then :func:`why_unavailable` tells)."""
+    return _load()[0]
+
+
+def why_unavailable() -> str:
+    return _load()[1]

@@ -1,0 +1,191 @@
+"""One parameter of a step: its gradient and state, checked. Nothing is changed here; errors name the tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tensor_table import DTYPES
+
+
+@dataclass(eq=False)
+class Entry:
+    """A parameter that has a gradient, with the state its update rule needs.
+
+    ``state`` is the parameter's entry in ``optimizer.state`` (empty if there is none yet), ``new_state`` what the step adds
+    to it or replaces in it once every parameter has passed its checks.
+    """
+
+    param: Tensor
+    name: str
+    group: int
+    flags: int
+    state: dict[str, Any]
+    new_state: dict[str, Any]
+    state_names: tuple[str, ...]
+    first_step: bool
+
+    def get(self, key: str) -> Any:
+        return self.new_state.get(key, self.state.get(key))
+
+    @property
+    def states(self) -> list[Tensor]:
+        return [self.get(name) for name in self.state_names]
+
+    @property
+    def counter(self) -> Tensor | None:
+        counter: Tensor | None = self.get("step")
+        return counter
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return self.states[0].dtype if self.state_names else self.param.dtype
+
+
+def describe(group: dict[str, Any], group_index: int, position: int) -> str:
+    """How error messages call a parameter: its name if the group knows it, its place, shape and dtype."""
+    param: Tensor = group["params"][position]
+    names = group.get("param_names")
+    name = f" {names[position]!r}" if names else ""
+    return f"parameter {position} of group {group_index}{name} (shape {tuple(param.shape)}, {_name(param.dtype)})"
+
+
+def make_entry(
+    group: dict[str, Any],
+    group_index: int,
+    position: int,
+    flags: int,
+    state: dict[str, Any],
+    state_names: tuple[str, ...],
+    counts_steps: bool,
+) -> Entry:
+    """Check a parameter that has a gradient, its gradient and its state, and prepare the state it lacks.
+
+    Raises:
+        RuntimeError: if the step cannot be made; the message names the parameter, what is wrong and what to do.
+    """
+    param: Tensor = group["params"][position]
+    name = describe(group, group_index, position)
+    check_param(param, name)
+    check_grad(param, name)
+
+    new_state: dict[str, Any] = {}
+    first_step = False
+    for key in state_names:
+        value = state.get(key)
+        if value is None:
+            new_state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            first_step = True
+        else:
+            _check_state(param, key, value, name)
+            if not same_layout(value, param):
+                new_state[key] = torch.empty_like(param, dtype=value.dtype).copy_(value)
+    if counts_steps:
+        counter = as_counter(state.get("step"), param, bool(group.get("capturable", False)), name)
+        if counter is not state.get("step"):
+            new_state["step"] = counter
+    return Entry(param, name, group_index, flags, state, new_state, state_names, first_step)
+
+
+def check_param(param: Tensor, name: str) -> None:
+    if param.dtype not in DTYPES:
+        known = ", ".join(_name(d) for d in DTYPES)
+        raise RuntimeError(
+            f"{name}: fused_l2 steps parameters of dtype {known}. Convert this one, or give it to an optimizer of its own."
+        )
+    if not _has_memory(param):
+        raise RuntimeError(
+            f"{name}: its storage holds fewer elements than its shape says, as after untyped_storage().resize_(0). "
+            f"Restore the storage before step()."
+        )
+
+
+def check_grad(param: Tensor, name: str) -> None:
+    """Refuse a gradient that cannot be applied."""
+    grad = param.grad
+    assert grad is not None
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"{name}: fused_l2 does not support sparse gradients (layout {grad.layout}). Use nn.Embedding(sparse=False), "
+            f"or give this parameter to torch.optim.SparseAdam or torch.optim.SGD."
+        )
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"{name}: its gradient has shape {tuple(grad.shape)}. Gradients must have the parameter's shape: was the "
+            f"parameter or its gradient replaced through .data since backward()?"
+        )
+    if grad.device != param.device:
+        raise RuntimeError(
+            f"{name}: it is on {param.device}, its gradient on {grad.device}. Move the model before backward(), or set "
+            f"its gradients to None."
+        )
+    if grad.dtype != param.dtype:
+        raise RuntimeError(
+            f"{name}: its gradient has dtype {_name(grad.dtype)}. Convert the gradient to the parameter's dtype before step()."
+        )
+    if not grad._is_zerotensor() and not _has_memory(grad):
+        raise RuntimeError(
+            f"{name}: its gradient's storage holds fewer elements than its shape says. Set the gradient to None or restore it."
+        )
+
+
+def _check_state(param: Tensor, key: str, value: Any, name: str) -> None:
+    remedy = f"Load a checkpoint of this model, or delete the entry: optimizer.state[param].pop({key!r})."
+    if not isinstance(value, Tensor):
+        raise RuntimeError(f"{name}: its state {key!r} is {value!r}, not a tensor. {remedy}")
+    if value.shape != param.shape:
+        raise RuntimeError(f"{name}: its state {key!r} has shape {tuple(value.shape)}. {remedy}")
+    if value.device != param.device:
+        raise RuntimeError(
+            f"{name}: it is on {param.device}, its state {key!r} on {value.device}. Move the state to the parameter's "
+            f"device, as optimizer.load_state_dict does."
+        )
+    if value.dtype not in DTYPES or (value.dtype is torch.float64) != (param.dtype is torch.float64):
+        raise RuntimeError(f"{name}: its state {key!r} has dtype {_name(value.dtype)}. {remedy}")
+    if not _has_memory(value):
+        raise RuntimeError(f"{name}: the storage of its state {key!r} was freed. Restore it before step().")
+
+
+def as_counter(value: Any, param: Tensor, capturable: bool, name: str) -> Tensor:
+    """A step counter as torch has it: a 0-dim float32 tensor, on the CPU unless the group is capturable.
+
+    Checkpoints hold counters of other kinds, too: Python numbers, tensors of shape (1,), 16-bit ones, ones on another
+    device. ``value`` itself is returned where it needs no conversion.
+    """
+    device = param.device if capturable else torch.device("cpu")
+    if value is None:
+        return torch.zeros((), dtype=torch.float32, device=device)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        if value.dim() == 0 and value.dtype is torch.float32 and value.device == device and value.layout is torch.strided:
+            return value
+        return value.detach().reshape(()).to(device=device, dtype=torch.float32, copy=True)
+    try:
+        return torch.tensor(float(value), dtype=torch.float32, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise RuntimeError(f"{name}: its state 'step' is {value!r}, not a number.") from None
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory in the same order. The stride of a dimension of size 1 has no effect."""
+    if a.stride() == b.stride():
+        return True
+    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True)) or a.numel() == 0
+
+
+def needs_copy(param: Tensor, grad: Tensor) -> bool:
+    """Whether a gradient's memory, read in order, does not pair up with its parameter's."""
+    return grad.is_neg() or not same_layout(grad, param)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    if tensor.numel() == 0 or tensor.is_meta:
+        return True
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + last + 1) * tensor.element_size()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

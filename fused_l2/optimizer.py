@@ -1,0 +1,212 @@
+"""The pipeline of ``step()`` and torch's contracts around it, shared by SGD, Adam and AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    Optimizer,
+    ParamsT,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
+
+from .buckets import Plan
+from .state import OptimizerState
+from .tensor_table import Rule
+
+_T = TypeVar("_T")
+_profiler_enabled = torch.autograd._profiler_enabled
+
+
+class FusedOptimizer(Optimizer):
+    """Base of the fused optimizers: gathers what a step needs, checks it, and hands it to an engine.
+
+    A subclass says which hyperparameters, flags, states and coefficients its update rule has; it contains no arithmetic on
+    tensors. Nothing is changed before every check of every tensor has passed: an error leaves parameters, states and step
+    counters as they were.
+    """
+
+    _rule: ClassVar[Rule]
+    # Attributes of ours that are no param-group keys; they travel with pickle and deepcopy.
+    _options: ClassVar[tuple[str, ...]] = ()
+    _plan: Plan | None = None
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        if defaults["differentiable"]:
+            raise ValueError(
+                "differentiable=True is not supported: a fused step writes parameters in place, outside of autograd. "
+                "Use torch.optim for steps that are differentiated through."
+            )
+        if defaults["fused"] and defaults["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")  # torch's own words
+        super().__init__(params, defaults)
+        self.state = OptimizerState()
+
+    # What a subclass provides.
+
+    @staticmethod
+    def _read_hyperparameters(group: dict[str, Any]) -> tuple[Any, ...]:
+        """The group's values that a step depends on, as they are."""
+        raise NotImplementedError
+
+    def _checked_numbers(self, values: tuple[Any, ...], group: int) -> tuple[float, ...]:
+        """Those values as floats, for the coefficients. Raises TypeError or ValueError if one is invalid."""
+        raise NotImplementedError
+
+    def _flags(self, values: tuple[Any, ...]) -> int:
+        """The shape of the computation that those values ask for, as bits of ``Flag``."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _state_names(flags: int) -> tuple[str, ...]:
+        """The state tensors of a parameter's shape that the rule reads and writes."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _coefficient_row(numbers: tuple[float, ...], flags: int, step: float) -> tuple[float, ...]:
+        """The coefficient row (``coefficients.py``) of a group at this step count."""
+        raise NotImplementedError
+
+    # The step.
+
+    def step(self, closure: Callable[[], _T] | None = None) -> _T | None:  # type: ignore[override]
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss; optional.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: if a gradient or a state tensor cannot be used (sparse, of another shape, device or dtype, ...).
+            ValueError, TypeError: if a hyperparameter is out of its range or not a number.
+        """
+        if _profiler_enabled() or _has_step_hooks(self):
+            stepped: _T | None = self._observed_step(closure)
+            return stepped
+        return self._step(closure)
+
+    # Optimizer.__init__ wraps a step() that is not marked; ours calls the same wrapper when there is someone to see it.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], _T] | None = None) -> _T | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._plan is None or not self._plan.refresh(self):
+            self._replan()
+        assert self._plan is not None
+        self._plan.launch(self)
+        return loss
+
+    _observed_step = Optimizer.profile_hook_step(_step)
+
+    @torch.no_grad()
+    def _replan(self) -> None:
+        self._plan = None  # a plan that failed to be made leaves none behind
+        plan = Plan(self)
+        if not plan.refresh(self):
+            raise RuntimeError(
+                "fused_l2: tensors changed while step() was looking at them. Is another thread using this optimizer's "
+                "parameters or state?"
+            )
+        self._plan = plan
+
+    # torch's contracts.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as ``torch.optim.Optimizer.add_param_group`` does, after checking its hyperparameters."""
+        if isinstance(param_group, dict):
+            values = self._read_hyperparameters({**self.defaults, **param_group})
+            self._checked_numbers(values, len(self.param_groups))
+        super().add_param_group(param_group)
+        self._plan = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim's state dict: plain dicts, torch's keys. ``torch.optim`` loads it, and this class loads torch's."""
+        packed = super().state_dict()
+        packed["state"] = {k: dict(v) if isinstance(v, dict) else v for k, v in packed["state"].items()}
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of torch.optim.
+
+        As torch does, with two differences. Float32 states of 16-bit parameters stay float32 (torch casts every state to
+        its parameter's dtype). Tensors are copied, so that two optimizers loaded from one dict do not step one state.
+        """
+        loaded: dict[str, Any] = {}
+        capture = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
+        restore = self.register_load_state_dict_post_hook(lambda _: self._own_state(loaded), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            capture.remove()
+            restore.remove()
+
+    @torch.no_grad()
+    def _own_state(self, loaded: dict[str, Any]) -> None:
+        ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, param in zip(ids, params, strict=True):
+            for key, given in loaded["state"].get(i, {}).items():
+                value = self.state[param][key]
+                if not isinstance(value, Tensor) or not isinstance(given, Tensor):
+                    continue
+                if key != "step" and given.dtype is torch.float32 and value.dtype in (torch.bfloat16, torch.float16):
+                    self.state[param][key] = given.to(device=value.device, copy=True)
+                elif value.device == given.device and value.data_ptr() == given.data_ptr():
+                    self.state[param][key] = value.clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._options}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if type(self.state) is not OptimizerState:
+            self.state = OptimizerState(self.state)
+        self._plan = None
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+
+def _has_step_hooks(optimizer: Optimizer) -> bool:
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
+
+
+def number(value: Any, argument: str, where: str = "") -> float:
+    """A hyperparameter as a float.
+
+    Raises:
+        TypeError: if it is not a number or a tensor of one element.
+        ValueError: if it is NaN or a tensor of several elements.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {argument} must be 1-element{where}, got shape {tuple(value.shape)}")
+    elif isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{argument} must be a number{where}, got {value!r} of type {type(value).__name__}")
+    result = float(value)
+    if math.isnan(result):
+        raise ValueError(f"Invalid {argument}{where}: {value}; expected a number that is not NaN")
+    return result
+
+
+def at_least_zero(value: Any, argument: str, where: str = "", advice: str = "") -> float:
+    """A hyperparameter as a float that is 0 or more, else ValueError."""
+    result = number(value, argument, where)
+    if result < 0:
+        raise ValueError(f"Invalid {argument}{where}: {value}; expected a number >= 0{advice}")
+    return result

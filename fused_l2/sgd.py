@@ -1,0 +1,113 @@
+"""SGD with momentum, L2 regularization or decoupled weight decay."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import coefficients
+from .optimizer import FusedOptimizer, at_least_zero, number
+from .tensor_table import Flag, Rule
+
+_read = itemgetter("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+
+
+class SGD(FusedOptimizer):
+    r"""``torch.optim.SGD`` in one pass over memory.
+
+    With gradient g of the data term, per element, in float32 (float64 for float64 tensors)::
+
+        d = g + weight_decay * w                          # L2 regularization, if weight_decay != 0
+        b = momentum * b + (1 - dampening) * d            # b = d on the tensor's first step; no momentum: b = d
+        w = w - lr * (d + momentum * b if nesterov else b)
+
+    ``weight_decay`` is the coefficient of w in the gradient. For the loss mean(data) + (lambda / 2n) * sum(w^2) over n
+    training examples that is lambda / n (see :func:`fused_l2.weight_decay.from_lambda`). Without momentum the step is
+    w <- (1 - lr * weight_decay) * w - lr * g: here L2 regularization *is* weight decay. With ``decoupled_weight_decay=True``
+    (SGDW, Loshchilov & Hutter 2019) the shrink w <- (1 - lr * weight_decay) * w stays outside of the momentum too.
+
+    Args:
+        params: parameters, named parameters or param groups, as for ``torch.optim.SGD``.
+        lr: learning rate; a float, or a tensor with one element.
+        momentum, dampening, weight_decay, nesterov, maximize: as for ``torch.optim.SGD``.
+        foreach, fused: accepted for compatibility, without effect: every step is fused.
+        differentiable: must be False.
+        decoupled_weight_decay: shrink the weights instead of adding the penalty's gradient. An attribute of the optimizer,
+            not a param-group key.
+
+    Raises:
+        ValueError, TypeError: if a hyperparameter is out of its range or not a number.
+    """
+
+    _rule = Rule.SGD
+    _options = ("decoupled_weight_decay",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        self.decoupled_weight_decay = decoupled_weight_decay
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        self._checked_numbers(_read(defaults), None)
+        super().__init__(params, defaults)
+
+    _read_hyperparameters = staticmethod(_read)
+
+    def _checked_numbers(self, values: tuple[Any, ...], group: int | None) -> tuple[float, ...]:
+        where = "" if group is None else f" of param group {group}"
+        lr, momentum, dampening, weight_decay, nesterov, _ = values
+        checked = (
+            at_least_zero(lr, "learning rate", where, " (to ascend, pass maximize=True)"),
+            at_least_zero(momentum, "momentum value", where),
+            number(dampening, "dampening", where),
+            at_least_zero(weight_decay, "weight_decay value", where),
+        )
+        if nesterov and (checked[1] <= 0 or checked[2] != 0):
+            raise ValueError(
+                f"Nesterov momentum requires a momentum and zero dampening{where}, got momentum={momentum}, "
+                f"dampening={dampening}"
+            )
+        return checked
+
+    def _flags(self, values: tuple[Any, ...]) -> int:
+        _, momentum, _, _, nesterov, maximize = values
+        flags = int(Flag.DECOUPLED) if self.decoupled_weight_decay else 0
+        if momentum != 0:
+            flags |= Flag.MOMENTUM
+        if nesterov:
+            flags |= Flag.NESTEROV
+        if maximize:
+            flags |= Flag.MAXIMIZE
+        return flags
+
+    @staticmethod
+    def _state_names(flags: int) -> tuple[str, ...]:
+        return ("momentum_buffer",) if flags & Flag.MOMENTUM else ()
+
+    @staticmethod
+    def _coefficient_row(numbers: tuple[float, ...], flags: int, step: float) -> tuple[float, ...]:
+        return coefficients.sgd(*numbers, decoupled=bool(flags & Flag.DECOUPLED))

@@ -1,0 +1,112 @@
+"""The memory layout that Python and the kernels share: tensor rows, buckets, flags.
+
+Each name stands here once and in ``csrc/table.h`` once; :func:`layout` spells this side out and the C++ library is
+refused when its own spelling differs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+
+from . import coefficients
+
+# One tensor of a step: int64 columns, addresses as integers. state0..2 are momentum_buffer, or exp_avg, exp_avg_sq and
+# max_exp_avg_sq; `coefficients` is the number of the tensor's coefficient row.
+COLUMNS = ("param", "grad", "state0", "state1", "state2", "step", "numel", "coefficients", "flags")
+PARAM, GRAD, STATE0, STATE1, STATE2, STEP, NUMEL, COEFFICIENTS, FLAGS = range(len(COLUMNS))
+WIDTH = len(COLUMNS)
+
+BUCKET = ("rule", "flags", "param_dtype", "state_dtype", "rows", "table", "coefficients", "steps")
+
+# Dtypes by their number in the table.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class Rule(IntEnum):
+    """The update rule of a bucket."""
+
+    SGD = 0
+    ADAM = 1
+
+
+class Flag(IntEnum):
+    """Bits for the shape of a bucket's computation: what a kernel is compiled for rather than told at run time."""
+
+    MOMENTUM = 1
+    NESTEROV = 2
+    MAXIMIZE = 4
+    DECOUPLED = 8
+    AMSGRAD = 16
+
+
+class RowFlag(IntEnum):
+    """Bits for what is particular to one tensor."""
+
+    FIRST_STEP = 1  # its momentum buffer holds nothing yet
+
+
+def layout() -> str:
+    """This side's spelling of the layout, to be compared with ``fused_l2_layout()`` of the library."""
+    parts = (
+        ("columns", COLUMNS),
+        ("bucket", BUCKET),
+        ("sgd", coefficients.SGD),
+        ("adam", coefficients.ADAM),
+        ("rules", [rule.name.lower() for rule in Rule]),
+        ("dtypes", [str(dtype).removeprefix("torch.") for dtype in DTYPES]),
+        ("flags", [flag.name.lower() for flag in Flag]),
+        ("row_flags", [flag.name.lower() for flag in RowFlag]),
+    )
+    return "".join(f"{word} " for title, names in parts for word in (title, *names))
+
+
+class TensorTable:
+    """The rows of one bucket, in memory that keeps its address.
+
+    ``rows`` holds one int64 row per tensor, ``scalars`` one float64 row per coefficient row, ``steps`` the step count
+    each coefficient row expects to find in its tensors' counters.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[int]], coefficient_rows: int) -> None:
+        self.rows = array("q", [value for row in rows for value in row])
+        self.scalars = array("d", bytes(8 * coefficients.WIDTH * max(coefficient_rows, 1)))
+        self.steps = array("d", bytes(8 * max(coefficient_rows, 1)))
+        self.count = len(rows)
+        self._grads = memoryview(self.rows)[GRAD::WIDTH]
+
+    def set_grads(self, addresses: array[int]) -> None:
+        """Write the gradients' addresses of this step, one per row."""
+        self._grads[:] = memoryview(addresses)
+
+    def clear_first_steps(self) -> None:
+        """Every tensor of this table has made a step."""
+        for row in range(self.count):
+            self.rows[row * WIDTH + FLAGS] &= ~int(RowFlag.FIRST_STEP)
+
+    def bucket_row(self, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> tuple[int, ...]:
+        """The row that stands for this table in a list of buckets."""
+        return (
+            rule,
+            flags,
+            DTYPES[param],
+            DTYPES[state],
+            self.count,
+            address_of(self.rows),
+            address_of(self.scalars),
+            address_of(self.steps),
+        )
+
+
+def address_of(values: array[int] | array[float]) -> int:
+    """The address of an array's first element."""
+    return values.buffer_info()[0]
+
+
+def int64_array(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """A C array of these integers."""
+    return (ctypes.c_int64 * len(values))(*values)

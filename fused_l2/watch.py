@@ -1,0 +1,126 @@
+"""Has a tensor moved or changed its kind since we looked? Asked of every tensor at every step, so it has to be cheap.
+
+torch has fast accessors for this, but they are not public Python API: tensor handles for its stable C ABI
+(``torch._C._aoti``) and dynamo's tensor guards. Each is used only where it exists and passes a check of its own; the plain
+Python way, slower by a microsecond a tensor, is the definition of both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .engines.cpu import Library
+from .tensor_table import int64_array
+
+
+class Watch:
+    """Tells whether tensors still have the address, storage, shape, strides and dtype they had."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._facts = [self._facts_of(t) for t in self._tensors]
+
+    @staticmethod
+    def _facts_of(t: Tensor) -> tuple[Any, ...]:
+        return t.data_ptr(), t.untyped_storage().nbytes(), t.shape, t.stride(), t.dtype, t.device
+
+    def holds(self) -> bool:
+        return [self._facts_of(t) for t in self._tensors] == self._facts
+
+
+class NativeWatch(Watch):
+    """The same through the C++ library and torch's stable C ABI: some nanoseconds a tensor."""
+
+    def __init__(self, library: Library, tensors: Sequence[Tensor]) -> None:
+        self._library = library
+        self._count = len(tensors)
+        capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
+        # The capsules own nothing: the handles they hold are ours to release.
+        self._handles = int64_array([_capsule_pointer()(capsule, None) for capsule in capsules])
+        capacity = sum(5 + 2 * t.dim() for t in tensors)
+        self._watches = (ctypes.c_int64 * max(capacity, 1))()
+        self._address = ctypes.addressof(self._watches)
+        length = library.make_watches(self._handles, self._count, self._address, capacity)
+        self._valid = length == capacity
+
+    def holds(self) -> bool:
+        return self._valid and bool(self._library.watches_hold(self._address, self._count))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handles"):
+            self._library.release(self._handles, self._count)
+
+
+@functools.cache
+def _capsule_pointer() -> Callable[[Any, None], int]:
+    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_pointer.argtypes, get_pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
+    return get_pointer
+
+
+def make_watch(library: Library, tensors: Sequence[Tensor]) -> Watch:
+    """A watch over these tensors as they are now."""
+    return NativeWatch(library, tensors) if library.has_tensors else Watch(tensors)
+
+
+Guard = Callable[[Sequence[Tensor]], bool]
+
+
+def python_guard(tensors: Sequence[Tensor]) -> Guard:
+    """Tells of other tensors, one for one, whether they have the kind, shape and strides of these."""
+
+    def facts(t: Tensor) -> tuple[Any, ...]:
+        return type(t), t.dtype, t.device, t.layout, t.is_neg(), t.requires_grad, t.shape, t.stride()
+
+    expected = [facts(t) for t in tensors]
+
+    def guard(others: Sequence[Tensor]) -> bool:
+        return len(others) == len(expected) and [facts(t) for t in others] == expected
+
+    return guard
+
+
+def _dynamo_guard(tensors: Sequence[Tensor]) -> Guard:
+    from torch._C._dynamo.guards import TensorGuards  # type: ignore[import-not-found, unused-ignore]
+
+    count = len(tensors)
+    check = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+    def guard(others: Sequence[Tensor]) -> bool:
+        return len(others) == count and bool(check(*others))
+
+    return guard
+
+
+@functools.cache
+def _dynamo_guard_works() -> bool:
+    """Whether this torch has dynamo's guards and they tell apart what has to be told apart."""
+    same, known = torch.zeros(2, 3), torch.zeros(2, 3)
+    different = (
+        torch.zeros(3, 2),
+        torch.zeros(3, 2).t(),
+        torch.zeros(1, 3).expand(2, 3),
+        torch.zeros(2, 3, dtype=torch.bfloat16),
+        torch.zeros(2, 3, device="meta"),
+        torch.zeros(2, 3).to_sparse(),
+        torch._neg_view(torch.zeros(2, 3)),
+        torch.nn.Parameter(torch.zeros(2, 3)),
+    )
+    try:
+        guard = _dynamo_guard([known])
+        return guard([same]) and not any(guard([t]) for t in different) and not guard([])
+    except Exception:  # not public API: whatever goes wrong, the plain way remains
+        return False
+
+
+def gradient_guard(tensors: Sequence[Tensor]) -> Guard:
+    """Tells whether the gradients of a later step have the kind, shape and strides of these, one for one."""
+    if not tensors:
+        return lambda others: not others
+    return _dynamo_guard(tensors) if _dynamo_guard_works() else python_guard(tensors)
