@@ -28,6 +28,15 @@ bool is_supported(Capability capability) {
 #endif
 }
 
+bool is_intel() {
+#if FUSED_L2_X86
+  static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+  return intel;
+#else
+  return false;
+#endif
+}
+
 namespace {
 Capability best() {
   if (is_supported(Capability::avx512)) return Capability::avx512;

@@ -20,7 +20,11 @@
 
 #if defined(_MSC_VER)
 #define FUSED_L2_INLINE __forceinline
+#define FUSED_L2_NOINLINE __declspec(noinline)
+#define FUSED_L2_LIKELY(condition) (condition)
 #else
+#define FUSED_L2_NOINLINE __attribute__((noinline))
+#define FUSED_L2_LIKELY(condition) __builtin_expect(!!(condition), 1)
 #define FUSED_L2_INLINE inline __attribute__((always_inline))
 #endif
 
@@ -30,6 +34,7 @@ enum class Capability : int { baseline, avx2, avx512, count };
 
 const char* name_of(Capability);
 bool is_supported(Capability);
+bool is_intel();
 Capability active_capability();
 void activate(Capability);
 

@@ -38,41 +38,56 @@ FUSED_L2_EXPORT int64_t fused_l2_capability_supported(int64_t index) {
 FUSED_L2_EXPORT int64_t fused_l2_capability() { return static_cast<int64_t>(active_capability()); }
 FUSED_L2_EXPORT void fused_l2_select_capability(int64_t index) { activate(static_cast<Capability>(index)); }
 
-// Is every watched tensor where and what it was when the plan was made? A watch is int64: handle,
-// address, bytes of storage needed from that address, dtype, dim, sizes, strides.
-FUSED_L2_EXPORT int64_t fused_l2_watches_hold(const int64_t* watch, int64_t count) {
-  const TorchAbi& abi = torch_abi();
+// A watch over one tensor is int64: handle, address, bytes of its storage, dtype, dim, sizes, strides. Dim is -1 where only
+// the memory is watched: for states, whose elements are paired with the parameter's by their place in memory.
+namespace watch {
+enum : int { handle, address, storage_bytes, dtype, dim, sizes };
+}
+
+// Is every watched tensor where and what it was when the plan was made?
+FUSED_L2_EXPORT int64_t fused_l2_watches_hold(const int64_t* w, int64_t count) {
+  const TorchAbi& torch = torch_abi();
   for (int64_t i = 0; i < count; ++i) {
-    const TensorFacts facts = abi.facts(address<void>(watch[0]));
-    const int64_t dim = watch[4];
-    if (!facts.valid || facts.address != watch[1] || facts.bytes_from_address < watch[2] || facts.dtype != watch[3] ||
-        facts.dim != dim || !std::equal(facts.sizes, facts.sizes + dim, watch + 5) ||
-        !std::equal(facts.strides, facts.strides + dim, watch + 5 + dim))
+    void* const tensor = address<void>(w[watch::handle]);
+    void* data = nullptr;
+    int64_t bytes = 0, dim = 0, *sizes = nullptr, *strides = nullptr;
+    int32_t type = 0;
+    if (torch.get_data_ptr(tensor, &data) != 0 || torch.get_storage_size(tensor, &bytes) != 0 ||
+        data != address<void>(w[watch::address]) || bytes != w[watch::storage_bytes])
       return 0;
-    watch += 5 + 2 * dim;
+    const int64_t watched_dim = w[watch::dim];
+    if (watched_dim < 0) {
+      w += watch::sizes;
+      continue;
+    }
+    if (torch.get_dtype(tensor, &type) != 0 || torch.get_dim(tensor, &dim) != 0 || torch.get_sizes(tensor, &sizes) != 0 ||
+        torch.get_strides(tensor, &strides) != 0 || type != w[watch::dtype] || dim != watched_dim ||
+        !std::equal(sizes, sizes + dim, w + watch::sizes) || !std::equal(strides, strides + dim, w + watch::sizes + dim))
+      return 0;
+    w += watch::sizes + 2 * dim;
   }
   return 1;
 }
 
-// Writes the watches of tensors to `out`. Returns their length in all, 0 if a tensor has no storage of its size, or
-// minus the length needed when it exceeds `capacity`.
-FUSED_L2_EXPORT int64_t fused_l2_make_watches(const int64_t* handles, int64_t count, int64_t* out, int64_t capacity) {
-  int64_t length = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const TensorFacts facts = torch_abi().facts(address<void>(handles[i]));
-    if (!facts.valid) return 0;
-    int64_t* watch = out + length;
-    length += 5 + 2 * facts.dim;
-    if (length > capacity) continue;
-    watch[0] = handles[i];
-    watch[1] = facts.address;
-    watch[2] = facts.bytes_needed;
-    watch[3] = facts.dtype;
-    watch[4] = facts.dim;
-    std::copy(facts.sizes, facts.sizes + facts.dim, watch + 5);
-    std::copy(facts.strides, facts.strides + facts.dim, watch + 5 + facts.dim);
-  }
-  return length > capacity ? -length : length;
+// Writes the watch of one tensor to `out`, which has room for it; its length, or 0 if the tensor has no memory to watch.
+FUSED_L2_EXPORT int64_t fused_l2_make_watch(int64_t handle, int64_t memory_only, int64_t* out) {
+  const TorchAbi& torch = torch_abi();
+  void* const tensor = address<void>(handle);
+  void* data = nullptr;
+  int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
+  int32_t type = 0;
+  if (torch.get_data_ptr(tensor, &data) != 0 || torch.get_storage_size(tensor, &out[watch::storage_bytes]) != 0 ||
+      torch.get_dtype(tensor, &type) != 0 || torch.get_dim(tensor, &dim) != 0 || torch.get_sizes(tensor, &sizes) != 0 ||
+      torch.get_strides(tensor, &strides) != 0)
+    return 0;
+  out[watch::handle] = handle;
+  out[watch::address] = static_cast<int64_t>(reinterpret_cast<intptr_t>(data));
+  out[watch::dtype] = type;
+  out[watch::dim] = memory_only ? -1 : dim;
+  if (memory_only) return watch::sizes;
+  std::copy(sizes, sizes + dim, out + watch::sizes);
+  std::copy(strides, strides + dim, out + watch::sizes + dim);
+  return watch::sizes + 2 * dim;
 }
 
 FUSED_L2_EXPORT void fused_l2_release(const int64_t* handles, int64_t count) {

@@ -35,52 +35,48 @@ struct Sweep {
 #endif
   }
 
+  // Its own function, so that nothing but this loop is live in it and the rule's constants stay in registers.
+  static FUSED_L2_NOINLINE void step_blocks(const Rule& constants, P* param, const P* grad, S* const* states_begin,
+                                            int64_t blocks, bool ahead) {
+    const Rule rule = constants;
+    S* state[states + 1];
+    for (int k = 0; k < states; ++k) state[k] = states_begin[k];
+    for (; blocks > 0; --blocks) {
+      if (ahead) {
+        prefetch(param);
+        prefetch(grad);
+        for (int k = 0; k < states; ++k) prefetch(state[k]);
+      }
+      step(rule, param, grad, state);
+      param += block;
+      grad += block;
+      for (int k = 0; k < states; ++k) state[k] += block;
+    }
+  }
+
   static void run(const Piece& piece, const double* coefficients, bool maximize) {
     const Rule rule(coefficients, maximize);
     P* param = address<P>(piece.row[column::param]) + piece.begin;
     const P* grad = address<const P>(piece.row[column::grad]) + piece.begin;
     S* state[states + 1];
     for (int k = 0; k < states; ++k) state[k] = address<S>(piece.row[column::state0 + k]) + piece.begin;
+    const int64_t blocks = piece.count / block, stepped = blocks * block;
+    if (blocks > 0) step_blocks(rule, param, grad, state, blocks, piece.prefetch);
 
-    alignas(64) P param_tail[block], grad_tail[block];
-    alignas(64) S state_tail[states + 1][block];
-    int64_t blocks = piece.count / block;
-    const size_t tail = static_cast<size_t>(piece.count % block);
-    bool in_tail = false;
-    P* param_home = nullptr;
-    S* state_home[states + 1];
-    for (;;) {
-      for (; blocks > 0; --blocks) {
-        if (piece.prefetch) {
-          prefetch(param);
-          prefetch(grad);
-          for (int k = 0; k < states; ++k) prefetch(state[k]);
-        }
-        step(rule, param, grad, state);
-        param += block;
-        grad += block;
-        for (int k = 0; k < states; ++k) state[k] += block;
-      }
-      if (in_tail || tail == 0) break;
-      in_tail = true;
-      blocks = 1;
-      std::memset(param_tail, 0, sizeof param_tail);
-      std::memset(grad_tail, 0, sizeof grad_tail);
-      std::memcpy(param_tail, param, tail * sizeof(P));
-      std::memcpy(grad_tail, grad, tail * sizeof(P));
-      param_home = param;
-      param = param_tail;
-      grad = grad_tail;
-      for (int k = 0; k < states; ++k) {
-        std::memset(state_tail[k], 0, sizeof state_tail[k]);
-        if (Rule::reads_states) std::memcpy(state_tail[k], state[k], tail * sizeof(S));
-        state_home[k] = state[k];
-        state[k] = state_tail[k];
-      }
+    const size_t tail = static_cast<size_t>(piece.count - stepped);
+    if (tail == 0) return;
+    alignas(64) P param_tail[block] = {}, grad_tail[block] = {};
+    alignas(64) S state_tail[states + 1][block] = {};
+    S* state_at[states + 1];
+    std::memcpy(param_tail, param + stepped, tail * sizeof(P));
+    std::memcpy(grad_tail, grad + stepped, tail * sizeof(P));
+    for (int k = 0; k < states; ++k) {
+      if (Rule::reads_states) std::memcpy(state_tail[k], state[k] + stepped, tail * sizeof(S));
+      state_at[k] = state_tail[k];
     }
-    if (!in_tail) return;
-    std::memcpy(param_home, param_tail, tail * sizeof(P));
-    for (int k = 0; k < states; ++k) std::memcpy(state_home[k], state_tail[k], tail * sizeof(S));
+    step_blocks(rule, param_tail, grad_tail, state_at, 1, false);
+    std::memcpy(param + stepped, param_tail, tail * sizeof(P));
+    for (int k = 0; k < states; ++k) std::memcpy(state[k] + stepped, state_tail[k], tail * sizeof(S));
   }
 };
 

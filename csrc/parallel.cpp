@@ -1,5 +1,7 @@
 #include "parallel.h"
 
+#include "capability.h"
+
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -14,7 +16,8 @@ constexpr int64_t kSerialElements = 32768;
 constexpr int64_t kChunk = 16384;
 // Cuts inside a tensor fall on multiples of this, so that threads share no cache line of an aligned tensor.
 constexpr int64_t kCut = 64;
-// A step that touches more than this many bytes does not fit the caches and gains from prefetching.
+// A step that touches more than this many bytes does not fit the caches. Asking for memory ahead then gains 10 to 13 % on
+// Intel (Sapphire Rapids) and costs 3 to 13 % on AMD (Zen 4), whose own prefetchers are enough.
 constexpr int64_t kPrefetchFrom = int64_t(48) << 20;
 
 TorchThreads torch_threads{nullptr, nullptr};
@@ -45,7 +48,7 @@ struct Line {
       }
     }
     first.push_back(position);
-    prefetch = position * 16 > kPrefetchFrom;  // 16: param, grad and two states of float32
+    prefetch = is_intel() && position * 16 > kPrefetchFrom;  // 16: param, grad and two states of float32
   }
 
   int64_t size() const { return first.back(); }

@@ -5,32 +5,21 @@
 
 namespace fused_l2 {
 
-struct TensorFacts {
-  bool valid;  // strided, with storage
-  int64_t address, bytes_needed, bytes_from_address, dtype, dim;
-  const int64_t *sizes, *strides;
-};
-
 struct TorchAbi {
   int (*parallel_for)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
   int (*num_threads)(uint32_t*);
   int (*get_data_ptr)(void* tensor, void** out);
   int (*get_storage_size)(void* tensor, int64_t* bytes);
-  int (*get_storage_offset)(void* tensor, int64_t* elements);
   int (*get_dim)(void* tensor, int64_t* out);
   int (*get_sizes)(void* tensor, int64_t** out);
   int (*get_strides)(void* tensor, int64_t** out);
   int (*get_dtype)(void* tensor, int32_t* out);
-  int (*get_layout)(void* tensor, int32_t* out);
-  size_t (*dtype_element_size)(int32_t dtype);
   int (*delete_tensor_object)(void* tensor);
 
   bool has_threads() const { return parallel_for && num_threads; }
   bool has_tensors() const {
-    return get_data_ptr && get_storage_size && get_storage_offset && get_dim && get_sizes && get_strides && get_dtype &&
-           get_layout && dtype_element_size && delete_tensor_object;
+    return get_data_ptr && get_storage_size && get_dim && get_sizes && get_strides && get_dtype && delete_tensor_object;
   }
-  TensorFacts facts(void* tensor) const;
   void release(void* tensor) const { delete_tensor_object(tensor); }
 };
 

@@ -55,10 +55,12 @@ struct ConstantDivisor {
   }
 
   FUSED_L2_INLINE V divide(V x) const {
-    if (!all_finite(x)) return x / divisor;  // inf, NaN, and every x where this is no gain
-    const V q = fma(x, reciprocal, x * reciprocal_low);
-    const V r = fma(negate(q), divisor, x);
-    return fma(r, reciprocal, q);
+    if (FUSED_L2_LIKELY(all_finite(x))) {
+      const V q = fma(x, reciprocal, x * reciprocal_low);
+      const V r = negated_fma(q, divisor, x);
+      return fma(r, reciprocal, q);
+    }
+    return x / divisor;  // inf, NaN; and every x of a type for which all_finite() is not worth asking
   }
 };
 
@@ -67,7 +69,7 @@ struct Adam {
   using T = typename V::T;
   static constexpr int states = amsgrad ? 3 : 2;
   static constexpr bool reads_states = true;
-  V weight_decay, decay, one_minus_beta1, neg_beta1, beta2, one_minus_beta2, eps, neg_step_size;
+  V weight_decay, decay, lerp_weight, beta2, one_minus_beta2, eps, neg_step_size;
   ConstantDivisor<V> bias_correction2_sqrt;
   bool maximize, lerp_from_end;
 
@@ -77,14 +79,13 @@ struct Adam {
     const auto rounded = [&](int i) { return V::broadcast(static_cast<T>(row[i])); };
     weight_decay = rounded(at::weight_decay);
     decay = rounded(at::decay);
-    one_minus_beta1 = rounded(at::one_minus_beta1);
     beta2 = rounded(at::beta2);
     one_minus_beta2 = rounded(at::one_minus_beta2);
     eps = rounded(at::eps);
     neg_step_size = rounded(at::neg_step_size);
     const T weight = static_cast<T>(row[at::one_minus_beta1]);
-    neg_beta1 = V::broadcast(weight - T(1));
     lerp_from_end = !(weight < T(0.5));  // torch.lerp takes the nearer end
+    lerp_weight = V::broadcast(lerp_from_end ? weight - T(1) : weight);
   }
 
   FUSED_L2_INLINE void operator()(V& param, V grad, V* state) const {
@@ -93,7 +94,8 @@ struct Adam {
     if constexpr (coupled) grad = fma(param, weight_decay, grad);
     else param = param * decay;  // 1 where there is none
     const V difference = grad - exp_avg;
-    exp_avg = lerp_from_end ? fma(neg_beta1, difference, grad) : fma(one_minus_beta1, difference, exp_avg);
+    if (!FUSED_L2_LIKELY(!lerp_from_end)) exp_avg = grad;
+    exp_avg = fma(lerp_weight, difference, exp_avg);
     exp_avg_sq = fma(one_minus_beta2 * grad, grad, exp_avg_sq * beta2);
     V second_moment = exp_avg_sq;
     if constexpr (amsgrad) second_moment = state[2] = maximum(state[2], exp_avg_sq);

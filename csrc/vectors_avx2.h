@@ -21,6 +21,8 @@ FUSED_L2_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; 
 FUSED_L2_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
 FUSED_L2_INLINE F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
 FUSED_L2_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+// c - a * b
+FUSED_L2_INLINE F32 negated_fma(F32 a, F32 b, F32 c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 FUSED_L2_INLINE F32 sqrt(F32 a) { return {_mm256_sqrt_ps(a.v)}; }
 FUSED_L2_INLINE F32 negate(F32 a) { return {_mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f))}; }
 // torch.maximum: a NaN on either side wins. max_ps returns its second operand when either is NaN.
@@ -37,6 +39,7 @@ FUSED_L2_INLINE F64 operator-(F64 a, F64 b) { return {_mm256_sub_pd(a.v, b.v)}; 
 FUSED_L2_INLINE F64 operator*(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
 FUSED_L2_INLINE F64 operator/(F64 a, F64 b) { return {_mm256_div_pd(a.v, b.v)}; }
 FUSED_L2_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+FUSED_L2_INLINE F64 negated_fma(F64 a, F64 b, F64 c) { return {_mm256_fnmadd_pd(a.v, b.v, c.v)}; }
 FUSED_L2_INLINE F64 sqrt(F64 a) { return {_mm256_sqrt_pd(a.v)}; }
 FUSED_L2_INLINE F64 negate(F64 a) { return {_mm256_xor_pd(a.v, _mm256_set1_pd(-0.0))}; }
 FUSED_L2_INLINE F64 maximum(F64 a, F64 b) {

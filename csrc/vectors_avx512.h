@@ -21,6 +21,8 @@ FUSED_L2_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; 
 FUSED_L2_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 FUSED_L2_INLINE F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 FUSED_L2_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// c - a * b
+FUSED_L2_INLINE F32 negated_fma(F32 a, F32 b, F32 c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
 FUSED_L2_INLINE F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
 FUSED_L2_INLINE F32 negate(F32 a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
 // torch.maximum: a NaN on either side wins. max_ps returns its second operand when either is NaN.
@@ -28,7 +30,8 @@ FUSED_L2_INLINE F32 maximum(F32 a, F32 b) {
   return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
 }
 FUSED_L2_INLINE bool all_finite(F32 a) {
-  return _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), _mm512_set1_ps(3.402823466e38f), _CMP_LE_OQ) == 0xffff;
+  constexpr int quiet_nan = 0x01, plus_inf = 0x08, minus_inf = 0x10, signaling_nan = 0x80;
+  return _mm512_fpclass_ps_mask(a.v, quiet_nan | plus_inf | minus_inf | signaling_nan) == 0;
 }
 
 FUSED_L2_INLINE F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
@@ -36,6 +39,7 @@ FUSED_L2_INLINE F64 operator-(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; 
 FUSED_L2_INLINE F64 operator*(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
 FUSED_L2_INLINE F64 operator/(F64 a, F64 b) { return {_mm512_div_pd(a.v, b.v)}; }
 FUSED_L2_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+FUSED_L2_INLINE F64 negated_fma(F64 a, F64 b, F64 c) { return {_mm512_fnmadd_pd(a.v, b.v, c.v)}; }
 FUSED_L2_INLINE F64 sqrt(F64 a) { return {_mm512_sqrt_pd(a.v)}; }
 FUSED_L2_INLINE F64 negate(F64 a) { return {_mm512_xor_pd(a.v, _mm512_set1_pd(-0.0))}; }
 FUSED_L2_INLINE F64 maximum(F64 a, F64 b) {
@@ -43,12 +47,16 @@ FUSED_L2_INLINE F64 maximum(F64 a, F64 b) {
 }
 FUSED_L2_INLINE bool all_finite(F64) { return false; }
 
-// bfloat16: the upper half of a float. Round to nearest even in integers; a NaN keeps its upper bits and is made quiet.
-FUSED_L2_INLINE __m512i rounded_bf16(__m512 x) {  // the result stands in the upper halves
+// bfloat16: the upper half of a float. Round to nearest even in integers: add 0x7fff, and 1 more if the half is odd.
+FUSED_L2_INLINE __m512i rounded_bf16_unless_nan(__m512 x) {  // the result stands in the upper halves
   const __m512i u = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-  return _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
+  const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+  const __m512i rounded = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+  return _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
+}
+FUSED_L2_INLINE __m512i rounded_bf16(__m512 x) {  // a NaN keeps its upper bits and is made quiet
+  const __m512i quiet = _mm512_or_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x400000));
+  return _mm512_mask_mov_epi32(rounded_bf16_unless_nan(x), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
 }
 
 template <class V> FUSED_L2_INLINE V load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -85,8 +93,14 @@ template <class V, bool interleaved, class S> FUSED_L2_INLINE void load2(const S
 }
 template <bool interleaved, class V, class S> FUSED_L2_INLINE void store2(S* p, V a, V b) {
   if constexpr (interleaved && std::is_same_v<S, BFloat16>) {
-    const __m512i even = _mm512_srli_epi32(rounded_bf16(a.v), 16);
-    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, even, rounded_bf16(b.v)));
+    __m512i even = rounded_bf16_unless_nan(a.v), odd = rounded_bf16_unless_nan(b.v);
+    if (!FUSED_L2_LIKELY(_mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q) == 0)) {
+      even = rounded_bf16(a.v);
+      odd = rounded_bf16(b.v);
+    }
+    // (even >> 16) | (odd & 0xffff0000), as one ternary logic operation: f(x, y, z) = x | (y & z)
+    const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
+    _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(_mm512_srli_epi32(even, 16), odd, upper, 0xf8));
   } else {
     store(p, a);
     store(p + V::width, b);

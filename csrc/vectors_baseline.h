@@ -28,8 +28,10 @@ using F64 = Lanes<double, 2>;
 template <class V> FUSED_L2_INLINE V fma(V a, V b, V c) {
   return V::make([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
 }
-template <class V> FUSED_L2_INLINE V sqrt(V a) { return V::make([&](int i) { return std::sqrt(a.lane[i]); }); }
 template <class V> FUSED_L2_INLINE V negate(V a) { return V::make([&](int i) { return -a.lane[i]; }); }
+// c - a * b
+template <class V> FUSED_L2_INLINE V negated_fma(V a, V b, V c) { return fma(negate(a), b, c); }
+template <class V> FUSED_L2_INLINE V sqrt(V a) { return V::make([&](int i) { return std::sqrt(a.lane[i]); }); }
 // torch.maximum: a NaN on either side wins.
 template <class V> FUSED_L2_INLINE V maximum(V a, V b) {
   return V::make([&](int i) { return a.lane[i] != a.lane[i] || a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });

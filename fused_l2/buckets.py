@@ -95,8 +95,8 @@ class CpuPart:
         grads = [_grad_of(e) for e in entries]
         self._copied = [i for i, (p, g) in enumerate(zip(self._params, grads, strict=True)) if needs_copy(p, g)]
         self._guard = gradient_guard(grads)
-        watched = [t for e in entries for t in (e.param, *e.states, e.counter) if t is not None]
-        self._watch: Watch = make_watch(library, watched)
+        memory = [t for e in entries for t in (*e.states, e.counter) if t is not None]
+        self._watch: Watch = make_watch(library, self._params, memory)
         self._copies: list[Tensor] = []  # alive until the step is done
 
     def refresh(self, grads: Sequence[Tensor]) -> bool:

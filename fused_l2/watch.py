@@ -20,10 +20,10 @@ from .tensor_table import int64_array
 
 
 class Watch:
-    """Tells whether tensors still have the address, storage, shape, strides and dtype they had."""
+    """Tells whether ``tensors`` still have the address, storage, shape, strides and dtype they had, and ``memory`` theirs."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = list(tensors)
+    def __init__(self, tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> None:
+        self._tensors = [*tensors, *memory]
         self._facts = [self._facts_of(t) for t in self._tensors]
 
     @staticmethod
@@ -37,17 +37,20 @@ class Watch:
 class NativeWatch(Watch):
     """The same through the C++ library and torch's stable C ABI: some nanoseconds a tensor."""
 
-    def __init__(self, library: Library, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, library: Library, tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> None:
         self._library = library
-        self._count = len(tensors)
-        capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
+        watched = [*((t, False) for t in tensors), *((t, True) for t in memory)]
+        self._count = len(watched)
+        capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([t for t, _ in watched])
         # The capsules own nothing: the handles they hold are ours to release.
         self._handles = int64_array([_capsule_pointer()(capsule, None) for capsule in capsules])
-        capacity = sum(5 + 2 * t.dim() for t in tensors)
-        self._watches = (ctypes.c_int64 * max(capacity, 1))()
+        self._watches = (ctypes.c_int64 * max(sum(5 + 2 * t.dim() for t, _ in watched), 1))()
         self._address = ctypes.addressof(self._watches)
-        length = library.make_watches(self._handles, self._count, self._address, capacity)
-        self._valid = length == capacity
+        end, self._valid = self._address, True
+        for handle, (_, memory_only) in zip(self._handles, watched, strict=True):
+            length = library.make_watch(handle, memory_only, end)
+            self._valid &= length > 0
+            end += 8 * length
 
     def holds(self) -> bool:
         return self._valid and bool(self._library.watches_hold(self._address, self._count))
@@ -64,9 +67,9 @@ def _capsule_pointer() -> Callable[[Any, None], int]:
     return get_pointer
 
 
-def make_watch(library: Library, tensors: Sequence[Tensor]) -> Watch:
-    """A watch over these tensors as they are now."""
-    return NativeWatch(library, tensors) if library.has_tensors else Watch(tensors)
+def make_watch(library: Library, tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> Watch:
+    """A watch over these tensors as they are now; of those in ``memory`` only address and storage matter."""
+    return NativeWatch(library, tensors, memory) if library.has_tensors else Watch(tensors, memory)
 
 
 Guard = Callable[[Sequence[Tensor]], bool]

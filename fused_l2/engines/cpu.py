@@ -47,8 +47,8 @@ class Library:
             library.fused_l2_select_capability.restype = None
             for function in ("capability_supported", "capability", "thread_count"):
                 getattr(library, f"fused_l2_{function}").restype = integer
-            library.fused_l2_make_watches.argtypes = [pointer, integer, pointer, integer]
-            library.fused_l2_make_watches.restype = integer
+            library.fused_l2_make_watch.argtypes = [integer, integer, pointer]
+            library.fused_l2_make_watch.restype = integer
             library.fused_l2_watches_hold.argtypes = [pointer, integer]
             library.fused_l2_watches_hold.restype = integer
             library.fused_l2_release.argtypes = [pointer, integer]
@@ -79,7 +79,7 @@ class Library:
         # What step() calls each time, bound once.
         self.check = self._short.fused_l2_check
         self.step = self._long.fused_l2_step
-        self.make_watches = self._short.fused_l2_make_watches
+        self.make_watch = self._short.fused_l2_make_watch
         self.watches_hold = self._short.fused_l2_watches_hold
         self.release = self._short.fused_l2_release
 

@@ -1,0 +1,1 @@
+"""Microbenchmarks: ``python -m bench`` (see ``python -m bench --help``)."""
