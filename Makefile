@@ -1,0 +1,80 @@
+# make demo, make test: each sets up everything it needs.
+#
+# An active virtual or conda environment is used as it is; otherwise .venv is made, which sees a system-wide torch. torch is
+# installed only where it cannot be imported, and never replaced.
+TORCH ?= torch==2.13.0
+export PYTHONSAFEPATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+ifneq ($(VIRTUAL_ENV)$(CONDA_PREFIX),)
+PYTHON := $(shell command -v python)
+ENVIRONMENT := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+else
+PYTHON := .venv/bin/python
+ENVIRONMENT := .venv
+endif
+STAMP := $(ENVIRONMENT)/.fused_l2-installed
+SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
+
+.PHONY: demo test bench sanitize lint format wheel clean
+
+# Another checkout may have installed itself into the same environment since.
+INSTALLED := import importlib.util, os, sys; spec = importlib.util.find_spec('fused_l2'); \
+  sys.exit(spec is None or not os.path.samefile(os.path.dirname(spec.origin), 'fused_l2'))
+ifneq ($(wildcard $(STAMP)),)
+ifneq ($(shell $(PYTHON) -c "$(INSTALLED)" 2>/dev/null && echo yes),yes)
+$(shell rm -f $(STAMP))
+endif
+endif
+
+demo: $(STAMP)
+	$(PYTHON) -m fused_l2.demo
+
+test: $(STAMP)
+	$(PYTHON) -m pytest
+
+# Figures for this machine. For a file to keep: make bench BENCH="--json bench/results/<date>-<machine>.json"
+bench: $(STAMP)
+	PYTHONSAFEPATH= PYTHONPATH=. $(PYTHON) -m bench $(BENCH)
+
+# The C++ alone, without torch or Python, under AddressSanitizer and UndefinedBehaviorSanitizer, and with threads under
+# ThreadSanitizer.
+CXX ?= g++
+SANITIZE := -std=c++17 -O1 -g -ffp-contract=off -fno-math-errno -w -Icsrc
+CORE := $(filter-out csrc/library.cpp csrc/torch_abi.cpp,$(wildcard csrc/*.cpp))
+sanitize:
+	@mkdir -p build
+	$(CXX) $(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=all tests/fuzz_kernels.cpp $(CORE) -pthread -o build/fuzz-address
+	build/fuzz-address 300
+	$(CXX) $(SANITIZE) -fsanitize=thread tests/fuzz_kernels.cpp $(CORE) -pthread -o build/fuzz-thread
+	build/fuzz-thread 40
+
+lint: $(STAMP)
+	$(PYTHON) -c "import mypy, ruff, clang_format" 2>/dev/null || \
+	  $(PYTHON) -m pip install -q -c $(ENVIRONMENT)/.fused_l2-torch -e '.[dev]'
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+	$(dir $(PYTHON))clang-format --dry-run --Werror csrc/*.h csrc/*.cpp bench/*.h bench/*.cpp tests/*.cpp
+
+format: $(STAMP)
+	$(PYTHON) -m ruff check --fix
+	$(PYTHON) -m ruff format
+	$(dir $(PYTHON))clang-format -i csrc/*.h csrc/*.cpp bench/*.h bench/*.cpp tests/*.cpp
+
+wheel: $(STAMP)
+	FUSED_L2_CPP=require $(PYTHON) -m pip wheel . --no-deps -w dist
+
+clean:
+	rm -rf build dist fused_l2.egg-info fused_l2/libfused_l2.* .venv
+
+.venv/bin/python:
+	python3 -m venv --system-site-packages .venv
+
+# An editable install does not compile again by itself: the stamp depends on the C++ sources.
+$(STAMP): $(SOURCES) | $(PYTHON)
+	$(PYTHON) -c "import torch" 2>/dev/null || $(PYTHON) -m pip install "$(TORCH)"
+	$(PYTHON) -c "import torch; print('torch==' + torch.__version__)" > $(ENVIRONMENT)/.fused_l2-torch
+	$(PYTHON) -m pip install -c $(ENVIRONMENT)/.fused_l2-torch -e '.[demo,test]'
+	@touch $@
+

@@ -1,0 +1,140 @@
+"""Weights whose scale a normalization layer removes: there, decay is a learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from .param_groups import NORMS
+from .penalty import sums_of_squares
+
+
+@dataclass(frozen=True)
+class NormalizedWeight:
+    """A decayed weight that feeds a normalization layer. ``effective_lr`` is lr / |w|^2."""
+
+    name: str
+    normalization: str
+    norm: float
+    lr: float
+    weight_decay: float
+
+    @property
+    def effective_lr(self) -> float:
+        return self.lr / self.norm**2 if self.norm > 0 else math.inf
+
+
+class NormalizedWeights(list[NormalizedWeight]):
+    """What :func:`normalized_weights` returns; prints as a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no decayed weight feeds a normalization layer"
+        rows = [("weight", "feeds", "|w|", "lr", "weight_decay", "lr/|w|^2")]
+        rows += [
+            (w.name, w.normalization, f"{w.norm:.4g}", f"{w.lr:.4g}", f"{w.weight_decay:.4g}", f"{w.effective_lr:.4g}")
+            for w in self
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+@torch.no_grad()
+def normalized_weights(
+    model: nn.Module, optimizer: Optimizer, example_inputs: tuple[Any, ...] | None = None
+) -> NormalizedWeights:
+    """The decayed weights of linear and convolution layers whose output goes straight into a normalization layer.
+
+    Such a layer makes the function independent of the weight's scale: f(c * w) = f(w) for c > 0. The gradient is then
+    orthogonal to w and proportional to 1 / |w|, so a step turns w by an angle that depends on lr / |w|^2. Decaying w does not
+    regularize the function: it keeps |w| small and thereby the *effective learning rate* lr / |w|^2 large (van Laarhoven
+    2017, "L2 Regularization versus Batch and Weight Normalization").
+
+    Args:
+        model: traced with ``torch.fx``, or run once on ``example_inputs`` where that is given.
+        optimizer: tells the learning rate and the weight decay of each weight.
+        example_inputs: positional arguments for ``model``. For models that torch.fx cannot trace. The run happens in eval
+            mode and without gradients; a use of the layer's output besides the normalization is then not noticed.
+
+    Raises:
+        ValueError: if torch.fx cannot trace the model and there are no ``example_inputs``.
+    """
+    feeds = _run(model, example_inputs) if example_inputs is not None else _trace(model)
+    settings = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    found = NormalizedWeights()
+    for layer, normalization in feeds.items():
+        weight = getattr(model.get_submodule(layer), "weight", None)
+        group = settings.get(id(weight))
+        if isinstance(weight, Tensor) and group is not None and float(group["weight_decay"]) != 0:
+            norm = math.sqrt(sums_of_squares([weight.detach()])[0])
+            name = f"{layer}.weight"
+            found.append(NormalizedWeight(name, normalization, norm, float(group["lr"]), float(group["weight_decay"])))
+    return found
+
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, NORMS) or "Norm" in type(module).__name__
+
+
+def _trace(model: nn.Module) -> dict[str, str]:
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return _is_norm(module) or super().is_leaf_module(module, name)
+
+    try:
+        graph = Tracer().trace(model)
+    except Exception as error:
+        raise ValueError(
+            f"torch.fx cannot trace this model ({error}). Pass example_inputs=(x, ...): the model is then run once instead."
+        ) from error
+    modules = dict(model.named_modules())
+    feeds = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and isinstance(modules[node.target], _LAYERS) and len(node.users) == 1:
+            user = next(iter(node.users))
+            if user.op == "call_module" and _is_norm(modules[user.target]):
+                feeds[str(node.target)] = str(user.target)
+    return feeds
+
+
+def _run(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, str]:
+    made: dict[int, tuple[Tensor, str]] = {}  # holds the outputs, so that no id is used twice
+    feeds: dict[str, str] = {}
+
+    def made_by(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            made[id(output)] = (output, name)
+
+        return hook
+
+    def taken_by(name: str) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs and id(inputs[0]) in made:
+                feeds[made[id(inputs[0])][1]] = name
+
+        return hook
+
+    hooks = []
+    was_training = {m: m.training for m in model.modules()}
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, _LAYERS):
+                hooks.append(module.register_forward_hook(made_by(name)))
+            elif _is_norm(module):
+                hooks.append(module.register_forward_pre_hook(taken_by(name)))
+        model.eval()
+        model(*example_inputs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for module, training in was_training.items():
+            module.training = training
+    return feeds

@@ -1,0 +1,79 @@
+"""The value of the L2 penalty that weight decay stands for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from ..engines import cpu, is_dense
+from ..tensor_table import DTYPES
+from .conversion import Reduction, from_lambda
+
+
+@torch.no_grad()
+def penalty(
+    groups: Optimizer | Iterable[dict[str, Any]],
+    lam: float | None = None,
+    n: int | None = None,
+    reduction: Reduction = "mean",
+) -> float:
+    """The L2 penalty over the decayed parameters: those of groups whose ``weight_decay`` is not 0.
+
+    With ``lam`` and ``n`` the value is (lam / 2n) * sum(w^2), or (lam / 2) * sum(w^2) with ``reduction="sum"``: what the loss
+    of :func:`from_lambda` adds to its data term. Without them it is sum over groups of (weight_decay / 2) * sum(w^2), the
+    same number if each group's ``weight_decay`` is lam / n.
+
+    One pass over the weights. On a CPU the sum is made in float64 in a fixed order: the same bits for any number of threads.
+
+    Args:
+        groups: an optimizer, or param groups as passed to one (each with its ``weight_decay``).
+
+    Returns:
+        The penalty as a float (on other devices than the CPU this waits for the device).
+
+    Raises:
+        ValueError: if only one of ``lam`` and ``n`` is given, a group has no ``weight_decay``, or a value is out of its range.
+    """
+    if (lam is None) != (n is None):
+        raise ValueError("penalty needs both lam and n, or neither: then each group's own weight_decay counts")
+    coefficient = None if lam is None or n is None else from_lambda(lam, n, reduction)
+    tensors: list[Tensor] = []
+    weights: list[float] = []
+    seen: set[int] = set()
+    for index, group in enumerate(groups.param_groups if isinstance(groups, Optimizer) else groups):
+        if not isinstance(group, dict) or "weight_decay" not in group:
+            raise ValueError(f"group {index} has no 'weight_decay': pass an optimizer, or param groups as given to one")
+        own = float(group["weight_decay"])
+        if own == 0:
+            continue
+        params = group["params"]
+        for entry in [params] if isinstance(params, Tensor) else params:
+            param: Tensor = entry[1] if isinstance(entry, tuple) else entry
+            if id(param) not in seen:
+                seen.add(id(param))
+                tensors.append(param.detach())
+                weights.append(own if coefficient is None else coefficient)
+    return 0.5 * math.fsum(w * s for w, s in zip(weights, sums_of_squares(tensors), strict=True))
+
+
+def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
+    """Sum of x^2 per tensor, in float64."""
+    library = cpu.library()
+    sums = [0.0] * len(tensors)
+    native = [
+        i
+        for i, t in enumerate(tensors)
+        if library is not None and t.device.type == "cpu" and t.dtype in DTYPES and type(t) is Tensor and is_dense(t)
+    ]
+    if library is not None and native:
+        chosen = [tensors[i] for i in native]
+        for i, total in zip(native, library.sums_of_squares(chosen, [DTYPES[t.dtype] for t in chosen]), strict=True):
+            sums[i] = total
+    for i in set(range(len(tensors))) - set(native):
+        sums[i] = float(tensors[i].double().square().sum())
+    return sums

@@ -1,0 +1,172 @@
+// The update kernels on random tables, without torch or Python: `make sanitize` builds this with sanitizers.
+//
+// Every tensor lies in an allocation of exactly its size, at a random alignment, so that a sanitizer sees any access beyond
+// it. The expected bits come from the same step made one element at a time, each as a tensor of its own, with the baseline
+// instruction set and one thread: a result that depended on an element's position, on alignment, thread count or instruction
+// set would differ.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "dtypes.h"
+#include "kernels.h"
+
+using namespace fused_l2;
+
+namespace {
+
+unsigned threads = 1;
+int parallel_for(int64_t begin, int64_t end, int64_t, void (*f)(int64_t, int64_t, void*), void* context) {
+  std::vector<std::thread> pool;
+  for (int64_t i = begin; i < end; ++i) pool.emplace_back([=] { f(i, i + 1, context); });
+  for (auto& thread : pool) thread.join();
+  return 0;
+}
+int num_threads(uint32_t* count) {
+  *count = threads;
+  return 0;
+}
+
+constexpr int64_t kSizes[] = {4, 8, 2, 2};  // by dtype
+
+struct Buffer {
+  std::vector<char> bytes;
+  size_t offset;
+  char* data() { return bytes.data() + offset; }
+};
+
+struct Fuzz {
+  std::mt19937_64 random;
+  int64_t below(int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); }
+
+  Buffer make(int64_t numel, int64_t type, bool positive) {
+    const auto element = static_cast<size_t>(kSizes[type]);
+    Buffer b{{}, static_cast<size_t>(below(16)) * element};
+    b.bytes.resize(b.offset + static_cast<size_t>(numel) * element);
+    b.bytes.shrink_to_fit();
+    for (int64_t i = 0; i < numel; ++i) {
+      const int kind = static_cast<int>(below(64));
+      double x = std::ldexp(static_cast<double>(below(1 << 24)) - (positive ? 0 : 1 << 23), static_cast<int>(below(40)) - 44);
+      if (kind == 0) x = 0;
+      if (kind == 1) x = std::ldexp(1.0, -140);
+      if (kind == 2) x = INFINITY;
+      if (kind == 3) x = NAN;
+      char* at = b.data() + static_cast<size_t>(i) * element;
+      if (type == dtype::float64) std::memcpy(at, &x, 8);
+      float f = static_cast<float>(x);
+      BFloat16 half;
+      Float16 ieee_half;
+      narrow(f, half);
+      narrow(f, ieee_half);
+      if (type == dtype::float32) std::memcpy(at, &f, 4);
+      if (type == dtype::bfloat16) std::memcpy(at, &half, 2);
+      if (type == dtype::float16) std::memcpy(at, &ieee_half, 2);
+    }
+    return b;
+  }
+
+  bool once() {
+    const int64_t rule = below(rule::count), types[] = {below(dtype::count), 0};
+    const int64_t param_type = types[0];
+    const int64_t state_type = param_type >= dtype::bfloat16 && below(2) ? static_cast<int64_t>(dtype::float32) : param_type;
+    const int64_t flags = below(int64_t(1) << flag::bit::count);
+    const int states = rule == rule::adam ? (flags & flag::amsgrad ? 3 : 2) : (flags & flag::momentum ? 1 : 0);
+    double coefficients[2 * kCoefficients];
+    for (double& c : coefficients) c = static_cast<double>(1 + below(1000)) / 1001;
+    if (below(2)) coefficients[0] = 0;  // weight_decay of the first coefficient row
+
+    const int64_t tensors = 1 + below(12);
+    std::vector<std::vector<Buffer>> all, expected;
+    std::vector<int64_t> table, single;
+    for (int64_t t = 0; t < tensors; ++t) {
+      const int64_t numel = below(8) ? below(700) : below(60000);
+      std::vector<Buffer> buffers;
+      buffers.push_back(make(numel, param_type, false));
+      buffers.push_back(make(numel, param_type, false));
+      for (int k = 0; k < states; ++k) buffers.push_back(make(numel, state_type, rule == rule::adam && k > 0));
+      all.push_back(buffers);
+      expected.push_back(buffers);
+      const int64_t row_flags = below(2) ? row_flag::first_step : 0, row = below(2);
+      for (auto* list : {&all, &expected}) {
+        auto& here = list->back();
+        const int64_t step = list == &all ? numel : 1;
+        for (int64_t i = 0; i < numel || (list == &all && i == 0); i += step ? step : 1) {
+          int64_t columns[column::count] = {};
+          for (size_t k = 0; k < here.size(); ++k)
+            columns[k] = reinterpret_cast<intptr_t>(here[k].data()) + i * kSizes[k < 2 ? param_type : state_type];
+          columns[column::numel] = step;
+          columns[column::coefficients] = row;
+          columns[column::flags] = row_flags;
+          auto& into = list == &all ? table : single;
+          into.insert(into.end(), columns, columns + column::count);
+          if (!step) break;
+        }
+      }
+    }
+    const PieceFunction update = [](const Piece& piece) {
+      (piece.bucket->rule == rule::sgd ? sgd_kernels : adam_kernels).get()(piece);
+    };
+    Bucket bucket{rule, flags, param_type, state_type, static_cast<int64_t>(single.size() / column::count),
+                  single.data(), coefficients, nullptr};
+    threads = 1;
+    activate(Capability::baseline);
+    for_each_piece(&bucket, 1, update);
+
+    do activate(static_cast<Capability>(below(static_cast<int64_t>(Capability::count))));
+    while (!is_supported(active_capability()));
+    threads = static_cast<unsigned>(1 + below(8));
+    bucket.rows = tensors;
+    bucket.table = table.data();
+    for_each_piece(&bucket, 1, update);
+
+    for (int64_t t = 0; t < tensors; ++t)
+      for (size_t k = 0; k < all[t].size(); ++k)
+        if (!same(all[t][k], expected[t][k], k < 2 ? param_type : state_type)) {
+          std::printf("rule %d flags %d dtypes %d %d, %s, %u threads: tensor %d of %d, buffer %d differs\n", int(rule), int(flags),
+                      int(param_type), int(state_type), name_of(active_capability()), threads, int(t), int(tensors), int(k));
+          return false;
+        }
+    return true;
+  }
+
+  // Equal bits; any NaN equals any other.
+  static bool same(Buffer& a, Buffer& b, int64_t type) {
+    const size_t element = static_cast<size_t>(kSizes[type]), bytes = a.bytes.size() - a.offset;
+    for (size_t i = 0; i < bytes; i += element) {
+      if (std::memcmp(a.data() + i, b.data() + i, element) == 0) continue;
+      if (!is_nan(a.data() + i, type) || !is_nan(b.data() + i, type)) return false;
+    }
+    return true;
+  }
+  template <class T>
+  static T read(const char* p) {
+    T x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static bool is_nan(const char* p, int64_t type) {
+    switch (type) {
+      case dtype::float64: return std::isnan(read<double>(p));
+      case dtype::float32: return std::isnan(read<float>(p));
+      case dtype::bfloat16: return std::isnan(widen(read<BFloat16>(p)));
+      default: return std::isnan(widen(read<Float16>(p)));
+    }
+  }
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
+  use_threads_of({parallel_for, num_threads});
+  for (int i = 0; i < rounds; ++i)
+    if (!Fuzz{std::mt19937_64(static_cast<uint64_t>(i))}.once()) {
+      std::printf("failed in round %d\n", i);
+      return 1;
+    }
+  std::printf("%d rounds, no difference\n", rounds);
+}
