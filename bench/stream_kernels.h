@@ -4,8 +4,7 @@
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
-template <class V, int states_>
-struct Stream {
+template <class V, int states_> struct Stream {
   static constexpr int states = states_;
   static constexpr bool reads_states = true;
   V zero;
@@ -20,7 +19,8 @@ void stream(const Piece& piece) {
   static const double zeros[kCoefficients] = {};
   with_dtypes(*piece.bucket, [&](auto vector, auto param, auto state) {
     using V = decltype(vector);
-    if (piece.bucket->rule == rule::adam) return Sweep<V, decltype(param), decltype(state), Stream<V, 2>>::run(piece, zeros, false);
+    if (piece.bucket->rule == rule::adam)
+      return Sweep<V, decltype(param), decltype(state), Stream<V, 2>>::run(piece, zeros, false);
     Sweep<V, decltype(param), decltype(state), Stream<V, 1>>::run(piece, zeros, false);
   });
 }

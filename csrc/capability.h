@@ -39,8 +39,7 @@ Capability active_capability();
 void activate(Capability);
 
 // A table of one function per instruction set; `get()` is the one in use.
-template <class Function>
-struct PerCapability {
+template <class Function> struct PerCapability {
   Function baseline, avx2, avx512;
 
   Function get() const {

@@ -6,8 +6,12 @@
 
 namespace fused_l2 {
 
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 inline uint32_t bits_of(float x) {
   uint32_t u;

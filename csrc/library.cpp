@@ -38,8 +38,8 @@ FUSED_L2_EXPORT int64_t fused_l2_capability_supported(int64_t index) {
 FUSED_L2_EXPORT int64_t fused_l2_capability() { return static_cast<int64_t>(active_capability()); }
 FUSED_L2_EXPORT void fused_l2_select_capability(int64_t index) { activate(static_cast<Capability>(index)); }
 
-// A watch over one tensor is int64: handle, address, bytes of its storage, dtype, dim, sizes, strides. Dim is -1 where only
-// the memory is watched: for states, whose elements are paired with the parameter's by their place in memory.
+// A watch over one tensor is int64: handle, address, bytes of its storage, dtype, dim, sizes, strides. Dim is -1 where
+// only the memory is watched: for states, whose elements are paired with the parameter's by their place in memory.
 namespace watch {
 enum : int { handle, address, storage_bytes, dtype, dim, sizes };
 }
@@ -60,16 +60,18 @@ FUSED_L2_EXPORT int64_t fused_l2_watches_hold(const int64_t* w, int64_t count) {
       w += watch::sizes;
       continue;
     }
-    if (torch.get_dtype(tensor, &type) != 0 || torch.get_dim(tensor, &dim) != 0 || torch.get_sizes(tensor, &sizes) != 0 ||
-        torch.get_strides(tensor, &strides) != 0 || type != w[watch::dtype] || dim != watched_dim ||
-        !std::equal(sizes, sizes + dim, w + watch::sizes) || !std::equal(strides, strides + dim, w + watch::sizes + dim))
+    if (torch.get_dtype(tensor, &type) != 0 || torch.get_dim(tensor, &dim) != 0 ||
+        torch.get_sizes(tensor, &sizes) != 0 || torch.get_strides(tensor, &strides) != 0 || type != w[watch::dtype] ||
+        dim != watched_dim || !std::equal(sizes, sizes + dim, w + watch::sizes) ||
+        !std::equal(strides, strides + dim, w + watch::sizes + dim))
       return 0;
     w += watch::sizes + 2 * dim;
   }
   return 1;
 }
 
-// Writes the watch of one tensor to `out`, which has room for it; its length, or 0 if the tensor has no memory to watch.
+// Writes the watch of one tensor to `out`, which has room for it; its length, or 0 if the tensor has no memory to
+// watch.
 FUSED_L2_EXPORT int64_t fused_l2_make_watch(int64_t handle, int64_t memory_only, int64_t* out) {
   const TorchAbi& torch = torch_abi();
   void* const tensor = address<void>(handle);
@@ -113,9 +115,7 @@ FUSED_L2_EXPORT int64_t fused_l2_check(const Bucket* buckets, int64_t count) {
 }
 
 namespace {
-void update(const Piece& piece) {
-  (piece.bucket->rule == rule::sgd ? sgd_kernels : adam_kernels).get()(piece);
-}
+void update(const Piece& piece) { (piece.bucket->rule == rule::sgd ? sgd_kernels : adam_kernels).get()(piece); }
 }  // namespace
 
 // One step of every tensor of every bucket, then its step counter.
@@ -138,7 +138,11 @@ FUSED_L2_EXPORT void fused_l2_step(const Bucket* buckets, int64_t count) {
 FUSED_L2_EXPORT void fused_l2_sums_of_squares(const int64_t* addresses, const int64_t* dtypes, const int64_t* numels,
                                               int64_t count, double* out) {
   constexpr int64_t chunk = 65536;
-  struct Part { const char* x; int64_t dtype, count; double sum; };
+  struct Part {
+    const char* x;
+    int64_t dtype, count;
+    double sum;
+  };
   constexpr int64_t sizes[] = {4, 8, 2, 2};
   static_assert(sizeof sizes / sizeof *sizes == dtype::count);
   std::vector<Part> parts;

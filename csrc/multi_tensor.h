@@ -7,8 +7,7 @@ namespace FUSED_L2_NAMESPACE {
 
 // Two vectors are in flight at a time; the end of a tensor, shorter than two vectors, passes through a buffer of that
 // size and the same code, so that no element's result depends on where it stands.
-template <class V, class P, class S, class Rule>
-struct Sweep {
+template <class V, class P, class S, class Rule> struct Sweep {
   static constexpr int width = V::width, block = 2 * width, states = Rule::states;
   // Any order of lanes does as long as all streams share it, so it takes one storage type.
   static constexpr bool interleaved = std::is_same_v<P, S> || states == 0;
@@ -25,8 +24,7 @@ struct Sweep {
     for (int k = 0; k < states; ++k) store2<interleaved>(state[k], s[0][k], s[1][k]);
   }
 
-  template <class T>
-  static FUSED_L2_INLINE void prefetch(const T* p) {
+  template <class T> static FUSED_L2_INLINE void prefetch(const T* p) {
 #if defined(__GNUC__) || defined(__clang__)
     for (int offset = 0; offset < block * int(sizeof(T)); offset += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes + offset);
@@ -81,8 +79,7 @@ struct Sweep {
 };
 
 // Calls f with the storage types and the vector type of a bucket's dtype signature.
-template <class F>
-void with_dtypes(const Bucket& bucket, F&& f) {
+template <class F> void with_dtypes(const Bucket& bucket, F&& f) {
   const bool wide_state = bucket.state_dtype == dtype::float32;
   switch (bucket.param_dtype) {
     case dtype::float32: return f(F32{}, float{}, float{});

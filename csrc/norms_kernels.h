@@ -4,8 +4,7 @@ namespace FUSED_L2_NAMESPACE {
 
 // Sixteen running sums, element i going to sum i % 16, added up pairwise at the end: the same bits on every
 // instruction set, because the order is written down rather than left to the vector width.
-template <class S>
-double sum_of_squares_of(const S* x, int64_t count) {
+template <class S> double sum_of_squares_of(const S* x, int64_t count) {
   constexpr int lanes = 16;
   double sums[lanes] = {};
   int64_t i = 0;

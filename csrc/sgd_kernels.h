@@ -15,8 +15,7 @@ void sgd_piece(const Piece& piece, const double* row) {
   Sweep<V, P, S, Sgd<V, decay, momentum, false>>::run(piece, row, maximize);
 }
 
-template <class V, class P, class S, Decay decay>
-void sgd_piece(const Piece& piece, const double* row) {
+template <class V, class P, class S, Decay decay> void sgd_piece(const Piece& piece, const double* row) {
   if (!(piece.bucket->flags & flag::momentum)) return sgd_piece<V, P, P, decay, Momentum::none>(piece, row);
   if (piece.row[column::flags] & row_flag::first_step)
     return sgd_piece<V, P, S, decay, Momentum::first_step>(piece, row);

@@ -14,7 +14,8 @@ namespace fused_l2 {
 // The float64 scalars an update rule needs this step, one row per (param group, step count).
 #define FUSED_L2_SGD(X) X(weight_decay) X(decay) X(momentum) X(one_minus_dampening) X(neg_lr)
 #define FUSED_L2_ADAM(X) \
-  X(weight_decay) X(decay) X(one_minus_beta1) X(beta2) X(one_minus_beta2) X(bias_correction2_sqrt) X(eps) X(neg_step_size)
+  X(weight_decay)        \
+  X(decay) X(one_minus_beta1) X(beta2) X(one_minus_beta2) X(bias_correction2_sqrt) X(eps) X(neg_step_size)
 #define FUSED_L2_RULES(X) X(sgd) X(adam)
 #define FUSED_L2_DTYPES(X) X(float32) X(float64) X(bfloat16) X(float16)
 // Flags of a bucket: the shape of the computation. Values are powers of two in this order.
@@ -23,20 +24,34 @@ namespace fused_l2 {
 #define FUSED_L2_ROW_FLAGS(X) X(first_step)
 
 #define FUSED_L2_ENUMERATOR(name) name,
-namespace column { enum : int { FUSED_L2_COLUMNS(FUSED_L2_ENUMERATOR) count }; }
-namespace sgd_coefficient { enum : int { FUSED_L2_SGD(FUSED_L2_ENUMERATOR) count }; }
-namespace adam_coefficient { enum : int { FUSED_L2_ADAM(FUSED_L2_ENUMERATOR) count }; }
-namespace rule { enum : int64_t { FUSED_L2_RULES(FUSED_L2_ENUMERATOR) count }; }
-namespace dtype { enum : int64_t { FUSED_L2_DTYPES(FUSED_L2_ENUMERATOR) count }; }
+namespace column {
+enum : int { FUSED_L2_COLUMNS(FUSED_L2_ENUMERATOR) count };
+}
+namespace sgd_coefficient {
+enum : int { FUSED_L2_SGD(FUSED_L2_ENUMERATOR) count };
+}
+namespace adam_coefficient {
+enum : int { FUSED_L2_ADAM(FUSED_L2_ENUMERATOR) count };
+}
+namespace rule {
+enum : int64_t { FUSED_L2_RULES(FUSED_L2_ENUMERATOR) count };
+}
+namespace dtype {
+enum : int64_t { FUSED_L2_DTYPES(FUSED_L2_ENUMERATOR) count };
+}
 namespace flag {
-namespace bit { enum : int { FUSED_L2_FLAGS(FUSED_L2_ENUMERATOR) count }; }
+namespace bit {
+enum : int { FUSED_L2_FLAGS(FUSED_L2_ENUMERATOR) count };
+}
 enum : int64_t {
 #define FUSED_L2_POWER(name) name = int64_t(1) << bit::name,
   FUSED_L2_FLAGS(FUSED_L2_POWER)
 #undef FUSED_L2_POWER
 };
 }  // namespace flag
-namespace row_flag { enum : int64_t { first_step = 1 }; }
+namespace row_flag {
+enum : int64_t { first_step = 1 };
+}
 #undef FUSED_L2_ENUMERATOR
 
 constexpr int kCoefficients = 8;  // doubles from one coefficient row to the next
@@ -57,10 +72,7 @@ struct Bucket {
   Row row(int64_t index) const { return table + index * column::count; }
 };
 
-template <class T>
-T* address(int64_t value) {
-  return reinterpret_cast<T*>(static_cast<intptr_t>(value));
-}
+template <class T> T* address(int64_t value) { return reinterpret_cast<T*>(static_cast<intptr_t>(value)); }
 
 inline const char* layout() {
 #define FUSED_L2_SPELL(name) #name " "

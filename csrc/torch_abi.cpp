@@ -24,8 +24,7 @@ void* open_loaded(const char* path) { return dlopen(path, RTLD_NOW | RTLD_NOLOAD
 void* find(void* library, const char* name) { return dlsym(library, name); }
 #endif
 
-template <class F>
-void resolve(void* library, const char* name, F& function) {
+template <class F> void resolve(void* library, const char* name, F& function) {
   function = reinterpret_cast<F>(find(library, name));
 }
 

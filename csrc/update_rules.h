@@ -4,11 +4,10 @@
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
-enum class Decay { none, coupled, decoupled };    // what weight decay does in this row
+enum class Decay { none, coupled, decoupled };      // what weight decay does in this row
 enum class Momentum { none, first_step, running };  // of SGD: is there a buffer, does it hold anything yet
 
-template <class V, Decay decay_kind, Momentum momentum_kind, bool nesterov>
-struct Sgd {
+template <class V, Decay decay_kind, Momentum momentum_kind, bool nesterov> struct Sgd {
   static constexpr int states = momentum_kind == Momentum::none ? 0 : 1;
   static constexpr bool reads_states = momentum_kind == Momentum::running;
   V weight_decay, decay, momentum, one_minus_dampening, neg_lr;
@@ -42,8 +41,7 @@ struct Sgd {
 // With y = RN(1/c), q a faithful quotient and r = x - q*c exact, RN(q + r*y) = RN(x/c) (Markstein 1990, theorem 8.1);
 // q is faithful because y + y_low holds 1/c to twice the precision. Holds for finite x away from under- and overflow,
 // which sqrt(v) / bias_correction2_sqrt with a bias correction in (0, 1] is: sqrt(v) lies in {0} or [2^-75, 2^64].
-template <class V>
-struct ConstantDivisor {
+template <class V> struct ConstantDivisor {
   V divisor, reciprocal, reciprocal_low;
 
   explicit ConstantDivisor(double value) {
@@ -64,8 +62,7 @@ struct ConstantDivisor {
   }
 };
 
-template <class V, bool coupled, bool amsgrad>
-struct Adam {
+template <class V, bool coupled, bool amsgrad> struct Adam {
   using T = typename V::T;
   static constexpr int states = amsgrad ? 3 : 2;
   static constexpr bool reads_states = true;

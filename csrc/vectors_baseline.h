@@ -3,23 +3,31 @@
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
-template <class T_, int N>
-struct Lanes {
+template <class T_, int N> struct Lanes {
   using T = T_;
   static constexpr int width = N;
   T lane[N];
 
-  template <class F>
-  static FUSED_L2_INLINE Lanes make(F f) {
+  template <class F> static FUSED_L2_INLINE Lanes make(F f) {
     Lanes r;
     for (int i = 0; i < N; ++i) r.lane[i] = f(i);
     return r;
   }
-  static FUSED_L2_INLINE Lanes broadcast(T x) { return make([&](int) { return x; }); }
-  friend FUSED_L2_INLINE Lanes operator+(Lanes a, Lanes b) { return make([&](int i) { return a.lane[i] + b.lane[i]; }); }
-  friend FUSED_L2_INLINE Lanes operator-(Lanes a, Lanes b) { return make([&](int i) { return a.lane[i] - b.lane[i]; }); }
-  friend FUSED_L2_INLINE Lanes operator*(Lanes a, Lanes b) { return make([&](int i) { return a.lane[i] * b.lane[i]; }); }
-  friend FUSED_L2_INLINE Lanes operator/(Lanes a, Lanes b) { return make([&](int i) { return a.lane[i] / b.lane[i]; }); }
+  static FUSED_L2_INLINE Lanes broadcast(T x) {
+    return make([&](int) { return x; });
+  }
+  friend FUSED_L2_INLINE Lanes operator+(Lanes a, Lanes b) {
+    return make([&](int i) { return a.lane[i] + b.lane[i]; });
+  }
+  friend FUSED_L2_INLINE Lanes operator-(Lanes a, Lanes b) {
+    return make([&](int i) { return a.lane[i] - b.lane[i]; });
+  }
+  friend FUSED_L2_INLINE Lanes operator*(Lanes a, Lanes b) {
+    return make([&](int i) { return a.lane[i] * b.lane[i]; });
+  }
+  friend FUSED_L2_INLINE Lanes operator/(Lanes a, Lanes b) {
+    return make([&](int i) { return a.lane[i] / b.lane[i]; });
+  }
 };
 
 using F32 = Lanes<float, 4>;
@@ -28,10 +36,14 @@ using F64 = Lanes<double, 2>;
 template <class V> FUSED_L2_INLINE V fma(V a, V b, V c) {
   return V::make([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
 }
-template <class V> FUSED_L2_INLINE V negate(V a) { return V::make([&](int i) { return -a.lane[i]; }); }
+template <class V> FUSED_L2_INLINE V negate(V a) {
+  return V::make([&](int i) { return -a.lane[i]; });
+}
 // c - a * b
 template <class V> FUSED_L2_INLINE V negated_fma(V a, V b, V c) { return fma(negate(a), b, c); }
-template <class V> FUSED_L2_INLINE V sqrt(V a) { return V::make([&](int i) { return std::sqrt(a.lane[i]); }); }
+template <class V> FUSED_L2_INLINE V sqrt(V a) {
+  return V::make([&](int i) { return std::sqrt(a.lane[i]); });
+}
 // torch.maximum: a NaN on either side wins.
 template <class V> FUSED_L2_INLINE V maximum(V a, V b) {
   return V::make([&](int i) { return a.lane[i] != a.lane[i] || a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });

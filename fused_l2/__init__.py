@@ -16,5 +16,4 @@ from .adam import Adam, AdamW
 from .engines import capabilities
 from .sgd import SGD
 
-
 __all__ = ["SGD", "Adam", "AdamW", "__version__", "capabilities", "weight_decay"]

@@ -20,7 +20,7 @@ from .state import OptimizerState
 from .tensor_table import Rule
 
 _T = TypeVar("_T")
-_profiler_enabled = torch.autograd._profiler_enabled
+_profiler_enabled = torch._C._autograd._profiler_enabled
 
 
 class FusedOptimizer(Optimizer):

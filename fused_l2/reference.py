@@ -80,9 +80,7 @@ def sgd(
         buffer = d if first_step else fma(d, one_minus_dampening, wide_states[0] * momentum)
         update = fma(buffer, momentum, d) if flags & Flag.NESTEROV else buffer
         new_states = [buffer]
-    return _narrowed(fma(update, neg_lr, p), param), [
-        _narrowed(new, old) for new, old in zip(new_states, states, strict=True)
-    ]
+    return _narrowed(fma(update, neg_lr, p), param), [_narrowed(new, old) for new, old in zip(new_states, states, strict=True)]
 
 
 def adam(
@@ -101,10 +99,8 @@ def adam(
             p = p * decay
         else:
             g = fma(p, weight_decay, g)
-    if bool((one_minus_beta1 < 0.5).all()):
-        m = fma(one_minus_beta1, g - m, m)
-    else:
-        m = fma(one_minus_beta1 - 1, g - m, g)
+    nearer_to_old = bool((one_minus_beta1 < 0.5).all())  # torch.lerp starts from the nearer end
+    m = fma(one_minus_beta1, g - m, m) if nearer_to_old else fma(one_minus_beta1 - 1, g - m, g)
     v = fma(one_minus_beta2 * g, g, v * beta2)
     new_states = [m, v]
     if flags & Flag.AMSGRAD:

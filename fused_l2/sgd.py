@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
@@ -12,7 +13,9 @@ from . import coefficients
 from .optimizer import FusedOptimizer, at_least_zero, number
 from .tensor_table import Flag, Rule
 
-_read = itemgetter("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+_read: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(
+    "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"
+)
 
 
 class SGD(FusedOptimizer):
@@ -75,7 +78,9 @@ class SGD(FusedOptimizer):
         self._checked_numbers(_read(defaults), None)
         super().__init__(params, defaults)
 
-    _read_hyperparameters = staticmethod(_read)
+    @staticmethod
+    def _read_hyperparameters(group: dict[str, Any]) -> tuple[Any, ...]:
+        return _read(group)
 
     def _checked_numbers(self, values: tuple[Any, ...], group: int | None) -> tuple[float, ...]:
         where = "" if group is None else f" of param group {group}"
@@ -110,4 +115,5 @@ class SGD(FusedOptimizer):
 
     @staticmethod
     def _coefficient_row(numbers: tuple[float, ...], flags: int, step: float) -> tuple[float, ...]:
-        return coefficients.sgd(*numbers, decoupled=bool(flags & Flag.DECOUPLED))
+        lr, momentum, dampening, weight_decay = numbers
+        return coefficients.sgd(lr, momentum, dampening, weight_decay, bool(flags & Flag.DECOUPLED))

@@ -1,9 +1,9 @@
 // The update kernels on random tables, without torch or Python: `make sanitize` builds this with sanitizers.
 //
-// Every tensor lies in an allocation of exactly its size, at a random alignment, so that a sanitizer sees any access beyond
-// it. The expected bits come from the same step made one element at a time, each as a tensor of its own, with the baseline
-// instruction set and one thread: a result that depended on an element's position, on alignment, thread count or instruction
-// set would differ.
+// Every tensor lies in an allocation of exactly its size, at a random alignment, so that a sanitizer sees any access
+// beyond it. The expected bits come from the same step made one element at a time, each as a tensor of its own, with
+// the baseline instruction set and one thread: a result that depended on an element's position, on alignment, thread
+// count or instruction set would differ.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -50,7 +50,8 @@ struct Fuzz {
     b.bytes.shrink_to_fit();
     for (int64_t i = 0; i < numel; ++i) {
       const int kind = static_cast<int>(below(64));
-      double x = std::ldexp(static_cast<double>(below(1 << 24)) - (positive ? 0 : 1 << 23), static_cast<int>(below(40)) - 44);
+      double x =
+          std::ldexp(static_cast<double>(below(1 << 24)) - (positive ? 0 : 1 << 23), static_cast<int>(below(40)) - 44);
       if (kind == 0) x = 0;
       if (kind == 1) x = std::ldexp(1.0, -140);
       if (kind == 2) x = INFINITY;
@@ -72,7 +73,8 @@ struct Fuzz {
   bool once() {
     const int64_t rule = below(rule::count), types[] = {below(dtype::count), 0};
     const int64_t param_type = types[0];
-    const int64_t state_type = param_type >= dtype::bfloat16 && below(2) ? static_cast<int64_t>(dtype::float32) : param_type;
+    const int64_t state_type =
+        param_type >= dtype::bfloat16 && below(2) ? static_cast<int64_t>(dtype::float32) : param_type;
     const int64_t flags = below(int64_t(1) << flag::bit::count);
     const int states = rule == rule::adam ? (flags & flag::amsgrad ? 3 : 2) : (flags & flag::momentum ? 1 : 0);
     double coefficients[2 * kCoefficients];
@@ -110,8 +112,9 @@ struct Fuzz {
     const PieceFunction update = [](const Piece& piece) {
       (piece.bucket->rule == rule::sgd ? sgd_kernels : adam_kernels).get()(piece);
     };
-    Bucket bucket{rule, flags, param_type, state_type, static_cast<int64_t>(single.size() / column::count),
-                  single.data(), coefficients, nullptr};
+    Bucket bucket{
+        rule,          flags,        param_type, state_type, static_cast<int64_t>(single.size() / column::count),
+        single.data(), coefficients, nullptr};
     threads = 1;
     activate(Capability::baseline);
     for_each_piece(&bucket, 1, update);
@@ -126,8 +129,9 @@ struct Fuzz {
     for (int64_t t = 0; t < tensors; ++t)
       for (size_t k = 0; k < all[t].size(); ++k)
         if (!same(all[t][k], expected[t][k], k < 2 ? param_type : state_type)) {
-          std::printf("rule %d flags %d dtypes %d %d, %s, %u threads: tensor %d of %d, buffer %d differs\n", int(rule), int(flags),
-                      int(param_type), int(state_type), name_of(active_capability()), threads, int(t), int(tensors), int(k));
+          std::printf("rule %d flags %d dtypes %d %d, %s, %u threads: tensor %d of %d, buffer %d differs\n", int(rule),
+                      int(flags), int(param_type), int(state_type), name_of(active_capability()), threads, int(t),
+                      int(tensors), int(k));
           return false;
         }
     return true;
@@ -142,8 +146,7 @@ struct Fuzz {
     }
     return true;
   }
-  template <class T>
-  static T read(const char* p) {
+  template <class T> static T read(const char* p) {
     T x;
     std::memcpy(&x, p, sizeof x);
     return x;

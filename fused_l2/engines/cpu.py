@@ -85,7 +85,7 @@ class Library:
 
     @property
     def capability(self) -> str:
-        return self._names[self._short.fused_l2_capability()]
+        return str(self._names[self._short.fused_l2_capability()])
 
     def select(self, name: str) -> None:
         """Use this instruction set from now on."""

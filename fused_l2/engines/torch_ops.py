@@ -46,9 +46,7 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def _sgd(
-    flags: int, numbers: tuple[float, ...], param: Tensor, grad: Tensor, states: list[Tensor], first_step: bool
-) -> None:
+def _sgd(flags: int, numbers: tuple[float, ...], param: Tensor, grad: Tensor, states: list[Tensor], first_step: bool) -> None:
     lr, momentum, dampening, weight_decay = numbers
     if flags & Flag.DECOUPLED and weight_decay != 0:
         param.mul_(1 - lr * weight_decay)
