@@ -172,9 +172,7 @@ def run(seeds: int = 10, epochs: int = EPOCHS, out: Path = Path("demo_results"))
     x = torch.rand(100_000)
     wrong = float((x.sqrt() != x.double().sqrt().float()).float().mean())
     if wrong:
-        print(
-            f"  torch.sqrt is an ulp off for {wrong:.1%} of numbers on this CPU; ours is correctly rounded. Hence Adam's difference."
-        )
+        print(f"  (torch.sqrt is an ulp off for {wrong:.1%} of numbers on this CPU, ours is not: hence Adam's difference)")
     out.mkdir(parents=True, exist_ok=True)
     plot(results, out / "weight_decay.png")
     print(f"\ncurves: {out / 'weight_decay.png'}")

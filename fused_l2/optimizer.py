@@ -20,6 +20,9 @@ from .state import OptimizerState
 from .tensor_table import Rule
 
 _T = TypeVar("_T")
+_is_compiling = torch.compiler.is_compiling
+# Not None while dynamo looks at every frame that is called: compiled functions call back into Python at graph breaks.
+_dynamo_callback: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
 _profiler_enabled = torch._C._autograd._profiler_enabled
 
 
@@ -87,9 +90,10 @@ class FusedOptimizer(Optimizer):
             RuntimeError: if a gradient or a state tensor cannot be used (sparse, of another shape, device or dtype, ...).
             ValueError, TypeError: if a hyperparameter is out of its range or not a number.
         """
+        if _is_compiling() or _dynamo_callback() is not None:
+            return self._untraced_step(closure)
         if _profiler_enabled() or _has_step_hooks(self):
-            stepped: _T | None = self._observed_step(closure)
-            return stepped
+            return self._observed_step(closure)
         return self._step(closure)
 
     # Optimizer.__init__ wraps a step() that is not marked; ours calls the same wrapper when there is someone to see it.
@@ -107,6 +111,8 @@ class FusedOptimizer(Optimizer):
         return loss
 
     _observed_step = Optimizer.profile_hook_step(_step)
+    # Within a compiled function the step stands between two graphs: there is nothing in it to trace.
+    _untraced_step = torch._disable_dynamo(_observed_step)  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def _replan(self) -> None:
