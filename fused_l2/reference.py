@@ -118,8 +118,8 @@ def sqrt(x: Tensor) -> Tensor:
     """
     if x.dtype is torch.float32:
         # 53 bits are more than twice 24, so the second rounding is harmless, and so is an error of an ulp in the first.
-        return x.double().sqrt().float()
-    s = x.sqrt()
+        return torch.sqrt(x.double()).float()
+    s = torch.sqrt(x)
     best, best_residual = s, None
     for candidate in (s, torch.nextafter(s, torch.zeros_like(s)), torch.nextafter(s, torch.full_like(s, torch.inf))):
         # |c - sqrt(x)| = |c^2 - x| / (c + sqrt(x)), and the denominators agree to 2^-52
