@@ -103,7 +103,7 @@ class CpuPart:
         """Take this step's gradients. False if they or any other tensor are not what the tables were made for."""
         try:
             addresses = array("q", map(_data_ptr, grads))
-        except TypeError:  # None: a gradient that was there is gone
+        except (TypeError, RuntimeError):  # None: a gradient that was there is gone. Or one without memory, a sparse one.
             return False
         if not self._guard(grads):
             return False
@@ -166,8 +166,8 @@ class Plan:
                 state = optimizer.state.get(param, {})
                 names, counts = optimizer._state_names(flags), self._rule is Rule.ADAM
                 entry = make_entry(group, index, position, flags, state, names, counts)
-                if id(param) in known:  # listed twice: one state, and no first step the second time
-                    entry.new_state, entry.first_step = known[id(param)].new_state, False
+                if id(param) in known:  # listed twice: one state
+                    entry.new_state = known[id(param)].new_state
                 known.setdefault(id(param), entry)
                 entries.append(entry)
         return entries

@@ -1,0 +1,409 @@
+"""Gradients and layouts as training produces them (traps T03, T04, T08, T10, T20 to T27, T39, T50 to T53)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from comparing import assert_same_bits, assert_unchanged, make_params, run, set_grads, snapshot
+
+import fused_l2
+from fused_l2 import engines
+
+CASES = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
+    "AdamW": {"lr": 0.01, "weight_decay": 0.1},
+}
+each = pytest.mark.parametrize("name", CASES)
+
+
+def make(name, params):
+    return getattr(fused_l2, name)(params, **CASES[name])
+
+
+def stepped(name, param: torch.Tensor, grads) -> torch.Tensor:
+    """The expected value: steps on contiguous copies."""
+    p = torch.nn.Parameter(param.detach().clone(memory_format=torch.contiguous_format))
+    optimizer = make(name, [p])
+    for g in grads:
+        p.grad = g.detach().clone(memory_format=torch.contiguous_format)
+        optimizer.step()
+    return p.detach()
+
+
+def check(name, p: torch.nn.Parameter, grads) -> None:
+    expected = stepped(name, p, grads)
+    kept = [g.clone() for g in grads]
+    optimizer = make(name, [p])
+    for g in grads:
+        p.grad = g
+        optimizer.step()
+    assert_same_bits(p.detach().contiguous(), expected)
+    for g, before in zip(grads, kept, strict=True):
+        assert_same_bits(g.contiguous(), before.contiguous(), "T52: the gradient")
+
+
+LAYOUTS = {
+    "channels last": lambda t: t.to(memory_format=torch.channels_last),
+    "transposed": lambda t: t.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
+    "contiguous": lambda t: t.contiguous(),
+    "every other element": lambda t: torch.stack([t, t], -1).flatten(-2)[..., ::2],
+}
+
+
+@each
+@pytest.mark.parametrize("param_layout", LAYOUTS)
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
+def test_T04_T20_T21_T22_any_layout_of_parameter_and_gradient(name, param_layout, grad_layout, exact_sqrt):
+    p = torch.nn.Parameter(LAYOUTS[param_layout](torch.randn(3, 4, 5, 2)))
+    check(name, p, [LAYOUTS[grad_layout](torch.randn(3, 4, 5, 2)) for _ in range(3)])
+
+
+@each
+def test_T20_strides_of_dimensions_of_size_1(name):
+    """A compiled 1x1 convolution gives such gradients: other strides, the same order in memory."""
+    p = torch.nn.Parameter(torch.randn(8, 4, 1, 1))
+    odd = torch.randn(32).as_strided((8, 4, 1, 1), (4, 1, 1, 1))
+    check(name, p, [odd, torch.randn(8, 4, 1, 1).to(memory_format=torch.channels_last), odd.clone()])
+
+
+@each
+def test_T20_T50_expanded_gradients(name):
+    p = torch.nn.Parameter(torch.randn(6, 5))
+    check(name, p, [torch.randn(1, 5).expand(6, 5), torch.randn(6, 1).expand(6, 5), torch.ones(()).expand(6, 5)])
+
+
+@each
+def test_T51_gradients_with_the_negation_bit(name):
+    p = torch.nn.Parameter(torch.randn(9))
+    lazy = torch.randn(9, dtype=torch.complex64).conj().imag
+    assert lazy.is_neg()
+    check(name, p, [lazy.clone(), torch._neg_view(torch.randn(9)), torch.randn(9)])
+
+
+@each
+def test_zero_tensors_as_gradients(name):
+    p = torch.nn.Parameter(torch.randn(9))
+    expected = stepped(name, p, [torch.zeros(9), torch.ones(9)])
+    optimizer = make(name, [p])
+    p.grad = torch._efficientzerotensor(9)
+    optimizer.step()
+    p.grad = torch.ones(9)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-7)
+
+
+@each
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_gradients_that_require_grad(name):
+    """backward(create_graph=True) leaves such gradients."""
+    p, q = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4))
+    for t in (p, q):
+        (t**3).sum().backward(create_graph=True)
+    q.grad = q.grad.detach()
+    make(name, [p]).step()
+    make(name, [q]).step()
+    assert_same_bits(p, q)
+    p.grad = None  # breaks the reference cycle that create_graph makes
+
+
+@each
+def test_T03_a_first_gradient_that_comes_later(name):
+    """Unfreezing, or an expert that is chosen late: its first step is its own."""
+    params = make_params((5, 6))
+    expected = stepped(name, params[1], [torch.full((6,), 0.5)])
+    optimizer = make(name, params)
+    for _ in range(3):
+        params[0].grad = torch.randn(5)
+        optimizer.step()
+    params[1].grad = torch.full((6,), 0.5)
+    optimizer.step()
+    assert_same_bits(params[1], expected)
+
+
+@each
+def test_gradients_that_come_and_go(name):
+    generator = torch.Generator().manual_seed(0)
+    params, alone = make_params((4, 5, 6)), make_params((4, 5, 6))
+    together, singles = make(name, params), [make(name, [p]) for p in alone]
+    for step in range(12):
+        set_grads(params, step)
+        for i, p in enumerate(params):
+            if torch.rand((), generator=generator) < 0.5:
+                p.grad = None
+            alone[i].grad = None if p.grad is None else p.grad.clone()
+        together.step()
+        for optimizer in singles:
+            optimizer.step()
+    assert_same_bits(params, alone)
+
+
+@each
+def test_T08_autograd_sees_the_write(name):
+    p = torch.nn.Parameter(torch.randn(3))
+    loss = (p * p).sum()
+    p.grad = torch.ones(3)
+    before = p._version
+    make(name, [p]).step()
+    assert p._version == before + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@each
+@pytest.mark.parametrize("where", ["first", "middle", "last", "only", "everywhere"])
+def test_T10_T24_empty_tensors(name, where):
+    sizes = {
+        "first": (0, 3, 100),
+        "middle": (3, 0, 100),
+        "last": (3, 100, 0),
+        "only": (0,),
+        "everywhere": (0, 3, 0, 0, 100, 0),
+    }[where]
+    params = make_params(sizes)
+    set_grads(params, 0)
+    expected = [stepped(name, p, [p.grad]) for p in params]
+    make(name, params).step()
+    assert_same_bits(params, expected)
+
+
+@each
+def test_T24_scalars_and_nothing_to_do(name):
+    p = torch.nn.Parameter(torch.tensor(2.0))
+    check(name, p, [torch.tensor(0.5), torch.tensor(-1.0)])
+    q = torch.nn.Parameter(torch.ones(3))
+    optimizer = make(name, [q])
+    assert optimizer.step() is None  # no gradient anywhere
+    assert_same_bits(q, torch.ones(3))
+    assert len(optimizer.state) == 0
+    with pytest.raises(ValueError, match="empty parameter list"):
+        make(name, [])
+
+
+@each
+def test_T25_tied_parameters_and_one_listed_twice(name):
+    """torch.optim steps a parameter listed twice twice, one step after the other, and warns."""
+    for storage_only in (False, True):
+        p, q = (torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2))
+        ours = [p, torch.nn.Parameter(p.detach())] if storage_only else [p, p]
+        theirs = [q, torch.nn.Parameter(q.detach())] if storage_only else [q, q]
+        if storage_only:
+            a, b = make(name, ours), getattr(torch.optim, name)(theirs, **CASES[name])
+        else:
+            with pytest.warns(UserWarning, match="duplicate parameters"):
+                a = make(name, ours)
+            with pytest.warns(UserWarning, match="duplicate parameters"):
+                b = getattr(torch.optim, name)(theirs, **CASES[name])
+        for step in range(4):
+            grad = torch.randn(50, generator=torch.Generator().manual_seed(step))
+            for t in (*ours, *theirs):
+                t.grad = grad.clone()
+            a.step()
+            b.step()
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@each
+def test_T26_parameters_that_move(name):
+    """.data = other tensor, between steps; and gradients of only some groups."""
+    params, expected = make_params((8, 9)), make_params((8, 9))
+    a = getattr(fused_l2, name)([{"params": [p]} for p in params], **CASES[name])
+    b = getattr(torch.optim, name)([{"params": [p]} for p in expected], **CASES[name])
+    for step in range(6):
+        if step % 2:
+            params[0].data = params[0].data.clone()
+        for ps in (params, expected):
+            set_grads(ps, step)
+            if step == 3:
+                ps[1].grad = None
+        a.step()
+        b.step()
+    torch.testing.assert_close(params, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_T26_to_another_dtype_keeps_stepping():
+    """module.double() replaces the data of its parameters; states of another dtype are then refused, by name."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = fused_l2.SGD(model.parameters(), lr=0.5)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        model.to(dtype)
+        optimizer.zero_grad()
+        before = [p.detach().clone() for p in model.parameters()]
+        model(torch.ones(1, 3, dtype=dtype)).sum().backward()
+        optimizer.step()
+        for p, old in zip(model.parameters(), before, strict=True):
+            assert_same_bits(p, (old.double() - 0.5 * p.grad.double()).to(dtype))
+
+
+@each
+def test_T26_add_param_group_mid_run(name):
+    params, expected = make_params((8, 9)), make_params((8, 9))
+    a, b = (getattr(m, name)([ps[0]], **CASES[name]) for m, ps in ((fused_l2, params), (torch.optim, expected)))
+    for step in range(5):
+        if step == 2:
+            for optimizer, ps in ((a, params), (b, expected)):
+                optimizer.add_param_group({"params": [ps[1]], "lr": 0.05})
+        for ps in (params, expected):
+            set_grads(ps, step)
+        a.step()
+        b.step()
+    torch.testing.assert_close(params, expected, rtol=1e-6, atol=1e-7)
+
+
+@each
+def test_T39_a_plan_is_made_once(name, monkeypatch):
+    """Fresh gradient tensors each step, and a learning rate that changes each step, make no new plan."""
+    from fused_l2 import optimizer as module
+
+    made = []
+    original = module.Plan
+    monkeypatch.setattr(module, "Plan", lambda o: made.append(o) or original(o))
+    params = make_params((8, 9))
+    optimizer = make(name, params)
+    for step in range(20):
+        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        for p in params:
+            p.grad = None
+        set_grads(params, step)
+        optimizer.step()
+    # SGD's momentum buffers are made in the first step; the plan goes on with them.
+    assert len(made) == 1
+
+
+@each
+def test_T52_T38_one_step_applies_one_update_and_leaves_gradients(name):
+    params = make_params((100,))
+    set_grads(params, 0)
+    kept = params[0].grad.clone()
+    p64 = torch.nn.Parameter(params[0].detach().double())
+    p64.grad = kept.double()
+    make(name, params).step()
+    getattr(torch.optim, name)([p64], **CASES[name]).step()
+    assert_same_bits(params[0].grad, kept)
+    torch.testing.assert_close(params[0].detach().double(), p64.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_T23_a_tensor_beyond_2_to_the_31_elements():
+    needed = 10 << 30
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if available < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free memory, {available >> 30} are free")
+    n = (1 << 31) + 37
+    p = torch.nn.Parameter(torch.zeros(n, dtype=torch.bfloat16))
+    p.grad = torch.zeros(n, dtype=torch.bfloat16)
+    marked = [0, 1, (1 << 31) - 1, 1 << 31, n - 1]
+    p.grad[marked] = 2.0
+    fused_l2.SGD([p], lr=0.5).step()
+    assert p.detach()[marked].tolist() == [-1.0] * len(marked)
+    assert int(torch.count_nonzero(p.detach())) == len(marked)
+
+
+@each
+def test_T55_rows_that_never_get_a_gradient_stay_exact(name):
+    """Moments decay into denormals and through them to zero, as torch's do."""
+    p, q = (torch.nn.Parameter(torch.ones(64)) for _ in range(2))
+    a, b = make(name, [p]), getattr(torch.optim, name)([q], **CASES[name])
+    for step in range(1200):
+        p.grad = q.grad = torch.full((64,), 1e-3 if step == 0 else 0.0)
+        a.step()
+        b.step()
+    torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-12)
+
+
+BAD_GRADIENTS = {
+    "T27 sparse": (lambda p: torch.randn(4, 3).to_sparse(), "sparse"),
+    "T27 complex": (lambda p: torch.randn(4, 3, dtype=torch.complex64), "complex64"),
+    "T27 integer": (lambda p: torch.ones(4, 3, dtype=torch.int64), "int64"),
+    "T27 other dtype": (lambda p: torch.randn(4, 3, dtype=torch.float64), "float64"),
+    "T27 other device": (lambda p: torch.randn(4, 3, device="meta"), "meta"),
+    "T27 T50 other shape": (lambda p: torch.randn(3, 4), r"\(3, 4\)"),
+    "T53 freed storage": (lambda p: _freed(torch.randn(4, 3)), "storage"),
+}
+
+
+def _freed(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+class Tricked(torch.nn.Parameter):
+    """A parameter whose gradient was put there behind torch's own checks."""
+
+    @property
+    def grad(self):
+        return self.__dict__.get("forced", super().grad)
+
+    @grad.setter
+    def grad(self, value):
+        self.__dict__["forced"] = value
+
+
+@each
+@pytest.mark.parametrize("kind", BAD_GRADIENTS)
+@pytest.mark.parametrize("when", ["first step", "later step"])
+def test_bad_gradients_are_refused_by_name_and_change_nothing(name, kind, when, monkeypatch):
+    monkeypatch.setattr(engines, "_PLAIN_TYPES", (*engines._PLAIN_TYPES, Tricked))
+    make_grad, says = BAD_GRADIENTS[kind]
+    good, bad = torch.nn.Parameter(torch.randn(7)), Tricked(torch.randn(4, 3))
+    optimizer = make(name, [("first", good), ("second", bad)])
+    good.grad, bad.grad = torch.randn(7), torch.randn(4, 3)
+    if when == "later step":
+        optimizer.step()
+    bad.grad = make_grad(bad)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=rf"parameter 1 of group 0 'second' \(shape \(4, 3\), float32\).*{says}"):
+        optimizer.step()
+    assert_unchanged(before, optimizer)
+    bad.grad = torch.randn(4, 3)
+    optimizer.step()  # and it goes on
+
+
+@each
+def test_T53_a_parameter_whose_storage_was_freed(name):
+    params = make_params((5, 6))
+    optimizer = run(lambda p: make(name, p), params, 2)
+    kept = params[1].untyped_storage().nbytes()
+    saved = params[1].detach().clone()
+    params[1].untyped_storage().resize_(0)
+    first = params[0].detach().clone()
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0.*storage.*resize_"):
+        optimizer.step()
+    assert_same_bits(params[0], first)
+    params[1].untyped_storage().resize_(kept)
+    with torch.no_grad():
+        params[1].copy_(saved)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.float8_e4m3fn], ids=str)
+def test_parameters_of_unknown_dtypes_are_refused_when_they_have_a_gradient(dtype):
+    p = Tricked(torch.zeros(3).to(dtype), requires_grad=False)
+    optimizer = fused_l2.SGD([p], lr=0.1)
+    optimizer.step()  # without a gradient there is nothing to refuse
+    p.grad = torch.zeros(3).to(dtype)
+    with pytest.raises(
+        RuntimeError, match="parameter 0 of group 0.*steps parameters of dtype float32, float64, bfloat16, float16"
+    ):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        (torch.zeros(3), "shape"),
+        (torch.zeros(7, dtype=torch.int32), "int32"),
+        ("soon", "not a tensor"),
+        (torch.zeros(7, device="meta"), "meta"),
+    ],
+    ids=["shape", "dtype", "kind", "device"],
+)
+def test_states_that_do_not_fit_are_refused(entry, says):
+    params = make_params((7,))
+    optimizer = run(lambda p: make("AdamW", p), params, 1)
+    optimizer.state[params[0]]["exp_avg"] = entry
+    kept = params[0].detach().clone()
+    with pytest.raises(RuntimeError, match=f"parameter 0 of group 0.*'exp_avg'.*{says}"):
+        optimizer.step()
+    assert_same_bits(params[0], kept)
+    assert optimizer.state[params[0]]["step"].item() == 1
