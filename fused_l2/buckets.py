@@ -145,7 +145,7 @@ class Plan:
         entries = self._entries = self._make_entries(optimizer)
 
         library = cpu.library()
-        on_cpu = [library is not None and _takes_cpu_engine(e) for e in entries]
+        on_cpu = [_takes_cpu_engine(e) for e in entries]
         for i in _overlapping([e.param for e in entries], on_cpu):
             on_cpu[i] = False  # steps after the tensor whose memory it shares
         self._on_cpu = on_cpu
@@ -209,7 +209,11 @@ class Plan:
         for i, group in enumerate(groups):
             params += group["params"]
             values = self._read(group)
-            if self._dynamic[i] or values != known[i]:
+            try:
+                differs = self._dynamic[i] or values != known[i]
+            except RuntimeError:  # a tensor of several elements among them: refused below
+                differs = True
+            if differs:
                 changed.append((i, values))
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return False

@@ -383,7 +383,7 @@ def test_parameters_of_unknown_dtypes_are_refused_when_they_have_a_gradient(dtyp
     optimizer.step()  # without a gradient there is nothing to refuse
     p.grad = torch.zeros(3).to(dtype)
     with pytest.raises(
-        RuntimeError, match="parameter 0 of group 0.*steps parameters of dtype float32, float64, bfloat16, float16"
+        RuntimeError, match=r"parameter 0 of group 0.*steps parameters of dtype float32, float64, bfloat16, float16"
     ):
         optimizer.step()
 

@@ -1,4 +1,4 @@
-"""C++ against the definition, fused_l2.reference: 0 differing bits for every rule, flag, dtype signature and instruction set."""
+"""C++ against the definition, fused_l2.reference: 0 differing bits for every rule, flag, dtypes and instruction set."""
 
 from __future__ import annotations
 

@@ -1,0 +1,213 @@
+"""The C++ library: that it is there, says what it does, can be told, and can be done without."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from comparing import assert_same_bits, make_params, run
+from conftest import LIBRARY, ROOT, needs_library
+
+import fused_l2
+from fused_l2 import watch
+from fused_l2.engines import cpu
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        cwd=os.path.expanduser("~"),
+    )
+
+
+def test_the_library_is_built():
+    """Without a compiler an install goes through, but then most tests are skipped: that must not look green."""
+    if os.environ.get("FUSED_L2_CPP") == "0":
+        pytest.skip("FUSED_L2_CPP=0 asks for an install without the C++ library")
+    assert LIBRARY is not None, cpu.why_unavailable()
+
+
+@needs_library
+def test_capabilities_tell_engine_instruction_set_and_threads(threads):
+    told = fused_l2.capabilities()
+    assert told["cpu"].engine == f"C++ ({LIBRARY.capability})"
+    assert f"{threads} thread" in told["cpu"].reason
+    assert told["cuda"].engine == "plain PyTorch"
+    assert len(str(told).splitlines()) == 2
+
+
+@needs_library
+def test_threads_and_tensor_accessors_of_torch_were_found():
+    assert LIBRARY.has_threads
+    assert LIBRARY.has_tensors
+    assert watch._dynamo_guard_works()
+
+
+@needs_library
+def test_T49_the_instruction_set_is_chosen_at_import_and_can_be_forced():
+    code = "import fused_l2; print(fused_l2.capabilities()['cpu'].engine); print(fused_l2.capabilities()['cpu'].reason)"
+    for name in LIBRARY.available:
+        out = python(code, FUSED_L2_CPU_CAPABILITY=name).stdout
+        assert f"C++ ({name})" in out
+        assert "forced by FUSED_L2_CPU_CAPABILITY" in out
+    assert LIBRARY.available[0] == "baseline"  # runs on every processor of the platform
+    refused = python(code, FUSED_L2_CPU_CAPABILITY="avx1024").stderr
+    assert "ValueError: CPU capability 'avx1024' is not available on this machine; choose one of baseline" in refused
+
+
+def test_without_the_library_steps_are_right_and_one_warning_says_why(tmp_path):
+    """The installed Python files alone, as after an install without a compiler."""
+    shutil.copytree(
+        Path(fused_l2.__file__).parent, tmp_path / "fused_l2", ignore=shutil.ignore_patterns("*.so", "*.dylib", "*.dll")
+    )
+    code = """
+import warnings, torch, fused_l2
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for name in ("SGD", "AdamW"):
+        results = []
+        for module in (fused_l2, torch.optim):
+            p = torch.nn.Parameter(torch.linspace(-1, 1, 100))
+            optimizer = getattr(module, name)([p], lr=0.1, weight_decay=0.1)
+            for step in range(5):
+                p.grad = torch.sin(torch.arange(100.0) + step)
+                optimizer.step()
+            results.append(p.detach())
+        assert torch.equal(*results), name
+ours = [str(w.message) for w in caught if "fused_l2" in str(w.message)]
+print(len(ours), ours[0])
+print(fused_l2.capabilities())
+print(fused_l2.weight_decay.penalty([{"params": [torch.nn.Parameter(torch.ones(4))], "weight_decay": 1.0}]))
+"""
+    done = python(code, PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 fused_l2 steps CPU tensors with plain PyTorch operations")
+    assert "Install a C++17 compiler" in done.stdout
+    assert "cpu            plain PyTorch" in done.stdout
+    assert done.stdout.rstrip().endswith("2.0")
+
+
+@needs_library
+def test_a_library_of_other_sources_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu, "layout", lambda: "columns of another version")
+    with pytest.raises(OSError, match=r"built from other sources.*pip install -e \."):
+        cpu.Library(Path(fused_l2.__file__).parent / cpu._FILE)
+
+
+def test_other_devices_take_plain_pytorch_with_one_warning():
+    from fused_l2 import engines
+
+    engines._warned.clear()
+    p = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    p.grad = torch.zeros(3, device="meta")
+    optimizer = fused_l2.SGD([p], lr=0.1, momentum=0.9)
+    with pytest.warns(UserWarning, match="fused_l2 steps meta tensors with plain PyTorch operations"):
+        optimizer.step()
+    optimizer.param_groups[0]["nesterov"] = True
+    optimizer.step()  # a new plan, and no second warning: warnings are errors here
+
+
+@needs_library
+def test_the_plain_way_of_watching_agrees(monkeypatch):
+    """Where torch lacks the accessors, the Python way has to notice the same things."""
+    monkeypatch.setattr(LIBRARY, "has_tensors", False)
+    monkeypatch.setattr(watch, "_dynamo_guard_works", lambda: False)
+    expected, params = make_params((5, 40)), make_params((5, 40))
+    run(lambda p: fused_l2.AdamW(p, lr=0.1), expected, 4)
+    optimizer = run(lambda p: fused_l2.AdamW(p, lr=0.1), params, 2)
+    params[0].data = params[0].data.clone()
+    optimizer.state[params[1]]["exp_avg"].data = optimizer.state[params[1]]["exp_avg"].clone()
+    for step in (2, 3):
+        from comparing import set_grads
+
+        set_grads(params, step)
+        params[1].grad = torch.stack([params[1].grad] * 2, -1)[..., 0]
+        optimizer.step()
+    assert_same_bits(params, expected)
+
+
+@needs_library
+@pytest.mark.parametrize("kind", ["native", "plain"])
+def test_a_watch_notices_every_change(kind):
+    make = watch.make_watch if kind == "native" else lambda library, t, m: watch.Watch(t, m)
+
+    def changes():
+        yield lambda t: setattr(t, "data", t.data.clone())
+        yield lambda t: setattr(t, "data", t.data.t())
+        yield lambda t: setattr(t, "data", t.data.view(3, 8))
+        yield lambda t: setattr(t, "data", t.data.view(torch.int32))
+        yield lambda t: t.untyped_storage().resize_(0)
+        yield lambda t: t.resize_(2, 2)
+
+    for change in changes():
+        t, other = torch.zeros(4, 6), torch.zeros(3)
+        watched = make(LIBRARY, [t, other], [])
+        assert watched.holds()
+        change(t)
+        assert not watched.holds()
+    for index in (0, 4):
+        t = torch.zeros(4, 6)
+        watched = make(LIBRARY, [], [torch.zeros(2), t])
+        assert watched.holds()
+        list(changes())[index](t)
+        assert not watched.holds()
+
+
+def test_fuzz_of_the_kernels_without_torch(tmp_path):
+    """tests/fuzz_kernels.cpp, here without sanitizers (`make sanitize` runs it with them)."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    sources = [
+        ROOT / "tests" / "fuzz_kernels.cpp",
+        *(ROOT / "csrc" / f"{n}.cpp" for n in ("adam", "capability", "norms", "parallel", "sgd")),
+    ]
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-w", f"-I{ROOT / 'csrc'}", "-pthread"]
+    subprocess.run([compiler, *flags, *map(str, sources), "-o", str(tmp_path / "fuzz")], check=True)
+    done = subprocess.run([str(tmp_path / "fuzz"), "200"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "200 rounds, no difference" in done.stdout
+
+
+def test_declarations_of_torchs_functions_match_its_headers(tmp_path):
+    """csrc/torch_abi.h declares by hand what torch's stable C ABI declares: compile the two against each other."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    headers = Path(torch.__file__).parent / "include"
+    if compiler is None or not (headers / "torch/csrc/stable/c/shim.h").exists():
+        pytest.skip("no C++ compiler, or a torch without headers")
+    names = {
+        "parallel_for": "torch_parallel_for", "num_threads": "torch_get_num_threads", "get_data_ptr": "aoti_torch_get_data_ptr",
+        "get_storage_size": "aoti_torch_get_storage_size", "get_dim": "aoti_torch_get_dim", "get_sizes": "aoti_torch_get_sizes",
+        "get_strides": "aoti_torch_get_strides", "get_dtype": "aoti_torch_get_dtype",
+        "delete_tensor_object": "aoti_torch_delete_tensor_object",
+    }  # fmt: skip
+    members = set((ROOT / "csrc/torch_abi.h").read_text().replace("(*", "\0").split("\0")[1:])
+    assert {m.split(")")[0] for m in members if m[0].islower()} - {""} >= set(names)
+    checks = "\n".join(
+        f"static_assert(same<decltype(fused_l2::TorchAbi::{ours}), decltype(&{theirs})>);" for ours, theirs in names.items()
+    )
+    source = tmp_path / "check.cpp"
+    # A tensor handle is a pointer to an opaque struct there and void* here: both are passed alike.
+    source.write_text(f"""
+#include <type_traits>
+#include <torch/csrc/stable/c/shim.h>
+#include "torch_abi.h"
+template <class T> struct plain {{ using type = T; }};
+template <> struct plain<AtenTensorHandle> {{ using type = void*; }};
+template <class F> struct signature;
+template <class R, class... A> struct signature<R (*)(A...)> {{ using type = R (*)(typename plain<A>::type...); }};
+template <class A, class B>
+constexpr bool same = std::is_same_v<typename signature<A>::type, typename signature<B>::type>;
+{checks}
+""")
+    command = [compiler, "-std=c++20", "-fsyntax-only", f"-I{headers}", f"-I{ROOT / 'csrc'}", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

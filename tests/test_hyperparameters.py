@@ -1,0 +1,146 @@
+"""Hyperparameters: torch's checks and more, with messages that name the argument, and nothing changed by a refusal."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from comparing import assert_same_bits, assert_unchanged, make_params, run, set_grads, snapshot
+
+import fused_l2
+
+NAN = math.nan
+BAD = [
+    ("SGD", {"lr": -1.0}, ValueError, "learning rate"),
+    ("SGD", {"lr": NAN}, ValueError, "learning rate"),
+    ("SGD", {"lr": "0.1"}, TypeError, "learning rate must be a number.*'0.1'"),
+    ("SGD", {"lr": None}, TypeError, "learning rate"),
+    ("SGD", {"lr": torch.ones(2)}, ValueError, "1-element"),
+    ("SGD", {"momentum": -0.1}, ValueError, "momentum"),
+    ("SGD", {"momentum": NAN}, ValueError, "momentum"),
+    ("SGD", {"dampening": NAN}, ValueError, "dampening"),
+    ("SGD", {"weight_decay": -1e-4}, ValueError, "weight_decay"),
+    ("SGD", {"weight_decay": [1]}, TypeError, "weight_decay"),
+    ("SGD", {"nesterov": True}, ValueError, "Nesterov"),
+    ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, ValueError, "Nesterov"),
+    ("SGD", {"differentiable": True}, ValueError, "differentiable"),
+    ("SGD", {"fused": True, "foreach": True}, RuntimeError, "fused"),
+    *(
+        (name, options, error, says)
+        for name in ("Adam", "AdamW")
+        for options, error, says in (
+            ({"lr": -1.0}, ValueError, "learning rate"),
+            ({"lr": NAN}, ValueError, "learning rate"),
+            ({"betas": (1.0, 0.9)}, ValueError, "beta parameter at index 0"),
+            ({"betas": (0.9, -0.1)}, ValueError, "beta parameter at index 1"),
+            ({"betas": (0.9, NAN)}, ValueError, "beta parameter at index 1"),
+            ({"betas": 0.9}, TypeError, "betas must be a pair"),
+            ({"eps": -1e-8}, ValueError, "epsilon"),
+            ({"weight_decay": -0.1}, ValueError, "weight_decay"),
+            ({"differentiable": True}, ValueError, "differentiable"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "error", "says"), BAD, ids=lambda v: str(v).replace(" ", "")[:40])
+def test_refused_by_the_constructor_by_groups_and_in_the_middle_of_a_run(name, options, error, says):
+    with pytest.raises(error, match=says):
+        getattr(fused_l2, name)(make_params((3,)), **options)
+    if "differentiable" in options or "foreach" in options:
+        return
+    params = make_params((3, 4))
+    optimizer = run(lambda p: getattr(fused_l2, name)(p), params, 2)
+    with pytest.raises(error, match=f"{says}.*of param group 1|of param group 1.*"):
+        optimizer.add_param_group({"params": make_params((2,)), **options})
+    assert len(optimizer.param_groups) == 1
+    kept = dict(optimizer.param_groups[0])
+    optimizer.param_groups[0].update(options)
+    set_grads(params, 0)
+    before = snapshot(optimizer)
+    with pytest.raises(error, match="of param group 0"):
+        optimizer.step()
+    assert_unchanged(before, optimizer)
+    optimizer.param_groups[0].update(kept)
+    optimizer.step()  # and it goes on
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_torch_raises_the_same_type_where_it_raises(name):
+    for bad_name, options, error, _ in BAD:
+        if bad_name != name or "differentiable" in options:
+            continue
+        raised = None
+        try:
+            getattr(torch.optim, name)(make_params((3,)), **options)
+        except Exception as caught:
+            raised = type(caught)
+        assert raised in (None, error), options
+
+
+def test_signatures_take_every_keyword_of_torch():
+    import inspect
+
+    for name in ("SGD", "Adam", "AdamW"):
+        theirs = inspect.signature(getattr(torch.optim, name).__init__).parameters
+        ours = inspect.signature(getattr(fused_l2, name).__init__).parameters
+        for key, parameter in theirs.items():
+            assert ours[key].default == parameter.default, (name, key)
+            assert ours[key].kind == parameter.kind, (name, key)
+        # In the same order, so that positional calls mean the same.
+        assert [k for k in ours if k in theirs] == list(theirs)
+
+
+@pytest.mark.parametrize(
+    "lr", [torch.tensor(0.1), torch.tensor([0.1]), torch.tensor(0.1, dtype=torch.float64)], ids=["0-dim", "1-dim", "float64"]
+)
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_T09_tensor_learning_rates(name, lr):
+    """The tensor's value counts, also after it changed in place, also when its kind changes in the middle of a run."""
+    params, expected = make_params((5, 6)), make_params((5, 6))
+    a, b = getattr(fused_l2, name)(params, lr=lr.clone()), getattr(fused_l2, name)(expected, lr=lr.item())
+    for step in range(6):
+        if step == 2:
+            a.param_groups[0]["lr"].mul_(0.5)
+            b.param_groups[0]["lr"] = a.param_groups[0]["lr"].item()
+        if step == 4:
+            a.param_groups[0]["lr"] = b.param_groups[0]["lr"] = 0.025
+        for ps in (params, expected):
+            set_grads(ps, step)
+        a.step()
+        b.step()
+        assert_same_bits(params, expected)
+
+
+def test_tensor_betas_and_unknown_group_keys():
+    params, expected = make_params((5,)), make_params((5,))
+    betas = (torch.tensor(0.5), torch.tensor(0.75))  # both exact in float32
+    a = fused_l2.AdamW([{"params": params, "lr_scale": 0.3}], betas=betas)
+    b = fused_l2.AdamW(expected, betas=(0.5, 0.75))
+    for step in range(3):
+        for ps in (params, expected):
+            set_grads(ps, step)
+        a.step()
+        b.step()
+    assert_same_bits(params, expected)
+    assert a.param_groups[0]["lr_scale"] == 0.3
+    assert a.state_dict()["param_groups"][0]["lr_scale"] == 0.3
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Adam"])
+def test_every_hyperparameter_may_change_between_steps(name, exact_sqrt):
+    """Values, and the shape of the computation: momentum, nesterov and maximize switched on and off, decay set to 0."""
+    changes = {
+        "SGD": [{"lr": 0.01}, {"momentum": 0.9}, {"weight_decay": 0.1}, {"nesterov": True}, {"maximize": True},
+                {"weight_decay": 0.0}, {"nesterov": False}, {"dampening": 0.5}, {"momentum": 0.0, "dampening": 0.0}],
+        "AdamW": [{"lr": 0.01}, {"betas": (0.5, 0.9)}, {"weight_decay": 0.0}, {"eps": 1e-3}, {"maximize": True}],
+    }  # fmt: skip
+    params, expected = make_params((5, 40)), make_params((5, 40))
+    a, b = getattr(fused_l2, name)(params, lr=0.1), getattr(torch.optim, name)(expected, lr=0.1)
+    for step, change in enumerate(changes.get(name, changes["AdamW"]) * 2):
+        for optimizer, ps in ((a, params), (b, expected)):
+            optimizer.param_groups[0].update(change)
+            set_grads(ps, step)
+            optimizer.step()
+        assert_same_bits(params, expected, str(change))

@@ -1,0 +1,135 @@
+"""What an install leaves behind, and what a build needs: neither torch nor a compiler."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import fused_l2
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of the sources without anything built."""
+    copy = tmp_path / "checkout"
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache", "demo_results"
+    )
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    return copy
+
+
+def build_wheel(checkout: Path, out: Path, **environment: str) -> Path:
+    """As pip does: in an isolated build environment, with what pyproject.toml asks for and nothing else."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-cache-dir", "-q", "-w", str(out), str(checkout)]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+def names_in(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_wheel(checkout, tmp_path):
+    """One wheel per platform, with the library, below 1 MB, built by setuptools alone."""
+    wheel = build_wheel(checkout, tmp_path / "wheels", FUSED_L2_CPP="require")
+    assert "-py3-none-" in wheel.name
+    assert not wheel.name.endswith("-any.whl")
+    assert wheel.stat().st_size < 1_000_000
+    names = names_in(wheel)
+    assert {"fused_l2/libfused_l2.so", "fused_l2/py.typed", "fused_l2/kernels/__init__.py"} <= names
+    top_level = {n.split("/")[0] for n in names}
+    assert top_level == {"fused_l2", next(t for t in top_level if t.endswith(".dist-info"))}  # no top-level `kernels`
+    requires = (ROOT / "pyproject.toml").read_text().split("requires = [")[1].split("]")[0]
+    assert "setuptools" in requires
+    assert "," not in requires
+
+    # It trains, unpacked anywhere, also without the checkout.
+    target = tmp_path / "unpacked"
+    zipfile.ZipFile(wheel).extractall(target)
+    code = """
+import torch, fused_l2, fused_l2.kernels, sys
+assert fused_l2.__file__.startswith(sys.argv[1]), fused_l2.__file__
+p = torch.nn.Parameter(torch.ones(100))
+optimizer = fused_l2.AdamW([p], lr=0.1)
+for _ in range(10):
+    optimizer.zero_grad()
+    (p**2).sum().backward()
+    optimizer.step()
+assert (p**2).sum() < 50
+print(fused_l2.capabilities()["cpu"].engine)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(target), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", code, str(target)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("C++ (")
+
+
+def test_without_a_compiler_the_install_goes_through(checkout, tmp_path):
+    wheel = build_wheel(checkout, tmp_path / "wheels", CC="no-such-compiler", CXX="no-such-compiler")
+    names = names_in(wheel)
+    assert "fused_l2/sgd.py" in names
+    assert "fused_l2/libfused_l2.so" not in names
+
+
+def test_required_library_makes_a_missing_compiler_an_error(checkout, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-cache-dir",
+        "-q",
+        "-w",
+        str(tmp_path / "wheels"),
+        str(checkout),
+    ]
+    environment = {**os.environ, "CC": "no-such-compiler", "CXX": "no-such-compiler", "FUSED_L2_CPP": "require"}
+    assert subprocess.run(command, env=environment, capture_output=True).returncode != 0
+
+
+def test_no_top_level_kernels_is_installed():
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or ROOT not in Path(spec.origin or "/").parents
+    assert importlib.util.find_spec("fused_l2.kernels") is not None
+
+
+# From the ground up. A module may import what stands on a lower line, or beside it.
+FLOORS = [
+    {"_version", "coefficients", "state"},
+    {"tensor_table"},
+    {"engines.cpu", "engines.torch_ops", "reference"},
+    {"engines"},
+    {"entries", "watch"},
+    {"buckets"},
+    {"optimizer"},
+    {"adam", "sgd"},
+]
+
+
+def test_a_module_imports_only_below_itself():
+    package = Path(fused_l2.__file__).parent
+    height = {module: i for i, floor in enumerate(FLOORS) for module in floor}
+    for module, level in height.items():
+        file = package / (module.replace(".", "/") + ".py")
+        file = file if file.exists() else package / module / "__init__.py"
+        inside = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+        for node in ast.parse(file.read_text()).body:  # imports for type checkers stand in an `if` and do not count
+            if not isinstance(node, ast.ImportFrom) or node.level == 0:
+                continue
+            base = inside[: len(inside) - node.level + 1] + (node.module.split(".") if node.module else [])
+            for name in node.names:
+                imported = ".".join([*base, name.name]) if ".".join([*base, name.name]) in height else ".".join(base)
+                assert height[imported] <= level, f"{module} imports {imported}, which stands above it"
