@@ -75,7 +75,7 @@ def test_the_profiler_sees_the_step(name):
     params = make_params((5,))
     set_grads(params, 0)
     optimizer = make(name, params)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         optimizer.step()
     assert f"Optimizer.step#{name}.step" in {event.name for event in profile.events()}
 
