@@ -102,7 +102,7 @@ class CpuPart:
     def refresh(self, grads: Sequence[Tensor]) -> bool:
         """Take this step's gradients. False if they or any other tensor are not what the tables were made for."""
         try:
-            addresses = array("q", map(_data_ptr, grads))
+            addresses = array("q", list(map(_data_ptr, grads)))  # from an iterator it would grow step by step
         except (TypeError, RuntimeError):  # None: a gradient that was there is gone. Or one without memory, a sparse one.
             return False
         if not self._guard(grads):
