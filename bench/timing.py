@@ -55,7 +55,7 @@ def waited() -> float:
 def interleave(
     contestants: dict[str, Callable[[], Any]], budget: float, rounds: int = 31, sample_seconds: float = 20e-3
 ) -> dict[str, Samples]:
-    """Time each contestant once per round, in an order that rotates, until the budget (seconds) or the rounds are used up."""
+    """Time each contestant, warmed up, once per round, in an order that rotates, until `budget` seconds or the rounds are over."""
     calls = {}
     for name, call in contestants.items():
         call()
@@ -68,6 +68,8 @@ def interleave(
     for turn in range(10 * rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             call, count = contestants[name], calls[name]
+            for _ in range(count // 2):  # what the contestant before left in the caches is not this one's cost
+                call()
             wait, start = waited(), time.perf_counter()
             for _ in range(count):
                 call()
