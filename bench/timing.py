@@ -55,7 +55,7 @@ def waited() -> float:
 def interleave(
     contestants: dict[str, Callable[[], Any]], budget: float, rounds: int = 31, sample_seconds: float = 20e-3
 ) -> dict[str, Samples]:
-    """Time each contestant, warmed up, once per round, in an order that rotates, until `budget` seconds or the rounds are over."""
+    """Time each contestant, warmed up, once per round, in a rotating order, until `budget` seconds or the rounds are over."""
     calls = {}
     for name, call in contestants.items():
         call()
