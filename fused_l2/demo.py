@@ -115,7 +115,7 @@ def plot(results: dict[str, dict[float, list[Run]]], path: Path) -> None:
 
     curve(axes[0], "SGD", "train_accuracy", color=orange, marker="s", label="training images")
     curve(axes[0], "SGD", "test_accuracy", color=blue, marker="o", label="test images")
-    axes[0].set(title="SGD with L2 regularization", ylabel="accuracy", ylim=(0.7, 1.01))
+    axes[0].set(title="SGD with L2 regularization", ylabel="accuracy", ylim=(0.86, 1.005))  # too large a lambda ends below
     curve(axes[1], "SGD", "norm", color=blue, marker="o", label="SGD")
     curve(axes[1], "AdamW", "norm", color=green, marker="^", label="AdamW")
     curve(axes[1], "Adam", "norm", color=orange, marker="s", label="Adam (coupled)")
@@ -125,9 +125,10 @@ def plot(results: dict[str, dict[float, list[Run]]], path: Path) -> None:
     axes[2].set(title="The same lambda, coupled and decoupled", ylabel="test accuracy", ylim=(0, 1.01))
     for axis in axes:
         axis.set_xscale("symlog", linthresh=0.1)
+        axis.set_xlim(left=-0.02)
         axis.set_xlabel(f"lambda  (weight_decay = lambda / {N})")
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(loc="center left")
     figure.savefig(path, dpi=120)
 
 
