@@ -69,6 +69,13 @@ def test_T20_strides_of_dimensions_of_size_1(name):
 
 
 @each
+def test_T20_layouts_that_change_from_step_to_step(name, exact_sqrt):
+    p = torch.nn.Parameter(torch.randn(3, 4, 5, 2))
+    layouts = ["contiguous", "channels last", "every other element", "contiguous", "transposed", "channels last"]
+    check(name, p, [LAYOUTS[layout](torch.randn(3, 4, 5, 2)) for layout in layouts])
+
+
+@each
 def test_T20_T50_expanded_gradients(name):
     p = torch.nn.Parameter(torch.randn(6, 5))
     check(name, p, [torch.randn(1, 5).expand(6, 5), torch.randn(6, 1).expand(6, 5), torch.ones(()).expand(6, 5)])

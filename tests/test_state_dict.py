@@ -320,14 +320,20 @@ def test_state_replaced_from_outside_is_noticed(name, how):
     """As offloading code does: optimizer.state[p][key] = other tensor, between two steps."""
     params = make_params(SIZES)
     optimizer = run(ours(name), params, 3)
-    expected_params = twin(params)
-    expected = ours(name)(expected_params)
-    saved = copy.deepcopy(optimizer.state_dict())
+    at_three = twin(params)
     key = "momentum_buffer" if name == "SGD" else "exp_avg"
-    for state in saved["state"].values():
+    doubled_state = copy.deepcopy(optimizer.state_dict())
+    for state in doubled_state["state"].values():
         state[key] = state[key] * 2
-    expected.load_state_dict(saved)
-    outside = {}
+    if how == "plain dict kept outside":
+        outside = {p: dict(optimizer.state[p]) for p in params}
+        for p in params:
+            optimizer.state[p] = outside[p]
+            p.grad = None
+        optimizer.step()  # the plan has seen these dictionaries
+    if how == "whole state":
+        optimizer.state = {p: {**optimizer.state[p], key: optimizer.state[p][key] * 2} for p in params}
+    # No other optimizer is made or loaded from here to the steps: that would make every plan look at its state.
     for p in params:
         doubled = optimizer.state[p][key] * 2
         if how == "entry":
@@ -337,18 +343,32 @@ def test_state_replaced_from_outside_is_noticed(name, how):
         elif how == "whole dict":
             optimizer.state[p] = {**optimizer.state[p], key: doubled}
         elif how == "plain dict kept outside":
-            outside[p] = optimizer.state[p] = dict(optimizer.state[p])
+            outside[p][key] = doubled
         elif how == "in place":
             optimizer.state[p][key].data = doubled
-    if how == "whole state":
-        optimizer.state = {p: {**optimizer.state[p], key: optimizer.state[p][key] * 2} for p in params}
-    if outside:
-        set_grads(params, 3)
-        for p in params:
-            p.grad = None
-        optimizer.step()
-        for p in params:
-            outside[p][key] = outside[p][key] * 2
     continue_run(optimizer, params, 3, 2)
-    continue_run(expected, expected_params, 3, 2)
-    assert_same_bits(params, expected_params)
+    expected = ours(name)(at_three)
+    expected.load_state_dict(doubled_state)
+    continue_run(expected, at_three, 3, 2)
+    assert_same_bits(params, at_three)
+
+
+@each
+def test_states_of_another_memory_format_are_paired_by_index(name):
+    """A checkpoint of a contiguous model, loaded into one that is channels_last."""
+    generator = torch.Generator().manual_seed(0)
+    contiguous = torch.nn.Parameter(torch.randn(4, 3, 2, 5, generator=generator))
+    grads = [torch.randn(4, 3, 2, 5, generator=generator) for _ in range(4)]
+    first = ours(name)([contiguous])
+    for g in grads[:2]:
+        contiguous.grad = g.clone()
+        first.step()
+    other = torch.nn.Parameter(contiguous.detach().clone().to(memory_format=torch.channels_last))
+    second = ours(name)([other])
+    second.load_state_dict(first.state_dict())
+    for g in grads[2:]:
+        contiguous.grad = g.clone()
+        other.grad = g.clone(memory_format=torch.channels_last)
+        first.step()
+        second.step()
+    assert_same_bits(other.detach().contiguous(), contiguous.detach())
