@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fused_l2.engines import cpu
+
 ROOT = Path(__file__).parent.parent
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w"]
 _library: Any = None
@@ -35,7 +37,7 @@ def stream_step(optimizer: Any) -> Callable[[], None] | None:
             subprocess.run([compiler, *FLAGS, *sources, "-ldl", "-o", str(built)], check=True)
             _library = ctypes.CDLL(str(built))
         _library.stream_step.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        _library.stream_connect(os.fsencode(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        _library.stream_connect(os.fsencode(Path(torch.__file__).parent / "lib" / cpu._TORCH_FILE))
     part = optimizer._plan._cpu
     return lambda: _library.stream_step(part._address, part._count)
 

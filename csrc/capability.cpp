@@ -1,5 +1,9 @@
 #include "capability.h"
 
+#if FUSED_L2_X86
+#include <cpuid.h>
+#endif
+
 namespace fused_l2 {
 
 const char* name_of(Capability capability) {
@@ -10,11 +14,20 @@ const char* name_of(Capability capability) {
   }
 }
 
+#if FUSED_L2_X86
+namespace {
+// Not among the names that __builtin_cpu_supports knows in GCC 10 and Clang 17.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
+}
+}  // namespace
+#endif
+
 bool is_supported(Capability capability) {
 #if FUSED_L2_X86
   __builtin_cpu_init();
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   switch (capability) {
     case Capability::baseline: return true;
     case Capability::avx2: return has_avx2;

@@ -2,7 +2,7 @@
 #pragma once
 
 // The two x86 sets need per-function targets, which GCC and Clang have.
-#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define FUSED_L2_X86 1
 #else
 #define FUSED_L2_X86 0

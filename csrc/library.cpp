@@ -96,7 +96,7 @@ FUSED_L2_EXPORT void fused_l2_release(const int64_t* handles, int64_t count) {
   for (int64_t i = 0; i < count; ++i) torch_abi().release(address<void>(handles[i]));
 }
 
-// Do the gradients have memory, and do the step counters stand where the coefficients were computed for?
+// Do all tensors have memory, and do the step counters stand where the coefficients were computed for?
 // Returns 0 if so, else 1 + the position of the first row, over all buckets, that does not.
 FUSED_L2_EXPORT int64_t fused_l2_check(const Bucket* buckets, int64_t count) {
   int64_t position = 0;
@@ -104,7 +104,12 @@ FUSED_L2_EXPORT int64_t fused_l2_check(const Bucket* buckets, int64_t count) {
     for (int64_t r = 0; r < buckets[b].rows; ++r) {
       const Row row = buckets[b].row(r);
       ++position;
-      if (row[column::grad] == 0 && row[column::numel] != 0) return position;
+      if (row[column::numel] != 0) {
+        const int states = buckets[b].rule == rule::sgd ? (buckets[b].flags & flag::momentum ? 1 : 0)
+                                                        : (buckets[b].flags & flag::amsgrad ? 3 : 2);
+        for (int k = 0; k < column::state0 + states; ++k)
+          if (row[k] == 0) return position;
+      }
       if (row[column::step] == 0) continue;
       float step;
       std::memcpy(&step, address<const void>(row[column::step]), sizeof step);

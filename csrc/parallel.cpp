@@ -73,8 +73,9 @@ struct Line {
 
 // Each thread owns a contiguous range of chunks and, once done, takes chunks from the far end of another's.
 struct Shares {
-  struct alignas(64) Share {
-    std::atomic<uint64_t> range;  // first chunk in the upper half, one past the last in the lower
+  struct Share {
+    std::atomic<uint64_t> range;                       // first chunk in the upper half, one past the last in the lower
+    char padding[64 - sizeof(std::atomic<uint64_t>)];  // shares of different threads lie in different cache lines
   };
   std::unique_ptr<Share[]> shares;
   int64_t count;
@@ -139,7 +140,8 @@ void for_each_index(int64_t count, void (*f)(void*, int64_t), void* context) {
     const auto* c = static_cast<IndexedCall*>(opaque);
     for (int64_t i = begin; i < end; ++i) c->f(c->context, i);
   };
-  torch_threads.parallel_for(0, count, 1, range, &call);
+  // An error leaves some indices undone: f has to bear being called again for those that were done.
+  if (torch_threads.parallel_for(0, count, 1, range, &call) != 0) serial(0);
 }
 
 void for_each_piece(const Bucket* buckets, int64_t count, PieceFunction f) {

@@ -23,7 +23,7 @@ using PieceFunction = void (*)(const Piece&);
 // Calls f on pieces that cover every element of every row exactly once, on torch's threads.
 void for_each_piece(const Bucket* buckets, int64_t count, PieceFunction f);
 
-// Calls f(context, index) for 0 <= index < count on torch's threads.
+// Calls f(context, index) for 0 <= index < count on torch's threads; if torch fails, for all of them once more.
 void for_each_index(int64_t count, void (*f)(void* context, int64_t index), void* context);
 
 // Torch's thread pool, as C functions of its stable ABI (torch/csrc/stable/c/shim.h, since torch 2.10).

@@ -72,6 +72,9 @@ struct Bucket {
   Row row(int64_t index) const { return table + index * column::count; }
 };
 
+// Python writes buckets as int64 columns.
+static_assert(sizeof(Bucket) == 8 * sizeof(int64_t));
+
 template <class T> T* address(int64_t value) { return reinterpret_cast<T*>(static_cast<intptr_t>(value)); }
 
 inline const char* layout() {

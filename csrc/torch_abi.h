@@ -1,5 +1,5 @@
 // The few functions of libtorch's stable C ABI that are used, declared by hand and found at run time.
-// tests/test_torch_abi.py compiles these declarations against the installed torch's own headers.
+// tests/test_cpu_engine.py compiles these declarations against the installed torch's own headers.
 #pragma once
 #include <cstdint>
 

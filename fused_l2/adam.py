@@ -36,8 +36,9 @@ class Adam(FusedOptimizer):
     Args:
         params: parameters, named parameters or param groups, as for ``torch.optim.Adam``.
         lr: learning rate; a float, or a tensor with one element.
-        betas, eps, weight_decay, amsgrad, maximize, capturable: as for ``torch.optim.Adam``. ``weight_decay`` is the
-            coefficient of w in the gradient: lambda / n, see :func:`fused_l2.weight_decay.from_lambda`.
+        betas, eps, weight_decay, amsgrad, maximize: as for ``torch.optim.Adam``. ``weight_decay`` is the coefficient of w
+            in the gradient: lambda / n, see :func:`fused_l2.weight_decay.from_lambda`.
+        capturable: without effect on CPU tensors; on others passed on to torch's functions. CUDA graphs are not supported yet.
         foreach, fused: accepted for compatibility, without effect: every step is fused.
         differentiable: must be False.
         decoupled_weight_decay: w <- (1 - lr * weight_decay) * w instead of the line marked "coupled", which is AdamW.
@@ -87,7 +88,7 @@ class Adam(FusedOptimizer):
     def _checked_numbers(self, values: tuple[Any, ...], group: int | None) -> tuple[float, ...]:
         where = "" if group is None else f" of param group {group}"
         lr, betas, eps, weight_decay, *_ = values
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        if isinstance(betas, (str, bytes)) or not hasattr(betas, "__len__") or len(betas) != 2:
             raise TypeError(f"betas must be a pair of numbers{where}, got {betas!r}")
         beta1, beta2 = (number(beta, f"beta parameter at index {i}", where) for i, beta in enumerate(betas))
         for i, beta in enumerate((beta1, beta2)):
@@ -136,7 +137,7 @@ class AdamW(Adam):
     Args:
         params: parameters, named parameters or param groups, as for ``torch.optim.AdamW``.
         lr: learning rate; a float, or a tensor with one element.
-        betas, eps, weight_decay, amsgrad, maximize, capturable: as for ``torch.optim.AdamW``.
+        betas, eps, weight_decay, amsgrad, maximize: as for ``torch.optim.AdamW``. capturable: see :class:`Adam`.
         foreach, fused: accepted for compatibility, without effect: every step is fused.
         differentiable: must be False.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from itertools import compress, repeat
+from itertools import compress, groupby, repeat
 from operator import is_, is_not, not_
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 from . import coefficients, engines
 from .engines import cpu, torch_ops
 from .entries import Entry, check_grad, make_entry, needs_copy
-from .state import OptimizerState, ParamState, Revision
+from .state import OptimizerState, ParamState
 from .tensor_table import RowFlag, Rule, TensorTable, address_of
 from .watch import Watch, gradient_guard, make_watch
 
@@ -97,10 +97,12 @@ class CpuPart:
         self._guard = gradient_guard(grads)
         memory = [t for e in entries for t in (*e.states, e.counter) if t is not None]
         self._watch: Watch = make_watch(library, self._params, memory)
-        self._copies: list[Tensor] = []  # alive until the step is done
+        self._grads: Sequence[Tensor] = ()  # alive until the step is done, whatever other threads do
+        self._copies: list[Tensor] = []
 
     def refresh(self, grads: Sequence[Tensor]) -> bool:
         """Take this step's gradients. False if they or any other tensor are not what the tables were made for."""
+        self._grads = grads
         try:
             addresses = array("q", list(map(_data_ptr, grads)))  # from an iterator it would grow step by step
         except (TypeError, RuntimeError):  # None: a gradient that was there is gone. Or one without memory, a sparse one.
@@ -123,7 +125,7 @@ class CpuPart:
         for bucket in self.buckets:
             bucket.stepped()
         increment_version(self._params)  # autograd then sees the write, as after torch's own step
-        self._copies = []
+        self._grads, self._copies = (), []
 
 
 class Plan:
@@ -185,22 +187,18 @@ class Plan:
             for e in self._entries
         ]
         self._state = optimizer.state
-        # Dictionaries that do not count replacements are searched at every step instead.
-        self._is_counted = type(self._state) is OptimizerState and all(
+        # Dictionaries that do not tell of replacements are searched at every step instead.
+        self._is_told = type(self._state) is OptimizerState and all(
             type(state) is ParamState for _, state, known in self._known_state if known
         )
-        self._revision = Revision.count
 
     def refresh(self, optimizer: FusedOptimizer) -> bool:
         """Read this step's gradients and hyperparameters. False if the plan no longer fits and has to be made anew.
 
         Changes nothing but the plan; raises if a hyperparameter or a gradient was set to something invalid.
         """
-        if Revision.count != self._revision or not self._is_counted or optimizer.state is not self._state:
-            if not self._finds_its_state(optimizer):
-                return False
-            self._revision = Revision.count
-
+        if optimizer.state is not self._state or not (self._is_told or self._finds_its_state()):
+            return False
         groups, known = optimizer.param_groups, self._hyperparameters
         if len(groups) != len(known):
             return False
@@ -245,8 +243,8 @@ class Plan:
             self._numbers[i] = numbers
         return True
 
-    def _finds_its_state(self, optimizer: FusedOptimizer) -> bool:
-        return optimizer.state is self._state and all(
+    def _finds_its_state(self) -> bool:
+        return all(
             not known or (self._state.get(param) is state and all(state.get(key) is value for key, value in known))
             for param, state, known in self._known_state
         )
@@ -264,12 +262,22 @@ class Plan:
 
     @torch.no_grad()
     def _launch_others(self, optimizer: FusedOptimizer) -> None:
-        for e in self._others:
-            group = optimizer.param_groups[e.group]
+        # In their order, and neighbours that share a param group in one call.
+        for (group, first_step), found in groupby(self._others, key=lambda e: (e.group, e.first_step)):
+            entries = list(found)
             torch_ops.step(
-                self._rule, e.flags, self._numbers[e.group], group, e.param, _grad_of(e), e.states, e.counter, e.first_step
+                self._rule,
+                self._flags[group],
+                self._numbers[group],
+                bool(optimizer.param_groups[group].get("capturable", False)),
+                [e.param for e in entries],
+                [_grad_of(e) for e in entries],
+                list(zip(*(e.states for e in entries), strict=True)),
+                [e.counter for e in entries if e.counter is not None],
+                first_step,
             )
-            e.first_step = False
+            for e in entries:
+                e.first_step = False
 
 
 def _grad_of(entry: Entry) -> Tensor:
@@ -284,12 +292,12 @@ def _takes_cpu_engine(entry: Entry) -> bool:
     states = entry.states
     # The kernels know states of the parameter's dtype, and float32 states of 16-bit parameters.
     dtypes = {t.dtype for t in states}
-    return len(dtypes) <= 1 and dtypes <= {entry.param.dtype, torch.float32}
+    return len(dtypes) <= 1 and dtypes <= {entry.param.dtype, torch.float32} and all(map(engines.is_plain, states))
 
 
 def _holds_tensor(values: tuple[Any, ...]) -> bool:
-    """Whether a hyperparameter is a tensor, whose value may change in place."""
-    return any(isinstance(v, Tensor) or (isinstance(v, (tuple, list)) and _holds_tensor(tuple(v))) for v in values)
+    """Whether a hyperparameter may change in place: a tensor, or a list of betas."""
+    return any(isinstance(v, (Tensor, list)) or (isinstance(v, tuple) and _holds_tensor(v)) for v in values)
 
 
 def _overlapping(params: Sequence[Tensor], selected: Sequence[bool]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,8 @@ def make_entry(
                 new_state[key] = torch.empty_like(param, dtype=value.dtype).copy_(value)
     if counts_steps:
         counter = as_counter(state.get("step"), param, bool(group.get("capturable", False)), name)
+        if counter.device.type == "cpu" and math.isnan(float(counter)):
+            raise RuntimeError(f"{name}: its state 'step' is NaN. Set it to the number of steps made.")
         if counter is not state.get("step"):
             new_state["step"] = counter
     return Entry(param, name, group_index, flags, state, new_state, state_names, first_step)
@@ -96,7 +99,7 @@ def check_param(param: Tensor, name: str) -> None:
         raise RuntimeError(
             f"{name}: fused_l2 steps parameters of dtype {known}. Convert this one, or give it to an optimizer of its own."
         )
-    if not _has_memory(param):
+    if not has_memory(param):
         raise RuntimeError(
             f"{name}: its storage holds fewer elements than its shape says, as after untyped_storage().resize_(0). "
             f"Restore the storage before step()."
@@ -126,7 +129,7 @@ def check_grad(param: Tensor, name: str) -> None:
         raise RuntimeError(
             f"{name}: its gradient has dtype {_name(grad.dtype)}. Convert the gradient to the parameter's dtype before step()."
         )
-    if not grad._is_zerotensor() and not _has_memory(grad):
+    if not grad._is_zerotensor() and not has_memory(grad):
         raise RuntimeError(
             f"{name}: its gradient's storage holds fewer elements than its shape says. Set the gradient to None or restore it."
         )
@@ -145,7 +148,7 @@ def _check_state(param: Tensor, key: str, value: Any, name: str) -> None:
         )
     if value.dtype not in DTYPES or (value.dtype is torch.float64) != (param.dtype is torch.float64):
         raise RuntimeError(f"{name}: its state {key!r} has dtype {_name(value.dtype)}. {remedy}")
-    if not _has_memory(value):
+    if not has_memory(value):
         raise RuntimeError(f"{name}: the storage of its state {key!r} was freed. Restore it before step().")
 
 
@@ -180,8 +183,9 @@ def needs_copy(param: Tensor, grad: Tensor) -> bool:
     return grad.is_neg() or not same_layout(grad, param)
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    if tensor.numel() == 0 or tensor.is_meta:
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the storage reaches as far as the shape says."""
+    if tensor.numel() == 0 or tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return True
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + last + 1) * tensor.element_size()

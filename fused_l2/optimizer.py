@@ -16,7 +16,7 @@ from torch.optim.optimizer import (
 )
 
 from .buckets import Plan
-from .state import OptimizerState
+from .state import OptimizerState, tell_of_changes
 from .tensor_table import Rule
 
 _T = TypeVar("_T")
@@ -24,6 +24,11 @@ _is_compiling = torch.compiler.is_compiling
 # Not None while dynamo looks at every frame that is called: compiled functions call back into Python at graph breaks.
 _dynamo_callback: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
 _profiler_enabled = torch._C._autograd._profiler_enabled
+
+_NOT_DIFFERENTIABLE = (
+    "differentiable=True is not supported: a fused step writes parameters in place, outside of autograd. "
+    "Use torch.optim for steps that are differentiated through."
+)
 
 
 class FusedOptimizer(Optimizer):
@@ -41,10 +46,7 @@ class FusedOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         if defaults["differentiable"]:
-            raise ValueError(
-                "differentiable=True is not supported: a fused step writes parameters in place, outside of autograd. "
-                "Use torch.optim for steps that are differentiated through."
-            )
+            raise ValueError(_NOT_DIFFERENTIABLE)
         if defaults["fused"] and defaults["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")  # torch's own words
         super().__init__(params, defaults)
@@ -104,10 +106,10 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._plan is None or not self._plan.refresh(self):
-            self._replan()
-        assert self._plan is not None
-        self._plan.launch(self)
+        plan = self._plan
+        if plan is None or not plan.refresh(self):
+            plan = self._make_plan()
+        plan.launch(self)
         return loss
 
     _observed_step = Optimizer.profile_hook_step(_step)
@@ -115,8 +117,8 @@ class FusedOptimizer(Optimizer):
     _untraced_step = torch._disable_dynamo(_observed_step)  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def _replan(self) -> None:
-        self._plan = None  # a plan that failed to be made leaves none behind
+    def _make_plan(self) -> Plan:
+        self.drop_plan()  # a plan that failed to be made leaves none behind
         plan = Plan(self)
         if not plan.refresh(self):
             raise RuntimeError(
@@ -124,6 +126,12 @@ class FusedOptimizer(Optimizer):
                 "parameters or state?"
             )
         self._plan = plan
+        tell_of_changes(self)
+        return plan
+
+    def drop_plan(self) -> None:
+        """Forget what was prepared for the next step; it will be prepared again. Frees references to states."""
+        self._plan = None
 
     # torch's contracts.
 
@@ -132,8 +140,10 @@ class FusedOptimizer(Optimizer):
         if isinstance(param_group, dict):
             values = self._read_hyperparameters({**self.defaults, **param_group})
             self._checked_numbers(values, len(self.param_groups))
+            if param_group.get("differentiable"):
+                raise ValueError(_NOT_DIFFERENTIABLE)
         super().add_param_group(param_group)
-        self._plan = None
+        self.drop_plan()
 
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's state dict: plain dicts, torch's keys. ``torch.optim`` loads it, and this class loads torch's."""
@@ -177,7 +187,7 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         if type(self.state) is not OptimizerState:
             self.state = OptimizerState(self.state)
-        self._plan = None
+        self.drop_plan()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

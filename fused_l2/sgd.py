@@ -46,7 +46,7 @@ class SGD(FusedOptimizer):
     """
 
     _rule = Rule.SGD
-    _options = ("decoupled_weight_decay",)
+    _options = ("_decoupled",)
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class SGD(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
     ) -> None:
-        self.decoupled_weight_decay = decoupled_weight_decay
+        self._decoupled = decoupled_weight_decay
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -77,6 +77,16 @@ class SGD(FusedOptimizer):
         }
         self._checked_numbers(_read(defaults), None)
         super().__init__(params, defaults)
+
+    @property
+    def decoupled_weight_decay(self) -> bool:
+        """Whether the decay shrinks the weights outside of the momentum, for all param groups."""
+        return self._decoupled
+
+    @decoupled_weight_decay.setter
+    def decoupled_weight_decay(self, decoupled: bool) -> None:
+        self._decoupled = decoupled
+        self.drop_plan()
 
     @staticmethod
     def _read_hyperparameters(group: dict[str, Any]) -> tuple[Any, ...]:
@@ -100,7 +110,7 @@ class SGD(FusedOptimizer):
 
     def _flags(self, values: tuple[Any, ...]) -> int:
         _, momentum, _, _, nesterov, maximize = values
-        flags = int(Flag.DECOUPLED) if self.decoupled_weight_decay else 0
+        flags = int(Flag.DECOUPLED) if self._decoupled else 0
         if momentum != 0:
             flags |= Flag.MOMENTUM
         if nesterov:

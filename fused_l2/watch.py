@@ -69,7 +69,23 @@ def _capsule_pointer() -> Callable[[Any, None], int]:
 
 def make_watch(library: Library, tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> Watch:
     """A watch over these tensors as they are now; of those in ``memory`` only address and storage matter."""
-    return NativeWatch(library, tensors, memory) if library.has_tensors else Watch(tensors, memory)
+    native = library.has_tensors and _native_watch_works(library)
+    return NativeWatch(library, tensors, memory) if native else Watch(tensors, memory)
+
+
+@functools.cache
+def _native_watch_works(library: Library) -> bool:
+    """Whether the accessors of this torch tell apart what has to be told apart."""
+    try:
+        moved, reshaped, still = torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3)
+        watches = [NativeWatch(library, [t], [still]) for t in (moved, reshaped, still)]
+        if not all(watch.holds() for watch in watches):
+            return False
+        moved.data = moved.data.clone()
+        reshaped.data = reshaped.data.view(3, 2)
+        return [watch.holds() for watch in watches] == [False, False, True]
+    except Exception:  # not public API: whatever goes wrong, the plain way remains
+        return False
 
 
 Guard = Callable[[Sequence[Tensor]], bool]

@@ -98,7 +98,7 @@ print(fused_l2.weight_decay.penalty([{"params": [torch.nn.Parameter(torch.ones(4
 @needs_library
 def test_a_library_of_other_sources_is_refused(monkeypatch):
     monkeypatch.setattr(cpu, "layout", lambda: "columns of another version")
-    with pytest.raises(OSError, match=r"built from other sources.*pip install -e \."):
+    with pytest.raises(OSError, match="built from other sources"):
         cpu.Library(Path(fused_l2.__file__).parent / cpu._FILE)
 
 

@@ -90,6 +90,33 @@ def test_T51_gradients_with_the_negation_bit(name):
 
 
 @each
+def test_T51_parameters_with_the_negation_bit(name, exact_sqrt):
+    p = torch.nn.Parameter(torch._neg_view(torch.linspace(1, 2, 9)))
+    check(name, p, [torch.randn(9), torch.randn(9)])
+    assert_same_bits(torch.nn.Parameter(torch._neg_view(torch.ones(3))).detach(), -torch.ones(3))
+
+
+@each
+def test_gradients_live_until_the_step_is_done(name):
+    """Another thread may set p.grad = None while the C++ runs."""
+    import weakref
+
+    (p,) = make_params((50,))
+    optimizer = make(name, [p])
+    for step in range(3):
+        set_grads([p], step)
+        optimizer.step()
+    set_grads([p], 3)
+    plan = optimizer._plan
+    assert plan.refresh(optimizer)
+    alive = weakref.ref(p.grad)
+    p.grad = None
+    assert alive() is not None
+    plan.launch(optimizer)
+    assert alive() is None
+
+
+@each
 def test_zero_tensors_as_gradients(name):
     p = torch.nn.Parameter(torch.randn(9))
     expected = stepped(name, p, [torch.zeros(9), torch.ones(9)])
@@ -414,3 +441,11 @@ def test_states_that_do_not_fit_are_refused(entry, says):
         optimizer.step()
     assert_same_bits(params[0], kept)
     assert optimizer.state[params[0]]["step"].item() == 1
+
+
+def test_a_counter_that_is_nan_is_refused():
+    params = make_params((7,))
+    optimizer = run(lambda p: make("AdamW", p), params, 1)
+    optimizer.state[params[0]]["step"].fill_(float("nan"))
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*'step' is NaN"):
+        optimizer.step()

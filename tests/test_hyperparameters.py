@@ -128,6 +128,46 @@ def test_tensor_betas_and_unknown_group_keys():
     assert a.state_dict()["param_groups"][0]["lr_scale"] == 0.3
 
 
+def test_betas_as_a_list_or_another_sequence_changed_in_place():
+    from collections import UserList
+
+    params, expected = make_params((5,)), make_params((5,))
+    a, b = fused_l2.AdamW(params, betas=UserList([0.9, 0.999])), fused_l2.AdamW(expected)
+    for step, betas in enumerate([None, [0.9, 0.99], None]):
+        if betas:
+            a.param_groups[0]["betas"] = betas
+            b.param_groups[0]["betas"] = tuple(betas)
+        if step == 2:
+            a.param_groups[0]["betas"][0] = 0.5
+            b.param_groups[0]["betas"] = (0.5, 0.99)
+        for optimizer, ps in ((a, params), (b, expected)):
+            set_grads(ps, step)
+            optimizer.step()
+        assert_same_bits(params, expected)
+
+
+def test_decoupled_weight_decay_of_sgd_may_be_switched():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = fused_l2.SGD([p], lr=0.5, momentum=0.9, weight_decay=0.5)
+    for expected in (0.75, 0.75 - 0.5 * (0.9 * 0.5), None):
+        p.grad = torch.zeros(3)
+        if expected is None:
+            before = p.detach().clone()
+            optimizer.decoupled_weight_decay = True
+            buffer = optimizer.state[p]["momentum_buffer"].clone()
+            optimizer.step()
+            torch.testing.assert_close(p.detach(), before * 0.75 - 0.5 * 0.9 * buffer)
+        else:
+            optimizer.step()
+
+
+def test_differentiable_is_refused_in_a_param_group_too():
+    optimizer = fused_l2.SGD(make_params((3,)))
+    with pytest.raises(ValueError, match="differentiable=True is not supported"):
+        optimizer.add_param_group({"params": make_params((2,)), "differentiable": True})
+    assert len(optimizer.param_groups) == 1
+
+
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "Adam"])
 def test_every_hyperparameter_may_change_between_steps(name, exact_sqrt):
     """Values, and the shape of the computation: momentum, nesterov and maximize switched on and off, decay set to 0."""

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 import fused_l2
+from fused_l2.engines import cpu
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_wheel(checkout, tmp_path):
     assert not wheel.name.endswith("-any.whl")
     assert wheel.stat().st_size < 1_000_000
     names = names_in(wheel)
-    assert {"fused_l2/libfused_l2.so", "fused_l2/py.typed", "fused_l2/kernels/__init__.py"} <= names
+    assert {f"fused_l2/{cpu._FILE}", "fused_l2/py.typed", "fused_l2/kernels/__init__.py"} <= names
     top_level = {n.split("/")[0] for n in names}
     assert top_level == {"fused_l2", next(t for t in top_level if t.endswith(".dist-info"))}  # no top-level `kernels`
     requires = (ROOT / "pyproject.toml").read_text().split("requires = [")[1].split("]")[0]
@@ -80,7 +81,7 @@ def test_without_a_compiler_the_install_goes_through(checkout, tmp_path):
     wheel = build_wheel(checkout, tmp_path / "wheels", CC="no-such-compiler", CXX="no-such-compiler")
     names = names_in(wheel)
     assert "fused_l2/sgd.py" in names
-    assert "fused_l2/libfused_l2.so" not in names
+    assert f"fused_l2/{cpu._FILE}" not in names
 
 
 def test_required_library_makes_a_missing_compiler_an_error(checkout, tmp_path):

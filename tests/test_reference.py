@@ -117,7 +117,7 @@ def test_plain_pytorch_engine_sgd(signature, nesterov, decoupled):
     p, g, b = (tensor(1003, d, s, special=False) for d, s in ((dtype, 1), (dtype, 2), (state_dtype, 3)))
     expected, expected_states = reference.sgd(p, g, [b], coefficients.sgd(*numbers, decoupled), flags, False)
     kept = g.clone()
-    torch_ops.step(Rule.SGD, flags, numbers, {}, p, g, [b], None, False)
+    torch_ops.step(Rule.SGD, flags, numbers, False, [p], [g], [[b]], [], False)
     assert_same_bits([p, b], [expected, *expected_states])
     assert_same_bits(g, kept, "T52: the gradient")
 
@@ -133,7 +133,7 @@ def test_plain_pytorch_engine_adam(signature, decoupled, amsgrad, exact_sqrt):
     state = [tensor(1003, state_dtype, 3 + k, positive=k > 0, special=False) for k in range(3 if amsgrad else 2)]
     expected, expected_states = reference.adam(p, g, state, coefficients.adam(*numbers, decoupled, 7), flags)
     counter = torch.tensor(6.0)
-    torch_ops.step(Rule.ADAM, flags, numbers, {}, p, g, state, counter, False)
+    torch_ops.step(Rule.ADAM, flags, numbers, False, [p], [g], [[t] for t in state], [counter], False)
     assert_same_bits([p, *state], [expected, *expected_states])
     assert counter.item() == 7
 

@@ -6,6 +6,7 @@ import copy
 import io
 import multiprocessing
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -372,3 +373,19 @@ def test_states_of_another_memory_format_are_paired_by_index(name):
         first.step()
         second.step()
     assert_same_bits(other.detach().contiguous(), contiguous.detach())
+
+
+@each
+def test_replaced_state_is_freed_at_once(name):
+    """Offloading between steps is meant to free memory: nothing but the dictionaries may hold states."""
+    params = make_params(SIZES)
+    optimizer = run(ours(name), params, 2)
+    key = "momentum_buffer" if name == "SGD" else "exp_avg"
+    watched = [weakref.ref(optimizer.state[p][key]) for p in params]
+    for p in params:
+        optimizer.state[p][key] = optimizer.state[p][key].clone()
+    assert [w() for w in watched] == [None] * len(params)
+    continue_run(optimizer, params, 2, 1)
+    handle = weakref.ref(optimizer._plan)
+    optimizer.state.clear()
+    assert handle() is None  # the plan's handles hold memory that no Python reference shows

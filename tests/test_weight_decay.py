@@ -163,8 +163,33 @@ def test_penalty_refuses():
     groups = [{"params": [nn.Parameter(torch.ones(1))], "weight_decay": 1.0}]
     with pytest.raises(ValueError, match="both lam and n"):
         penalty(groups, lam=1.0)
+    freed = nn.Parameter(torch.ones(3))
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"tensor 0 of shape \(3,\): its storage"):
+        penalty([{"params": [freed], "weight_decay": 1.0}])
     with pytest.raises(ValueError, match="group 0 has no 'weight_decay'"):
         penalty([{"params": []}])
+
+
+def test_normalized_weights_lists_only_weights_whose_scale_is_removed():
+    """Each listed weight may be tripled without changing the output of its norm; each left out may not."""
+    torch.manual_seed(0)
+    convolution = lambda bias=True: nn.Conv2d(4, 4, 3, padding=1, bias=bias)  # noqa: E731
+    shared = convolution(bias=False)
+    model = nn.Sequential(
+        convolution(), nn.BatchNorm2d(4), convolution(), nn.GroupNorm(1, 4), convolution(bias=False), nn.GroupNorm(1, 4),
+        convolution(), nn.LocalResponseNorm(2), shared, nn.BatchNorm2d(4), shared, nn.ReLU(),
+    )  # fmt: skip
+    optimizer = fused_l2.SGD(param_groups(model, 0.01), lr=0.2)
+    assert [w.name for w in normalized_weights(model, optimizer)] == ["0.weight", "4.weight"]
+    x = torch.randn(8, 4, 6, 6)
+    for layer, removed in ((0, True), (2, False), (4, True), (6, False)):
+        pair = model[layer : layer + 2]
+        before = pair(x)
+        with torch.no_grad():
+            model[layer].weight.mul_(3)
+        # GroupNorm and BatchNorm add an eps of 1e-5 to variances of order 0.1 to 1
+        assert torch.allclose(pair(x), before, atol=1e-3) is removed
 
 
 class Untraceable(nn.Module):

@@ -69,22 +69,32 @@ def capabilities() -> Capabilities:
     return Capabilities((on_cpu, others))
 
 
+# At import, so that a wrong FUSED_L2_CPU_CAPABILITY is told there and not in the middle of a run.
+cpu.library()
+
+
 def takes_cpu_engine(param: Tensor) -> bool:
-    """Whether the C++ library steps this parameter; if not, the reason is told once per process.
+    """Whether the C++ library steps this parameter.
 
     It takes strided CPU tensors of a dtype in ``DTYPES`` that fill their memory without gaps, in any order of dimensions.
+    That a whole device, or every tensor for lack of the library, takes plain PyTorch is told once per process.
     """
     if param.device.type != "cpu":
         device = param.device.type
         _warn_once(
             f"fused_l2 steps {device} tensors with plain PyTorch operations in this version: the results are right, "
-            f"the speed is torch.optim's. Its own engine is for CPU tensors."
+            f"the speed is that of torch.optim's functions. Its own engine is for CPU tensors."
         )
         return False
     if cpu.library() is None:
         _warn_once(f"fused_l2 steps CPU tensors with plain PyTorch operations: {cpu.why_unavailable()}")
         return False
-    return type(param) in _PLAIN_TYPES and param.dtype in DTYPES and is_dense(param)
+    return is_plain(param) and param.dtype in DTYPES and is_dense(param)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's memory holds its values: no subclass that wraps others, no lazy negation."""
+    return type(tensor) in _PLAIN_TYPES and not tensor.is_neg()
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -36,8 +36,10 @@ class Library:
         self._long: Any = ctypes.CDLL(str(path))
         self._short: Any = ctypes.PyDLL(str(path))
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        self._short.fused_l2_layout.restype = ctypes.c_char_p
+        if self._short.fused_l2_layout().decode() != layout():
+            raise OSError(f"{path.name} was built from other sources than this Python code")
         for library in (self._long, self._short):
-            library.fused_l2_layout.restype = ctypes.c_char_p
             library.fused_l2_connect.argtypes = [ctypes.c_char_p]
             library.fused_l2_connect.restype = integer
             library.fused_l2_capability_name.argtypes = [integer]
@@ -59,9 +61,6 @@ class Library:
             library.fused_l2_step.restype = None
             library.fused_l2_sums_of_squares.argtypes = [pointer, pointer, pointer, integer, pointer]
             library.fused_l2_sums_of_squares.restype = None
-        if self._short.fused_l2_layout().decode() != layout():
-            raise OSError(f"{path.name} was built from other sources than this Python code. {_REMEDY}")
-
         names: list[str] = []
         while name := self._short.fused_l2_capability_name(len(names)):
             names.append(name.decode())
@@ -119,8 +118,8 @@ def _load() -> tuple[Library | None, str]:
         return None, f"fused_l2 was installed without its C++ library ({_FILE} is missing). {_REMEDY}"
     try:
         return Library(path), ""
-    except OSError as error:
-        return None, f"the C++ library could not be loaded: {error}"
+    except (OSError, AttributeError) as error:  # AttributeError: a function that an older library lacks
+        return None, f"the C++ library could not be loaded: {error}. {_REMEDY}"
 
 
 def library() -> Library | None:

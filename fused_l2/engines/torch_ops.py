@@ -8,7 +8,6 @@ operation and lose the weight decay.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,22 +21,25 @@ def step(
     rule: Rule,
     flags: int,
     numbers: tuple[float, ...],
-    group: dict[str, Any],
-    param: Tensor,
-    grad: Tensor,
-    states: Sequence[Tensor],
-    counter: Tensor | None,
+    capturable: bool,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Sequence[Tensor]],
+    counters: Sequence[Tensor],
     first_step: bool,
 ) -> None:
-    """Step one parameter in place: ``param``, its ``states`` and its ``counter``. ``grad`` is left as it is."""
-    wide = [_widened(t) for t in (param, grad, *states)]
-    wide_param, wide_grad, *wide_states = wide
+    """Step parameters of one param group in place, with their states and counters. Gradients are left as they are.
+
+    ``states`` holds one sequence per kind of state: all momentum buffers, or all exp_avg, all exp_avg_sq, ...
+    """
+    kept = [*params, *(t for kind in states for t in kind)]
+    wide_params, wide_grads = [_widened(t) for t in params], [_widened(t) for t in grads]
+    wide_states = [[_widened(t) for t in kind] for kind in states]
     if rule is Rule.SGD:
-        _sgd(flags, numbers, wide_param, wide_grad, wide_states, first_step)
+        _sgd(flags, numbers, wide_params, wide_grads, wide_states, first_step)
     else:
-        assert counter is not None
-        _adam(flags, numbers, group, wide_param, wide_grad, wide_states, counter)
-    for narrow, stepped in zip((param, *states), (wide_param, *wide_states), strict=True):
+        _adam(flags, numbers, capturable, wide_params, wide_grads, wide_states, list(counters))
+    for narrow, stepped in zip(kept, [*wide_params, *(t for kind in wide_states for t in kind)], strict=True):
         if narrow is not stepped:
             narrow.copy_(stepped)
 
@@ -46,16 +48,25 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def _sgd(flags: int, numbers: tuple[float, ...], param: Tensor, grad: Tensor, states: list[Tensor], first_step: bool) -> None:
+def _sgd(
+    flags: int,
+    numbers: tuple[float, ...],
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[list[Tensor]],
+    first_step: bool,
+) -> None:
     lr, momentum, dampening, weight_decay = numbers
     if flags & Flag.DECOUPLED and weight_decay != 0:
-        param.mul_(1 - lr * weight_decay)
+        for param in params:
+            param.mul_(1 - lr * weight_decay)
         weight_decay = 0.0
-    buffers: list[Tensor | None] = [None] if first_step or not states else [states[0]]
+    own = states[0] if states else []
+    buffers: list[Tensor | None] = [None] * len(params) if first_step or not own else [*own]
     nesterov = bool(flags & Flag.NESTEROV)
     sgd(
-        [param],
-        [grad],
+        params,
+        grads,
         buffers,
         # foreach with nesterov and no weight decay adds the momentum to the gradient itself.
         foreach=False if nesterov else None,
@@ -66,28 +77,30 @@ def _sgd(flags: int, numbers: tuple[float, ...], param: Tensor, grad: Tensor, st
         nesterov=nesterov,
         maximize=bool(flags & Flag.MAXIMIZE),
     )
-    if first_step and states and buffers[0] is not None:
-        states[0].copy_(buffers[0])
+    if first_step:
+        for buffer, made in zip(own, buffers, strict=False):
+            assert made is not None
+            buffer.copy_(made)
 
 
 def _adam(
     flags: int,
     numbers: tuple[float, ...],
-    group: dict[str, Any],
-    param: Tensor,
-    grad: Tensor,
-    states: list[Tensor],
-    counter: Tensor,
+    capturable: bool,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[list[Tensor]],
+    counters: list[Tensor],
 ) -> None:
     lr, beta1, beta2, eps, weight_decay = numbers
     adam(
-        [param],
-        [grad],
-        [states[0]],
-        [states[1]],
-        states[2:],
-        [counter],
-        capturable=bool(group.get("capturable", False)),
+        params,
+        grads,
+        states[0],
+        states[1],
+        states[2] if len(states) > 2 else [],
+        counters,
+        capturable=capturable,
         decoupled_weight_decay=bool(flags & Flag.DECOUPLED),
         amsgrad=bool(flags & Flag.AMSGRAD),
         beta1=beta1,

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.optimizer import Optimizer
 
-from .param_groups import NORMS
 from .penalty import sums_of_squares
 
 
@@ -50,10 +50,11 @@ def normalized_weights(
 ) -> NormalizedWeights:
     """The decayed weights of linear and convolution layers whose output goes straight into a normalization layer.
 
-    Such a layer makes the function independent of the weight's scale: f(c * w) = f(w) for c > 0. The gradient is then
-    orthogonal to w and proportional to 1 / |w|, so a step turns w by an angle that depends on lr / |w|^2. Decaying w does not
-    regularize the function: it keeps |w| small and thereby the *effective learning rate* lr / |w|^2 large (van Laarhoven
-    2017, "L2 Regularization versus Batch and Weight Normalization").
+    Listed are the weights whose scale the normalization removes: all uses of the weight must feed such a layer, and a bias is
+    allowed only before batch and instance norms, which subtract it. The function then does not depend on the weight's scale:
+    f(c * w) = f(w) for c > 0. The gradient is orthogonal to w and proportional to 1 / |w|, so a step turns w by an angle that
+    depends on lr / |w|^2. Decaying w does not regularize the function: it keeps |w| small and thereby the *effective learning
+    rate* lr / |w|^2 large (van Laarhoven 2017, "L2 Regularization versus Batch and Weight Normalization").
 
     Args:
         model: traced with ``torch.fx``, or run once on ``example_inputs`` where that is given.
@@ -66,22 +67,41 @@ def normalized_weights(
     """
     feeds = _run(model, example_inputs) if example_inputs is not None else _trace(model)
     settings = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for param in module.parameters(recurse=False):
+            users.setdefault(id(param), []).append(name)
     found = NormalizedWeights()
     for layer, normalization in feeds.items():
-        weight = getattr(model.get_submodule(layer), "weight", None)
+        module = model.get_submodule(layer)
+        weight = getattr(module, "weight", None)
         group = settings.get(id(weight))
-        if isinstance(weight, Tensor) and group is not None and float(group["weight_decay"]) != 0:
-            norm = math.sqrt(sums_of_squares([weight.detach()])[0])
-            name = f"{layer}.weight"
-            found.append(NormalizedWeight(name, normalization, norm, float(group["lr"]), float(group["weight_decay"])))
+        if not isinstance(weight, Tensor) or group is None or float(group["weight_decay"]) == 0:
+            continue
+        if not all(_removes_scale(model, user, feeds) for user in users[id(weight)]):
+            continue
+        norm = math.sqrt(sums_of_squares([weight.detach()])[0])
+        name = f"{layer}.weight"
+        found.append(NormalizedWeight(name, normalization, norm, float(group["lr"]), float(group["weight_decay"])))
     return found
 
 
+def _removes_scale(model: nn.Module, layer: str, feeds: dict[str, str]) -> bool:
+    """Whether what follows this layer does not depend on the scale of its weight."""
+    if layer not in feeds:
+        return False
+    has_bias = getattr(model.get_submodule(layer), "bias", None) is not None
+    return not has_bias or isinstance(model.get_submodule(feeds[layer]), _SUBTRACTS_BIAS)
+
+
+_SUBTRACTS_BIAS = (_NormBase,)  # batch and instance norms: a statistic per channel, and the bias is one per channel
+_NORMALIZES = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, NORMS) or "Norm" in type(module).__name__
+    kind = type(module).__name__
+    return isinstance(module, _NORMALIZES) or kind.endswith(("LayerNorm", "RMSNorm", "GroupNorm"))
 
 
 def _trace(model: nn.Module) -> dict[str, str]:
@@ -96,13 +116,17 @@ def _trace(model: nn.Module) -> dict[str, str]:
             f"torch.fx cannot trace this model ({error}). Pass example_inputs=(x, ...): the model is then run once instead."
         ) from error
     modules = dict(model.named_modules())
-    feeds = {}
+    feeds: dict[str, str] = {}
+    elsewhere = set()
     for node in graph.nodes:
-        if node.op == "call_module" and isinstance(modules[node.target], _LAYERS) and len(node.users) == 1:
-            user = next(iter(node.users))
-            if user.op == "call_module" and _is_norm(modules[user.target]):
-                feeds[str(node.target)] = str(user.target)
-    return feeds
+        if node.op != "call_module" or not isinstance(modules[node.target], _LAYERS):
+            continue
+        users = list(node.users)
+        if len(users) == 1 and users[0].op == "call_module" and _is_norm(modules[users[0].target]):
+            feeds[str(node.target)] = str(users[0].target)
+        else:
+            elsewhere.add(str(node.target))
+    return {layer: norm for layer, norm in feeds.items() if layer not in elsewhere}
 
 
 def _run(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, str]:

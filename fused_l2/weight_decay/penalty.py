@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ..engines import cpu, is_dense
+from ..entries import has_memory
 from ..tensor_table import DTYPES
 from .conversion import Reduction, from_lambda
 
@@ -62,13 +63,24 @@ def penalty(
 
 
 def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
-    """Sum of x^2 per tensor, in float64."""
+    """Sum of x^2 per tensor, in float64. RuntimeError if a tensor's storage was freed."""
+    for i, t in enumerate(tensors):
+        if not has_memory(t):
+            raise RuntimeError(
+                f"tensor {i} of shape {tuple(t.shape)}: its storage holds fewer elements than its shape says, as after "
+                f"untyped_storage().resize_(0). Restore the storage first."
+            )
     library = cpu.library()
     sums = [0.0] * len(tensors)
     native = [
         i
         for i, t in enumerate(tensors)
-        if library is not None and t.device.type == "cpu" and t.dtype in DTYPES and type(t) is Tensor and is_dense(t)
+        if library is not None
+        and t.device.type == "cpu"
+        and t.dtype in DTYPES
+        and type(t) is Tensor
+        and not t.is_neg()
+        and is_dense(t)
     ]
     if library is not None and native:
         chosen = [tensors[i] for i in native]
