@@ -155,7 +155,7 @@ class Plan:
         if library is not None and any(on_cpu):
             self._cpu = CpuPart(library, self._rule, list(compress(entries, on_cpu)))
         self._others = list(compress(entries, map(not_, on_cpu)))
-        self._commit(optimizer)
+        self._is_committed = False
 
     def _make_entries(self, optimizer: FusedOptimizer) -> list[Entry]:
         entries: list[Entry] = []
@@ -174,8 +174,9 @@ class Plan:
                 entries.append(entry)
         return entries
 
-    def _commit(self, optimizer: FusedOptimizer) -> None:
-        """Every check has passed: new state becomes visible."""
+    def commit(self, optimizer: FusedOptimizer) -> None:
+        """Every check has passed: new state becomes visible, and its replacement is watched for."""
+        self._is_committed = True
         for e in self._entries:
             if e.new_state:
                 e.state = optimizer.state.setdefault(e.param, ParamState())
@@ -197,7 +198,7 @@ class Plan:
 
         Changes nothing but the plan; raises if a hyperparameter or a gradient was set to something invalid.
         """
-        if optimizer.state is not self._state or not (self._is_told or self._finds_its_state()):
+        if self._is_committed and (optimizer.state is not self._state or not (self._is_told or self._finds_its_state())):
             return False
         groups, known = optimizer.param_groups, self._hyperparameters
         if len(groups) != len(known):

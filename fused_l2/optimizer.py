@@ -125,6 +125,7 @@ class FusedOptimizer(Optimizer):
                 "fused_l2: tensors changed while step() was looking at them. Is another thread using this optimizer's "
                 "parameters or state?"
             )
+        plan.commit(self)
         self._plan = plan
         tell_of_changes(self)
         return plan
