@@ -39,7 +39,7 @@ FUSED_L2_EXPORT int64_t fused_l2_capability() { return static_cast<int64_t>(acti
 FUSED_L2_EXPORT void fused_l2_select_capability(int64_t index) { activate(static_cast<Capability>(index)); }
 
 // A watch over one tensor is int64: handle, address, bytes of its storage, dtype, dim, sizes, strides. Dim is -1 where
-// only the memory is watched: for states, whose elements are paired with the parameter's by their place in memory.
+// only the memory is watched: for step counters.
 namespace watch {
 enum : int { handle, address, storage_bytes, dtype, dim, sizes };
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from itertools import compress, groupby, repeat
+from itertools import accumulate, compress, groupby, repeat
 from operator import is_, is_not, not_
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +95,9 @@ class CpuPart:
         grads = [_grad_of(e) for e in entries]
         self._copied = [i for i, (p, g) in enumerate(zip(self._params, grads, strict=True)) if needs_copy(p, g)]
         self._guard = gradient_guard(grads)
-        memory = [t for e in entries for t in (*e.states, e.counter) if t is not None]
-        self._watch: Watch = make_watch(library, self._params, memory)
+        tensors = [t for e in entries for t in (e.param, *e.states)]
+        counters = [e.counter for e in entries if e.counter is not None]
+        self._watch: Watch = make_watch(library, tensors, counters)
         self._grads: Sequence[Tensor] = ()  # alive until the step is done, whatever other threads do
         self._copies: list[Tensor] = []
 
@@ -138,17 +139,18 @@ class Plan:
         self._hyperparameters = [self._read(group) for group in groups]
         self._numbers = [optimizer._checked_numbers(v, i) for i, v in enumerate(self._hyperparameters)]
         self._flags = [optimizer._flags(v) for v in self._hyperparameters]
-        self._dynamic = [_holds_tensor(v) for v in self._hyperparameters]
+        self._dynamic = [_may_change_in_place(v) for v in self._hyperparameters]
         self._coefficients_due = True
 
         self._params: list[Tensor] = [p for group in groups for p in group["params"]]
+        self._ends = list(accumulate(len(group["params"]) for group in groups))
         self._active = [p.grad is not None for p in self._params]
         self._all_active = all(self._active)
         entries = self._entries = self._make_entries(optimizer)
 
         library = cpu.library()
         on_cpu = [_takes_cpu_engine(e) for e in entries]
-        for i in _overlapping([e.param for e in entries], on_cpu):
+        for i in _overlapping([e.param for e in entries]):
             on_cpu[i] = False  # steps after the tensor whose memory it shares
         self._on_cpu = on_cpu
         self._cpu: CpuPart | None = None
@@ -207,6 +209,8 @@ class Plan:
         changed = []
         for i, group in enumerate(groups):
             params += group["params"]
+            if len(params) != self._ends[i]:  # a parameter was added or removed, or moved to a neighbouring group
+                return False
             values = self._read(group)
             try:
                 differs = self._dynamic[i] or values != known[i]
@@ -214,7 +218,7 @@ class Plan:
                 differs = True
             if differs:
                 changed.append((i, values))
-        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
+        if not all(map(is_, params, self._params)):
             return False
         if changed and not self._adopt(optimizer, changed):
             return False
@@ -239,7 +243,7 @@ class Plan:
             return False
         for i, values, numbers in checked:
             self._hyperparameters[i] = values
-            self._dynamic[i] = _holds_tensor(values)
+            self._dynamic[i] = _may_change_in_place(values)
             self._coefficients_due |= numbers != self._numbers[i]
             self._numbers[i] = numbers
         return True
@@ -288,7 +292,8 @@ def _grad_of(entry: Entry) -> Tensor:
 
 
 def _takes_cpu_engine(entry: Entry) -> bool:
-    if not engines.takes_cpu_engine(entry.param) or _grad_of(entry)._is_zerotensor():
+    grad = _grad_of(entry)
+    if not engines.takes_cpu_engine(entry.param) or not engines.has_plain_type(grad) or grad._is_zerotensor():
         return False
     states = entry.states
     # The kernels know states of the parameter's dtype, and float32 states of 16-bit parameters.
@@ -296,21 +301,21 @@ def _takes_cpu_engine(entry: Entry) -> bool:
     return len(dtypes) <= 1 and dtypes <= {entry.param.dtype, torch.float32} and all(map(engines.is_plain, states))
 
 
-def _holds_tensor(values: tuple[Any, ...]) -> bool:
-    """Whether a hyperparameter may change in place: a tensor, or a list of betas."""
-    return any(isinstance(v, (Tensor, list)) or (isinstance(v, tuple) and _holds_tensor(v)) for v in values)
+def _may_change_in_place(values: tuple[Any, ...]) -> bool:
+    """Whether a hyperparameter may change in place, as a tensor, an array or a list of betas may."""
+    return any(_may_change_in_place(v) if type(v) is tuple else not isinstance(v, (float, int)) for v in values)
 
 
-def _overlapping(params: Sequence[Tensor], selected: Sequence[bool]) -> list[int]:
-    """Which of the selected parameters share memory with an earlier one: listed twice, or tied through their storage.
+def _overlapping(params: Sequence[Tensor]) -> list[int]:
+    """Which parameters share memory with an earlier one: listed twice, or tied through their storage.
 
-    torch.optim steps them one after the other; within one launch they would race.
+    torch.optim steps them one after the other; within one launch they would race. May name one too many, never one too few.
     """
-    ranges = [
-        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), i)
-        for i, (p, chosen) in enumerate(zip(params, selected, strict=True))
-        if chosen and p.numel() > 0
-    ]
+    ranges = []
+    for i, p in enumerate(params):
+        if p.device.type == "cpu" and engines.has_plain_type(p) and p.numel() > 0:
+            extent = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
+            ranges.append((p.data_ptr(), p.data_ptr() + extent * p.element_size(), i))
     ranges.sort()
     later: list[int] = []
     end, owner = 0, -1

@@ -86,7 +86,7 @@ def make_entry(
                 new_state[key] = torch.empty_like(param, dtype=value.dtype).copy_(value)
     if counts_steps:
         counter = as_counter(state.get("step"), param, bool(group.get("capturable", False)), name)
-        if counter.device.type == "cpu" and math.isnan(float(counter)):
+        if "step" in state and type(counter) is Tensor and counter.device.type == "cpu" and math.isnan(float(counter)):
             raise RuntimeError(f"{name}: its state 'step' is NaN. Set it to the number of steps made.")
         if counter is not state.get("step"):
             new_state["step"] = counter
@@ -98,6 +98,10 @@ def check_param(param: Tensor, name: str) -> None:
         known = ", ".join(_name(d) for d in DTYPES)
         raise RuntimeError(
             f"{name}: fused_l2 steps parameters of dtype {known}. Convert this one, or give it to an optimizer of its own."
+        )
+    if any(n > 1 and s == 0 for n, s in zip(param.shape, param.stride(), strict=True)) and param.layout is torch.strided:
+        raise RuntimeError(
+            f"{name}: it is an expanded tensor, whose elements share memory. Optimize the tensor it was made from."
         )
     if not has_memory(param):
         raise RuntimeError(
@@ -160,7 +164,7 @@ def as_counter(value: Any, param: Tensor, capturable: bool, name: str) -> Tensor
     """
     device = param.device if capturable else torch.device("cpu")
     if value is None:
-        return torch.zeros((), dtype=torch.float32, device=device)
+        return torch.tensor(0.0, dtype=torch.float32, device=device)
     if isinstance(value, Tensor) and value.numel() == 1:
         if value.dim() == 0 and value.dtype is torch.float32 and value.device == device and value.layout is torch.strided:
             return value

@@ -239,6 +239,106 @@ def test_T25_tied_parameters_and_one_listed_twice(name):
 
 
 @each
+def test_a_parameter_that_moves_to_the_neighbouring_group(name):
+    """Layer-wise unfreezing: the concatenated list of parameters stays the same."""
+    params, expected = make_params((5, 6, 7)), make_params((5, 6, 7))
+    made = []
+    for module, ps in ((fused_l2, params), (torch.optim, expected)):
+        groups = [{"params": ps[:2], "lr": 0.1}, {"params": ps[2:], "lr": 0.0}]
+        made.append(getattr(module, name)(groups, **{**CASES[name], "weight_decay": 0.0}))
+    for step in range(4):
+        for optimizer, ps in zip(made, (params, expected), strict=True):
+            set_grads(ps, step)
+            optimizer.step()
+            if step == 1:
+                optimizer.param_groups[1]["params"].insert(0, optimizer.param_groups[0]["params"].pop())
+    torch.testing.assert_close(params, expected, rtol=1e-6, atol=1e-7)
+
+
+@each
+def test_T25_a_strided_parameter_overlaps_a_dense_one_listed_later(name):
+    results = []
+    for module in (fused_l2, torch.optim):
+        flat = torch.ones(40)
+        ps = [torch.nn.Parameter(flat[::2]), torch.nn.Parameter(flat)]
+        optimizer = getattr(module, name)(ps, **CASES[name])
+        for step in range(3):
+            ps[0].grad, ps[1].grad = torch.full((20,), 1.0 + step), torch.full((40,), -0.5)
+            optimizer.step()
+        results.append(flat)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_of_a_wrapper_subclass():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    results = []
+    for module in (fused_l2, torch.optim):
+        p = torch.nn.Parameter(torch.ones(5))
+        optimizer = module.SGD([p], lr=0.1)
+        for grad in (torch.ones(5), TwoTensor(torch.ones(5), torch.ones(5)), torch.ones(5)):
+            p.grad = grad
+            optimizer.step()
+        results.append(p.detach())
+    assert_same_bits(*results)
+
+
+@each
+def test_fake_tensors_step_as_torchs_do(name):
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.randn(5))
+        optimizer = make(name, [p])
+        for _ in range(3):
+            p.grad = torch.randn(5)
+            optimizer.step()
+
+
+@each
+def test_an_expanded_parameter_is_refused_before_anything_changes(name):
+    good, bad = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(1).expand(4))
+    optimizer = make(name, [good, bad])
+    good.grad, bad.grad = torch.ones(3), torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0.*expanded tensor"):
+        optimizer.step()
+    assert_same_bits(good, torch.ones(3))
+    assert len(optimizer.state) == 0
+
+
+@each
+def test_a_state_transposed_in_its_own_memory(name):
+    p, q = (torch.nn.Parameter(torch.ones(3, 3)) for _ in range(2))
+    key = "momentum_buffer" if name == "SGD" else "exp_avg"
+    a, b = make(name, [p]), getattr(torch.optim, name)([q], **CASES[name])
+    for step in range(3):
+        p.grad = torch.arange(9.0).view(3, 3) * (step == 0)
+        q.grad = p.grad.clone()
+        a.step()
+        b.step()
+        if step == 0:
+            a.state[p][key].t_()
+            b.state[q][key].t_()
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@each
+def test_parameters_can_be_swapped_once_the_plan_is_dropped(name):
+    model = torch.nn.Linear(3, 2)
+    optimizer = make(name, model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.drop_plan()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model.weight.dtype == torch.float64
+
+
+@each
 def test_T26_parameters_that_move(name):
     """.data = other tensor, between steps; and gradients of only some groups."""
     params, expected = make_params((8, 9)), make_params((8, 9))

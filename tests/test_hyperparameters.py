@@ -146,6 +146,17 @@ def test_betas_as_a_list_or_another_sequence_changed_in_place():
         assert_same_bits(params, expected)
 
 
+def test_an_array_as_learning_rate_changed_in_place():
+    numpy = pytest.importorskip("numpy")
+    lr, p = numpy.array(1.0), torch.nn.Parameter(torch.zeros(2))
+    optimizer = fused_l2.SGD([p], lr=lr)
+    p.grad = torch.ones(2)
+    optimizer.step()
+    lr[...] = 0.25
+    optimizer.step()
+    assert p.tolist() == [-1.25, -1.25]
+
+
 def test_decoupled_weight_decay_of_sgd_may_be_switched():
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = fused_l2.SGD([p], lr=0.5, momentum=0.9, weight_decay=0.5)

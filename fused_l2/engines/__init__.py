@@ -94,7 +94,12 @@ def takes_cpu_engine(param: Tensor) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's memory holds its values: no subclass that wraps others, no lazy negation."""
-    return type(tensor) in _PLAIN_TYPES and not tensor.is_neg()
+    return has_plain_type(tensor) and not tensor.is_neg()
+
+
+def has_plain_type(tensor: Tensor) -> bool:
+    """Whether a tensor is of torch's own types, not of a subclass that may wrap others."""
+    return type(tensor) in _PLAIN_TYPES
 
 
 def is_dense(tensor: Tensor) -> bool:
