@@ -35,6 +35,8 @@ class Contest:
                     if key != "step":
                         made.state[p][key] = shared.setdefault(p, {}).setdefault(key, value)
             self.optimizers[name] = made
+        for made in self.optimizers.values():
+            made.step()  # with the shared states, as every step that is timed
 
     def steps(self) -> dict[str, Callable[[], Any]]:
         return {name: made.step for name, made in self.optimizers.items()}
