@@ -6,8 +6,11 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+import fused_l2
 
 # Around every vector width and block there is, primes, and nothing at all.
 AWKWARD_SIZES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 1000, 1003)
@@ -21,6 +24,18 @@ ADAM_VARIANTS = [
     {"betas": b, "weight_decay": w, "amsgrad": a, "maximize": x}
     for b, w, a, x in itertools.product(((0.9, 0.999), (0.3, 0.9), (0.0, 0.95)), (0.0, 0.1), (False, True), (False, True))
 ]
+
+
+# One rule of each family, with everything on: for tests of what surrounds the arithmetic.
+CASES: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
+    "AdamW": {"lr": 0.01, "weight_decay": 0.1},
+}
+each = pytest.mark.parametrize("name", CASES)
+
+
+def make(name: str, params: Any) -> Any:
+    return getattr(fused_l2, name)(params, **CASES[name])
 
 
 def label(variant: dict[str, Any]) -> str:

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comparing import assert_same_bits, assert_unchanged, make_params, run, snapshot
+from comparing import assert_same_bits, assert_unchanged, each, make, make_params, run, snapshot
 
 import fused_l2
 from fused_l2 import engines
-
-CASES = {
-    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
-    "AdamW": {"lr": 0.01, "weight_decay": 0.1},
-}
-each = pytest.mark.parametrize("name", CASES)
-
-
-def make(name, params):
-    return getattr(fused_l2, name)(params, **CASES[name])
-
 
 BAD_GRADIENTS = {
     "T27 sparse": (lambda p: torch.randn(4, 3).to_sparse(), "sparse"),

@@ -6,19 +6,9 @@ import os
 
 import pytest
 import torch
-from comparing import assert_same_bits, make_params, set_grads
+from comparing import CASES, assert_same_bits, each, make, make_params, set_grads
 
 import fused_l2
-
-CASES = {
-    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
-    "AdamW": {"lr": 0.01, "weight_decay": 0.1},
-}
-each = pytest.mark.parametrize("name", CASES)
-
-
-def make(name, params):
-    return getattr(fused_l2, name)(params, **CASES[name])
 
 
 def stepped(name, param: torch.Tensor, grads) -> torch.Tensor:

@@ -160,16 +160,15 @@ def test_an_array_as_learning_rate_changed_in_place():
 def test_decoupled_weight_decay_of_sgd_may_be_switched():
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = fused_l2.SGD([p], lr=0.5, momentum=0.9, weight_decay=0.5)
-    for expected in (0.75, 0.75 - 0.5 * (0.9 * 0.5), None):
+    for _ in range(2):
         p.grad = torch.zeros(3)
-        if expected is None:
-            before = p.detach().clone()
-            optimizer.decoupled_weight_decay = True
-            buffer = optimizer.state[p]["momentum_buffer"].clone()
-            optimizer.step()
-            torch.testing.assert_close(p.detach(), before * 0.75 - 0.5 * 0.9 * buffer)
-        else:
-            optimizer.step()
+        optimizer.step()
+    buffer = optimizer.state[p]["momentum_buffer"].clone()
+    assert (buffer != 0).all()  # coupled: the decay is in the momentum
+    optimizer.decoupled_weight_decay = True
+    optimizer.step()
+    # The weights of this one step are the same either way; the momentum tells them apart.
+    torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], 0.9 * buffer)
 
 
 def test_differentiable_is_refused_in_a_param_group_too():
