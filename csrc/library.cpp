@@ -123,9 +123,8 @@ namespace {
 void update(const Piece& piece) { (piece.bucket->rule == rule::sgd ? sgd_kernels : adam_kernels).get()(piece); }
 }  // namespace
 
-// One step of every tensor of every bucket, then its step counter.
-FUSED_L2_EXPORT void fused_l2_step(const Bucket* buckets, int64_t count) {
-  for_each_piece(buckets, count, update);
+// Adds one to every tensor's step counter.
+FUSED_L2_EXPORT void fused_l2_count(const Bucket* buckets, int64_t count) {
   for (int64_t b = 0; b < count; ++b) {
     for (int64_t r = 0; r < buckets[b].rows; ++r) {
       void* counter = address<void>(buckets[b].row(r)[column::step]);
@@ -136,6 +135,12 @@ FUSED_L2_EXPORT void fused_l2_step(const Bucket* buckets, int64_t count) {
       std::memcpy(counter, &step, sizeof step);
     }
   }
+}
+
+// One step of every tensor of every bucket, then its step counter.
+FUSED_L2_EXPORT void fused_l2_step(const Bucket* buckets, int64_t count) {
+  for_each_piece(buckets, count, update);
+  fused_l2_count(buckets, count);
 }
 
 // out[i] = sum of squares of tensor i, in float64. Each tensor is cut into chunks of a fixed size whose sums are added

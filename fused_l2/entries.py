@@ -29,6 +29,12 @@ class Entry:
     state_names: tuple[str, ...]
     first_step: bool
 
+    @property
+    def grad(self) -> Tensor:
+        grad = self.param.grad
+        assert grad is not None
+        return grad
+
     def get(self, key: str) -> Any:
         return self.new_state.get(key, self.state.get(key))
 

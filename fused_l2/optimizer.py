@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from .buckets import Plan
+from .plan import Plan
 from .state import OptimizerState, tell_of_changes
 from .tensor_table import Rule
 

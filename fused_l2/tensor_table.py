@@ -83,6 +83,10 @@ class TensorTable:
         """Write the gradients' addresses of this step, one per row."""
         self._grads[:] = memoryview(addresses)
 
+    def numels(self) -> list[int]:
+        """The number of elements of each tensor."""
+        return self.rows[NUMEL::WIDTH].tolist()
+
     def clear_first_steps(self) -> None:
         """Every tensor of this table has made a step."""
         for row in range(self.count):
@@ -100,6 +104,12 @@ class TensorTable:
             address_of(self.scalars),
             address_of(self.steps),
         )
+
+
+def chunk_map(numels: Sequence[int], chunk: int) -> array[int]:
+    """Which chunk of which tensor each program of a launch works on: the tensor's row in the low 32 bits of a word, the number
+    of the chunk within the tensor in the high ones. Empty tensors have no chunks."""
+    return array("q", [row | number << 32 for row, n in enumerate(numels) for number in range(-(-n // chunk))])
 
 
 def address_of(values: array[int] | array[float]) -> int:

@@ -67,10 +67,11 @@ def _capsule_pointer() -> Callable[[Any, None], int]:
     return get_pointer
 
 
-def make_watch(library: Library, tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> Watch:
+def make_watch(library: Library | None, tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> Watch:
     """A watch over these tensors as they are now; of those in ``memory`` only address and storage matter."""
-    native = library.has_tensors and _native_watch_works(library)
-    return NativeWatch(library, tensors, memory) if native else Watch(tensors, memory)
+    if library is not None and library.has_tensors and _native_watch_works(library):
+        return NativeWatch(library, tensors, memory)
+    return Watch(tensors, memory)
 
 
 @functools.cache

@@ -1,4 +1,9 @@
-"""GPU kernels, installed as ``fused_l2.kernels``. None are part of this version: CUDA tensors take the plain-PyTorch engine.
+"""The Triton kernels, installed as ``fused_l2.kernels``.
 
-This module must stay importable without triton and without a GPU.
+* :mod:`~fused_l2.kernels.update_rules`: the formulas, on loaded values.
+* :mod:`~fused_l2.kernels.multi_tensor`: from the tensor table to pointers, and the loops.
+* :mod:`~fused_l2.kernels.sgd`, :mod:`~fused_l2.kernels.adam`: the two together, one kernel per family.
+* :mod:`~fused_l2.kernels.launch`: from a bucket's signature to a compiled kernel.
+
+Importing this package needs neither triton nor a GPU; its modules need triton.
 """

@@ -1,6 +1,7 @@
 """Who computes a step: the one place that looks at a tensor's device.
 
 * :mod:`fused_l2.engines.cpu`: the C++ library, for CPU tensors.
+* :mod:`fused_l2.engines.cuda`: Triton kernels, for CUDA tensors.
 * :mod:`fused_l2.engines.torch_ops`: plain PyTorch, for everything else.
 """
 
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tensor_table import DTYPES
-from . import cpu
+from ..tensor_table import DTYPES, Rule
+from . import cpu, cuda
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _warned: set[str] = set()
@@ -51,8 +52,9 @@ def capabilities() -> Capabilities:
     Example::
 
         >>> print(fused_l2.capabilities())  # doctest: +SKIP
-        cpu            C++ (avx512)   available: baseline, avx2, avx512; 2 threads of torch's pool
-        other devices  plain PyTorch  their own engine is not part of this version
+        cpu            C++ (avx512)    available: baseline, avx2, avx512; 2 threads of torch's pool
+        cuda           Triton (3.6.0)  NVIDIA H200
+        other devices  plain PyTorch   there is no engine for them
     """
     library, why_not = cpu.library(), cpu.why_unavailable()
     if library is None:
@@ -65,31 +67,51 @@ def capabilities() -> Capabilities:
         if not library.has_threads:
             pool = "one thread, because this torch lacks torch_parallel_for (torch >= 2.10 has it)"
         on_cpu = Capability("cpu", f"C++ ({library.capability})", f"{available}; {pool}")
-    others = Capability("other devices", "plain PyTorch", "their own engine is not part of this version")
-    return Capabilities((on_cpu, others))
+    others = Capability("other devices", "plain PyTorch", "there is no engine for them")
+    return Capabilities((on_cpu, _on_cuda(), others))
+
+
+def _on_cuda() -> Capability:
+    if not torch.cuda.is_available():
+        return Capability("cuda", "none", "this torch finds no CUDA device")
+    if reason := cuda.why_unavailable():
+        return Capability("cuda", "plain PyTorch", reason)
+    names = dict.fromkeys(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return Capability("cuda", f"Triton ({cuda.triton_version()})", ", ".join(names))
 
 
 # At import, so that a wrong FUSED_L2_CPU_CAPABILITY is told there and not in the middle of a run.
 cpu.library()
 
 
-def takes_cpu_engine(param: Tensor) -> bool:
-    """Whether the C++ library steps this parameter.
+def device_of(tensor: Tensor) -> torch.device:
+    """Where a tensor is stepped: the device it is on."""
+    return tensor.device
 
-    It takes strided CPU tensors of a dtype in ``DTYPES`` that fill their memory without gaps, in any order of dimensions.
-    That a whole device, or every tensor for lack of the library, takes plain PyTorch is told once per process.
+
+def has_engine(param: Tensor, rule: Rule, flags: int, state_dtype: torch.dtype) -> bool:
+    """Whether an engine of ours steps this parameter, rather than plain PyTorch.
+
+    They take strided tensors of a dtype in ``DTYPES`` that fill their memory without gaps, in any order of dimensions. That
+    a whole device lacks an engine is told once per process.
     """
-    if param.device.type != "cpu":
-        device = param.device.type
-        _warn_once(
-            f"fused_l2 steps {device} tensors with plain PyTorch operations in this version: the results are right, "
-            f"the speed is that of torch.optim's functions. Its own engine is for CPU tensors."
-        )
+    if not (is_plain(param) and param.dtype in DTYPES and is_dense(param)):
         return False
-    if cpu.library() is None:
-        _warn_once(f"fused_l2 steps CPU tensors with plain PyTorch operations: {cpu.why_unavailable()}")
-        return False
-    return is_plain(param) and param.dtype in DTYPES and is_dense(param)
+    device = device_of(param)
+    if device.type == "cpu":
+        if cpu.library() is None:
+            _warn_once(f"fused_l2 steps CPU tensors with plain PyTorch operations: {cpu.why_unavailable()}")
+        return cpu.library() is not None
+    if device.type == "cuda":
+        kernel, reason = cuda.find_kernel(device, rule, flags, param.dtype, state_dtype)
+        if kernel is None:
+            _warn_once(f"fused_l2 steps tensors on {device} with plain PyTorch operations: {reason}")
+        return kernel is not None
+    _warn_once(
+        f"fused_l2 steps {device.type} tensors with plain PyTorch operations: the results are right, the speed is that of "
+        f"torch.optim's functions. Engines of its own are for CPU and CUDA tensors."
+    )
+    return False
 
 
 def is_plain(tensor: Tensor) -> bool:

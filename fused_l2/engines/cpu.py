@@ -57,6 +57,8 @@ class Library:
             library.fused_l2_release.restype = None
             library.fused_l2_check.argtypes = [pointer, integer]
             library.fused_l2_check.restype = integer
+            library.fused_l2_count.argtypes = [pointer, integer]
+            library.fused_l2_count.restype = None
             library.fused_l2_step.argtypes = [pointer, integer]
             library.fused_l2_step.restype = None
             library.fused_l2_sums_of_squares.argtypes = [pointer, pointer, pointer, integer, pointer]
@@ -78,6 +80,7 @@ class Library:
         # What step() calls each time, bound once.
         self.check = self._short.fused_l2_check
         self.step = self._long.fused_l2_step
+        self.count = self._short.fused_l2_count
         self.make_watch = self._short.fused_l2_make_watch
         self.watches_hold = self._short.fused_l2_watches_hold
         self.release = self._short.fused_l2_release

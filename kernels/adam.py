@@ -1,0 +1,25 @@
+"""Adam and AdamW: one launch for all tensors of a bucket."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .multi_tensor import step_chunk
+from .update_rules import adam
+
+
+@triton.jit
+def fused_l2_adam(
+    chunk_map,
+    table,
+    coefficients,
+    CHUNK,
+    FLAGS: tl.constexpr,
+    STATES: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL_BLOCK: tl.constexpr,
+):
+    step_chunk(adam, chunk_map, table, coefficients, CHUNK, FLAGS, STATES, PARAM_DTYPE, STATE_DTYPE, BLOCK, TAIL_BLOCK)

@@ -1,0 +1,18 @@
+"""The layout of ``fused_l2.tensor_table`` as compile-time constants, which is what a kernel can read."""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from .. import tensor_table as table
+from ..tensor_table import Flag, RowFlag
+
+PARAM, GRAD = tl.constexpr(table.PARAM), tl.constexpr(table.GRAD)
+STATE0, STATE1, STATE2 = tl.constexpr(table.STATE0), tl.constexpr(table.STATE1), tl.constexpr(table.STATE2)
+NUMEL, COEFFICIENTS, FLAGS = tl.constexpr(table.NUMEL), tl.constexpr(table.COEFFICIENTS), tl.constexpr(table.FLAGS)
+WIDTH = tl.constexpr(table.WIDTH)
+
+MOMENTUM, NESTEROV = tl.constexpr(int(Flag.MOMENTUM)), tl.constexpr(int(Flag.NESTEROV))
+MAXIMIZE, DECOUPLED = tl.constexpr(int(Flag.MAXIMIZE)), tl.constexpr(int(Flag.DECOUPLED))
+AMSGRAD = tl.constexpr(int(Flag.AMSGRAD))
+FIRST_STEP = tl.constexpr(int(RowFlag.FIRST_STEP))

@@ -1,0 +1,197 @@
+"""A CUDA device made of CPU tensors, for everything of the engine but the hardware.
+
+    device = FakeDevice(emulated(90))
+    with device.in_place(monkeypatch): ...        # CPU tensors are stepped as if they were on it
+
+Work is queued on streams, as on a GPU, and done when :meth:`FakeDevice.synchronize` is called: whatever the host overwrites too
+early is seen overwritten. Kernels run in the PTX emulator, in Triton's interpreter, or not at all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from fused_l2.kernels.launch import specialization
+from torch import Tensor
+
+from fused_l2 import engines
+from fused_l2.engines import cuda
+from fused_l2.tensor_table import Rule
+
+from . import aot
+from .interpreter import interpreted, repaired
+from .ptx_emulator import Emulator
+
+Signature = tuple[Rule, int, torch.dtype, torch.dtype]  # rule, flags, dtypes of param and state: what names a kernel
+# Runs a kernel: which one, the tensors it may access, how many programs, its arguments.
+Run = Callable[[Signature, Sequence[Tensor], int, Sequence[int]], None]
+
+
+def emulated(arch: int) -> Run:
+    """Runs what is compiled for this architecture in the PTX emulator."""
+
+    def run(signature: Signature, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
+        emulator = Emulator(aot.compile_for(arch, *signature).asm["ptx"])
+        for i, tensor in enumerate(tensors):
+            emulator.register(tensor, f"tensor {i} of shape {tuple(tensor.shape)}, {tensor.dtype}")
+        emulator.run(programs, arguments)
+
+    return run
+
+
+def interpreted_kernel(signature: Signature, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
+    """Runs the source in Triton's interpreter, which takes tensors for pointers and checks nothing."""
+    what = specialization(*signature)
+    chunk_map, table, coefficients, chunk = arguments
+
+    def at(address: int, dtype: torch.dtype) -> Tensor:
+        return torch.frombuffer((ctypes.c_uint8 * 8).from_address(address), dtype=dtype)
+
+    pointers = (at(chunk_map, torch.int64), at(table, torch.int64), at(coefficients, what.opmath))
+    with repaired():
+        interpreted(what.function)[(programs,)](*pointers, chunk, **what.constants)
+
+
+def nothing(signature: Signature, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
+    """Does not run kernels: for tests of what is launched."""
+
+
+class FakeStream:
+    def __init__(self) -> None:
+        self.queue: list[Callable[[], Any]] = []
+
+    def synchronize(self) -> None:
+        while self.queue:
+            self.queue.pop(0)()
+
+
+class FakeEvent:
+    def __init__(self, device: FakeDevice) -> None:
+        self._device, self._happened = device, True
+
+    def record(self) -> None:
+        self._happened = False
+        self._device.enqueue(self._happen)
+
+    def _happen(self) -> None:
+        self._happened = True
+
+    def query(self) -> bool:
+        return self._happened
+
+
+class FakeKernel:
+    """Stands for ``fused_l2.kernels.launch.Kernel``."""
+
+    def __init__(self, device: FakeDevice, signature: Signature) -> None:
+        self._device, self._signature = device, signature
+        self.opmath = specialization(*signature).opmath
+
+    def launcher(self, programs: int, chunk_map: int, table: int, coefficients: int, chunk: int) -> Callable[[int], None]:
+        assert programs > 0
+        assert chunk % 16 == 0
+        arguments = (chunk_map, table, coefficients, chunk)
+        assert all(address % 16 == 0 for address in arguments), "the compiler is told so"
+
+        def launch(stream: int) -> None:
+            device = self._device
+            assert device.is_current, "launched while another device was the current one"
+            assert stream == device.stream()
+            device.launches.append(programs)
+            tensors = [*device.memories, *device.accessible()]
+            device.enqueue(lambda: device.run(self._signature, tensors, programs, arguments))
+
+        return launch
+
+
+class FakeDevice(cuda.Device):
+    """Stands for ``fused_l2.engines.cuda.Device``. Keeps a log: ``launches``, ``uploads`` and ``compiled``."""
+
+    def __init__(self, run: Run, index: int = 0) -> None:
+        self.run = run
+        self.device = torch.device("cuda", index)
+        self.multiprocessors = 1  # more chunks of small tensors
+        self.streams = [FakeStream()]
+        self.on = 0
+        self.is_current, self.capturing = True, False
+        self.launches: list[int] = []
+        self.uploads: list[int] = []
+        self.compiled: list[Signature] = []
+        self.pinned_buffers = 0
+        self.told: list[int] = []  # streams the allocator was told of
+        self.memories: list[Tensor] = []
+        self.accessible: Callable[[], Sequence[Tensor]] = lambda: ()
+
+    @contextmanager
+    def in_place(self, monkeypatch: pytest.MonkeyPatch, where: Callable[[Tensor], bool] = lambda t: True) -> Iterator[None]:
+        """CPU tensors for which ``where`` holds are stepped as if they were on this device."""
+        real = engines.device_of
+        with monkeypatch.context() as patch:
+            patch.setattr(engines, "device_of", lambda t: self.device if where(t) else real(t))
+            others = cuda.device
+            patch.setattr(cuda, "device", lambda of: self if of == self.device else others(of))
+            cuda._find_kernel.cache_clear()
+            yield
+        cuda._find_kernel.cache_clear()
+
+    def enqueue(self, work: Callable[[], Any]) -> None:
+        self.streams[self.on].queue.append(work)
+
+    def synchronize(self) -> None:
+        for stream in self.streams:
+            stream.synchronize()
+
+    # What the engine asks for.
+
+    def kernel(self, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> Any:
+        self.compiled.append((rule, flags, param, state))
+        return FakeKernel(self, self.compiled[-1])
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        before, self.is_current = self.is_current, True
+        yield
+        self.is_current = before
+
+    def stream(self) -> int:
+        return self.on
+
+    def is_capturing(self) -> bool:
+        return self.capturing
+
+    def memory(self, words: int) -> Tensor:
+        self.memories.append(torch.full((words,), -1, dtype=torch.int64))
+        return self.memories[-1]
+
+    def used_by_current_stream(self, memory: Tensor) -> None:
+        self.told.append(self.on)
+
+    def pinned(self, words: int) -> Tensor:
+        self.pinned_buffers += 1
+        return torch.full((words,), -1, dtype=torch.int64)
+
+    def upload(self, target: Tensor, pinned: Tensor) -> None:
+        self.uploads.append(target.numel())
+        self.enqueue(functools.partial(target.copy_, pinned))
+
+    def event(self) -> Any:
+        return FakeEvent(self)
+
+
+def tensors_of(optimizer: Any) -> list[Tensor]:
+    """Every tensor a step of this optimizer may access."""
+    found: list[Tensor] = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            found += [p.detach(), *([] if p.grad is None else [p.grad])]
+            found += [t for name, t in state.items() if isinstance(t, Tensor) and name != "step"]
+    for part, _ in optimizer._plan._parts if optimizer._plan else ():
+        found += part._copies
+    return found

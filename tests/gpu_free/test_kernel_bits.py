@@ -1,0 +1,162 @@
+"""The Triton kernels against the C++ library and the reference, by bits: interpreted from source, and compiled and emulated."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from comparing import assert_same_bits, set_grads, states
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton kernels need triton: pip install triton")
+pytest.importorskip("numpy")
+
+import fused_l2
+from fused_l2.tensor_table import Flag, Rule
+
+from .fake_cuda import FakeDevice, emulated, interpreted_kernel, tensors_of
+
+SGD_FLAGS = [
+    momentum | maximize | decoupled
+    for momentum, maximize, decoupled in itertools.product(
+        (0, Flag.MOMENTUM, Flag.MOMENTUM | Flag.NESTEROV), (0, Flag.MAXIMIZE), (0, Flag.DECOUPLED)
+    )
+]
+ADAM_FLAGS = [sum(f) for f in itertools.product((0, Flag.DECOUPLED), (0, Flag.MAXIMIZE), (0, Flag.AMSGRAD))]
+RULES = [*((Rule.SGD, int(f)) for f in SGD_FLAGS), *((Rule.ADAM, int(f)) for f in ADAM_FLAGS)]
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+]
+SIGNATURES = [
+    (rule, flags, *dtypes)
+    for (rule, flags), dtypes in itertools.product(RULES, DTYPES)
+    if rule is Rule.ADAM or flags & Flag.MOMENTUM or dtypes[0] is dtypes[1]  # without a state its dtype does not matter
+]
+each_signature = pytest.mark.parametrize(
+    "signature", SIGNATURES, ids=[f"{s[0].name}-{s[1]}-{s[2]}-{s[3]}".replace("torch.", "") for s in SIGNATURES]
+)
+
+# Empty first, in the middle and last (T10); below, at and beyond vectors, blocks and the smallest chunk of 1024.
+SIZES = (0, 1, 2, 3, 4, 7, 8, 9, 0, 31, 127, 128, 129, 1000, 1023, 1024, 1025, 2049, 3072, 0)
+FEW_SIZES = (0, 1, 7, 9, 0, 130, 1025, 0)  # for the interpreter, which is slow
+STEPS = 3
+
+
+def padded(values: Tensor, offset: int) -> Tensor:
+    """These values in poisoned memory, ``offset`` elements behind a multiple of 16 bytes."""
+    lanes = 16 // values.element_size()
+    memory = torch.full((values.numel() + 3 * lanes,), torch.nan, dtype=values.dtype)
+    start = (-memory.data_ptr() // values.element_size()) % lanes + offset
+    memory[start : start + values.numel()] = values
+    return memory[start : start + values.numel()]
+
+
+def poison_is_intact(view: Tensor) -> bool:
+    memory = view.detach().new_empty(0).set_(view.untyped_storage())
+    return int(memory.isnan().sum()) == memory.numel() - view.numel()
+
+
+def make_params(sizes: tuple[int, ...], dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    # Every third one misaligned, by one or by three elements; empty ones have nothing to align.
+    offsets = [(0, 1, 3)[i % 3] for i in range(len(sizes))]
+    values = [torch.randn(n, generator=generator).to(dtype) for n in sizes]
+    return [torch.nn.Parameter(padded(v, o)) for v, o in zip(values, offsets, strict=True)]
+
+
+def make_optimizer(rule: Rule, flags: int, params: list[Any], state_dtype: torch.dtype) -> Any:
+    """Three groups that share a launch whatever their hyperparameters: with decay, without, with a lerp from the far end."""
+    maximize, decoupled = bool(flags & Flag.MAXIMIZE), bool(flags & Flag.DECOUPLED)
+    groups: list[dict[str, Any]] = [{"params": params[i::3]} for i in range(3)]
+    if rule is Rule.SGD:
+        momentum = 0.9 if flags & Flag.MOMENTUM else 0.0
+        nesterov = bool(flags & Flag.NESTEROV)
+        dampening = 0.0 if nesterov else 0.3
+        groups[1] |= {"weight_decay": 0.0, "lr": 0.05}
+        groups[2] |= {"momentum": momentum / 2, "dampening": dampening / 2}
+        optimizer: Any = fused_l2.SGD(
+            groups, lr=0.1, momentum=momentum, dampening=dampening if momentum else 0.0, weight_decay=0.1, nesterov=nesterov,
+            maximize=maximize, decoupled_weight_decay=decoupled,
+        )  # fmt: skip
+        names = ["momentum_buffer"] if momentum else []
+    else:
+        groups[1] |= {"weight_decay": 0.0, "eps": 1e-3}
+        groups[2] |= {"betas": (0.3, 0.9)}  # 1 - beta1 >= 0.5
+        optimizer = fused_l2.Adam(
+            groups, lr=0.01, weight_decay=0.1, amsgrad=bool(flags & Flag.AMSGRAD), maximize=maximize,
+            decoupled_weight_decay=decoupled,
+        )  # fmt: skip
+        names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if flags & Flag.AMSGRAD else [])]
+    if state_dtype is not params[0].dtype:  # as after loading float32 states
+        for p in params:
+            optimizer.state[p] = {name: torch.zeros_like(p, dtype=state_dtype) for name in names}
+            if rule is Rule.ADAM:
+                optimizer.state[p]["step"] = torch.tensor(0.0)
+    return optimizer
+
+
+def give_grads(params: list[Any], step: int) -> None:
+    """New gradients, misaligned and poisoned as their parameters. One tensor joins a step later than the others."""
+    set_grads(params, step)
+    for i, p in enumerate(params):
+        p.grad = padded(p.grad, (0, 1, 3)[i % 3])
+    if step == 0:
+        params[5].grad = None
+
+
+def state_names(optimizer: Any, p: Tensor) -> list[str]:
+    return [name for name in optimizer.state[p] if name != "step"]
+
+
+def check(run: Any, sizes: tuple[int, ...], monkeypatch: Any, signature: tuple[Any, ...]) -> int:
+    """Step side by side on the fake device and on the CPU. Returns how many words were compared."""
+    rule, flags, param_dtype, state_dtype = signature
+    ours, theirs = make_params(sizes, param_dtype), make_params(sizes, param_dtype)
+    optimizer = make_optimizer(rule, flags, ours, state_dtype)
+    on_cpu = make_optimizer(rule, flags, theirs, state_dtype)
+    device = FakeDevice(run)
+    device.accessible = lambda: tensors_of(optimizer)
+    for step in range(STEPS):
+        give_grads(ours, step)
+        give_grads(theirs, step)
+        with device.in_place(monkeypatch):
+            optimizer.step()
+        device.synchronize()
+        on_cpu.step()
+    assert device.launches
+    assert len(device.launches) == STEPS  # all groups, whatever the step counts
+    words = 0
+    for mine, other in zip(ours, theirs, strict=True):
+        names = state_names(on_cpu, other)
+        a = [mine.detach(), *states(optimizer, [mine], *names)]
+        b = [other.detach(), *states(on_cpu, [other], *names)]
+        assert_same_bits(a, b, f"{signature}, size {mine.numel()}:")
+        words += sum(t.numel() for t in a)
+        assert poison_is_intact(mine)
+        assert mine.grad is None or poison_is_intact(mine.grad)
+    return words
+
+
+@each_signature
+def test_compiled_kernels_have_the_bits_of_the_library(signature, monkeypatch):
+    words = check(emulated(90), SIZES, monkeypatch, signature)
+    assert words * len(SIGNATURES) > 500_000
+
+
+@pytest.mark.parametrize("arch", [80, 100])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_other_architectures(arch, dtypes, monkeypatch):
+    for rule, flags in ((Rule.ADAM, Flag.DECOUPLED | Flag.AMSGRAD), (Rule.SGD, Flag.MOMENTUM | Flag.NESTEROV)):
+        check(emulated(arch), SIZES, monkeypatch, (rule, int(flags), *dtypes))
+
+
+@each_signature
+def test_the_source_has_the_bits_of_the_library(signature, monkeypatch):
+    check(interpreted_kernel, FEW_SIZES, monkeypatch, signature)
