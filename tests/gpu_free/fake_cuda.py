@@ -119,6 +119,7 @@ class FakeDevice(cuda.Device):
         self.multiprocessors = 1  # more chunks of small tensors
         self.streams = [FakeStream()]
         self.on = 0
+        self.active = True  # while it is in place
         self.is_current, self.capturing = True, False
         self.launches: list[int] = []
         self.uploads: list[int] = []
@@ -133,7 +134,7 @@ class FakeDevice(cuda.Device):
         """CPU tensors for which ``where`` holds are stepped as if they were on this device."""
         real = engines.device_of
         with monkeypatch.context() as patch:
-            patch.setattr(engines, "device_of", lambda t: self.device if where(t) else real(t))
+            patch.setattr(engines, "device_of", lambda t: self.device if self.active and where(t) else real(t))
             others = cuda.device
             patch.setattr(cuda, "device", lambda of: self if of == self.device else others(of))
             cuda._find_kernel.cache_clear()

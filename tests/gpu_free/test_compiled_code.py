@@ -7,12 +7,14 @@ import re
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="Triton kernels need triton: pip install triton")
+pytest.importorskip("triton", reason="Triton kernels need triton: pip install triton")
 
-from fused_l2.tensor_table import Flag, Rule  # noqa: E402
+import triton
 
-from . import aot  # noqa: E402
-from .test_kernel_bits import SIGNATURES  # noqa: E402
+from fused_l2.tensor_table import Flag, Rule
+
+from . import aot
+from .test_kernel_bits import SIGNATURES
 
 ADAMW = int(Flag.DECOUPLED)
 NESTEROV = int(Flag.MOMENTUM | Flag.NESTEROV)

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-np = pytest.importorskip("numpy")
+pytest.importorskip("numpy")
 pytest.importorskip("triton", reason="Triton kernels need triton: pip install triton")
 
-from fused_l2 import coefficients  # noqa: E402
-from fused_l2.tensor_table import Flag, Rule, chunk_map  # noqa: E402
+import numpy as np
 
-from . import aot  # noqa: E402
-from .ptx_emulator import Emulator, InvalidAccess, Kernel  # noqa: E402
+from fused_l2 import coefficients
+from fused_l2.tensor_table import Flag, Rule, chunk_map
+
+from . import aot
+from .ptx_emulator import Emulator, InvalidAccess, Kernel
 
 
 def compute(body: str, *inputs: int, size: int = 4) -> int:

@@ -1,0 +1,111 @@
+"""Triton's own launcher over a libcuda that does nothing: for what is launched, and for the host's time."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from fused_l2.kernels.launch import Kernel
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fused_l2.tensor_table import Rule
+
+from .fake_cuda import FakeDevice, nothing
+
+_OnLaunch = ctypes.CFUNCTYPE(None, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
+
+
+def why_unavailable() -> str:
+    """Why Triton's launcher cannot be built here, or nothing."""
+    if torch.cuda.is_available():
+        return "this machine has a real driver: see the tests marked gpu"
+    if shutil.which("gcc") is None and shutil.which("clang") is None:
+        return "Triton builds its launcher with gcc or clang, and there is none"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Triton builds its launcher with Python's headers, and there are none"
+    return ""
+
+
+@functools.cache
+def library() -> Any:
+    """The stub, built, and loaded under the name that Triton asks for."""
+    folder = Path(tempfile.mkdtemp(prefix="stub-libcuda-"))
+    file = folder / "libcuda.so.1"
+    source = Path(__file__).with_name("stub_libcuda.c")
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    command = [compiler, "-shared", "-fPIC", "-O2", "-w", "-Wl,-soname,libcuda.so.1", "-o", str(file), str(source)]
+    subprocess.run(command, check=True)
+    triton.knobs.nvidia.libcuda_path = str(folder)
+    loaded = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
+    loaded.stub_launches.restype = loaded.stub_modules.restype = ctypes.c_int64
+    return loaded
+
+
+def _make_driver() -> Any:
+    from triton.backends.nvidia import driver as nvidia
+
+    class StubDriver(nvidia.CudaDriver):
+        def __init__(self) -> None:
+            self.utils = nvidia.CudaUtils()
+            self.launcher_cls = nvidia.CudaLauncher
+            self.get_current_device = lambda: 0
+            self.set_current_device = lambda device: None
+            self.get_current_stream = lambda device: 0
+            self.get_device_capability = lambda device=0: (9, 0)
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+    return StubDriver()
+
+
+@contextmanager
+def stub_driver() -> Iterator[Any]:
+    """Triton believes in a device; yields the stub library."""
+    stub = library()
+    driver.set_active(_make_driver())
+    try:
+        yield stub
+    finally:
+        driver._active = None
+
+
+class StubDevice(FakeDevice):
+    """A device whose kernels are the product's own, launched by Triton into the stub."""
+
+    def __init__(self) -> None:
+        super().__init__(nothing)
+        self.multiprocessors = 132
+
+    def kernel(self, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> Any:
+        self.compiled.append((rule, flags, param, state))
+        return Kernel(rule, flags, param, state)
+
+
+def arguments_of(stub: Any, launch: Callable[[], None]) -> list[tuple[int, int, int, tuple[int, ...]]]:
+    """What each launch made by ``launch`` was given: programs, threads, stream, and the kernel's four arguments."""
+    seen: list[tuple[int, int, int, tuple[int, ...]]] = []
+
+    def remember(programs: int, threads: int, stream: int | None, arguments: Any) -> None:
+        pointers = [ctypes.cast(arguments[i], ctypes.POINTER(ctypes.c_uint64))[0] for i in range(3)]
+        chunk = ctypes.cast(arguments[3], ctypes.POINTER(ctypes.c_int32))[0]
+        seen.append((programs, threads, stream or 0, (*pointers, chunk)))
+
+    callback = _OnLaunch(remember)
+    stub.stub_on_launch(callback)
+    try:
+        launch()
+    finally:
+        stub.stub_on_launch(_OnLaunch())
+    return seen

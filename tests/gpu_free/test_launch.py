@@ -1,0 +1,107 @@
+"""The product's own launches through Triton, into a libcuda that only counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from comparing import assert_same_bits, make, make_params, set_grads
+
+pytest.importorskip("triton", reason="Triton kernels need triton: pip install triton")
+pytest.importorskip("numpy")
+
+import triton
+from fused_l2.kernels.adam import fused_l2_adam
+
+import fused_l2
+from fused_l2.tensor_table import Flag, Rule
+
+from . import aot
+from .fake_cuda import tensors_of
+from .ptx_emulator import Emulator
+from .stub_driver import StubDevice, arguments_of, stub_driver, why_unavailable
+
+pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
+SIZES = (5, 0, 1030, 64)
+
+
+@pytest.fixture
+def stub(monkeypatch) -> Iterator[Any]:
+    with stub_driver() as library, StubDevice().in_place(monkeypatch):
+        yield library
+
+
+def test_every_step_is_one_launch(stub):
+    params = make_params([3] * 50)
+    optimizer = fused_l2.AdamW([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)])
+    set_grads(params, 0)
+    optimizer.step()
+    before = stub.stub_launches()
+    for _ in range(10):
+        optimizer.step()
+    assert stub.stub_launches() == before + 10
+
+
+def test_T37_a_schedule_compiles_and_loads_nothing(stub, monkeypatch):
+    """Counted at Triton's compiler and at the driver's module loader."""
+    fused_l2_adam.device_caches.clear()
+    compiled = []
+    real = triton.compiler.compile
+    for module in (triton.compiler, triton.runtime.jit):
+        if hasattr(module, "compile"):
+            monkeypatch.setattr(module, "compile", lambda *a, **k: (compiled.append(a), real(*a, **k))[1])
+    params = make_params(SIZES)
+    optimizer = make("AdamW", params)
+    set_grads(params, 0)
+    optimizer.step()
+    modules, first = stub.stub_modules(), len(compiled)
+    assert modules >= 1
+    assert first == 1  # or what counts here does not see compilations
+    for i in range(20):
+        group = optimizer.param_groups[0]
+        group["lr"], group["weight_decay"], group["betas"] = 1e-3 * i, 0.01 * i, (0.9 - 0.01 * i, 0.999)
+        set_grads(params, i)
+        optimizer.step()
+    assert stub.stub_modules() == modules
+    assert len(compiled) == first
+
+
+def test_what_reaches_the_driver_steps_the_tensors(stub):
+    """Programs, threads, stream and arguments as the driver sees them, handed to the emulator, are a right step."""
+    params, expected = make_params(SIZES), make_params(SIZES)
+    optimizer = make("AdamW", params)
+    set_grads(params, 0)
+    optimizer.step()
+    device = optimizer._plan._parts[0][0]._device
+    device.on = 0
+    (launch,) = arguments_of(stub, optimizer.step)
+    programs, threads, stream, arguments = launch
+    assert (programs, threads, stream) == (4, 128, 0)  # 1 + 0 + 2 + 1 chunks of 1024
+    assert arguments[3] == 1024
+    device.synchronize()  # the uploads; the launches went into the stub
+    emulator = Emulator(aot.compile_for(90, Rule.ADAM, int(Flag.DECOUPLED)).asm["ptx"])
+    for tensor in (*device.memories, *tensors_of(optimizer)):
+        emulator.register(tensor, "tensor")
+    emulator.run(programs, arguments)  # the second step: the first never happened, so moments are zero before it
+
+    device.active = False
+    other = make("AdamW", expected)
+    for q in expected:
+        other.state[q] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros_like(q), "exp_avg_sq": torch.zeros_like(q)}
+    set_grads(expected, 0)
+    other.step()
+    assert_same_bits(params, expected)
+
+
+def test_launches_go_to_the_current_stream(stub):
+    params = make_params(SIZES)
+    optimizer = make("SGD", params)
+    set_grads(params, 0)
+    optimizer.step()
+    device = optimizer._plan._parts[0][0]._device
+    device.streams.append(type(device.streams[0])())
+    device.on = 1
+    (launch,) = arguments_of(stub, optimizer.step)
+    assert launch[2] == 1

@@ -1,0 +1,385 @@
+"""On a GPU, against the CPU engine and against torch.optim's own CUDA kernels. `pytest -m gpu` runs these alone."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+from comparing import (
+    ADAM_VARIANTS,
+    AWKWARD_SIZES,
+    CASES,
+    SGD_VARIANTS,
+    assert_same_bits,
+    each,
+    label,
+    make,
+    make_params,
+    set_grads,
+    states,
+)
+from torch import Tensor
+
+import fused_l2
+from fused_l2.engines import cuda
+
+DEVICE = "cuda"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+SIZES = (*AWKWARD_SIZES, 1024, 1025, 8192, 100_003, 0)
+FP32_EPS = torch.finfo(torch.float32).eps
+VARIANTS = [
+    *(("SGD", v) for v in SGD_VARIANTS),
+    *(("SGD", {"momentum": 0.9, "weight_decay": 0.1, "decoupled_weight_decay": True}),),
+    *(("Adam", v) for v in ADAM_VARIANTS),
+    *(("AdamW", v) for v in ADAM_VARIANTS),
+]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def moved(params: list[Any], misaligned: bool = False) -> list[torch.nn.Parameter]:
+    """Copies on the device, on request as views that start one element behind an aligned address."""
+    copies = []
+    for p in params:
+        memory = torch.empty(p.numel() + 1, dtype=p.dtype, device=DEVICE)
+        view = memory[1:] if misaligned else memory[:-1]
+        copies.append(torch.nn.Parameter(view.view_as(p).copy_(p.detach())))
+    return copies
+
+
+def give(to: list[Any], grads_of: list[Any]) -> None:
+    for p, q in zip(to, grads_of, strict=True):
+        p.grad = None if q.grad is None else q.grad.to(p.device)
+
+
+def back(tensors: list[Any]) -> list[Tensor]:
+    return [t.detach().cpu() for t in tensors]
+
+
+def assert_same_state(a: Any, on_device: list[Any], b: Any, on_cpu: list[Any]) -> None:
+    names = list(b.state[on_cpu[0]])
+    assert_same_bits(back(on_device), back(on_cpu), "parameter")
+    assert_same_bits(back(states(a, on_device, *names)), back(states(b, on_cpu, *names)), "state")
+
+
+@pytest.mark.parametrize("misaligned", [False, True], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=[f"{n}-{label(o)}" for n, o in VARIANTS])
+def test_same_bits_as_the_cpu_engine(name, options, dtype, misaligned):
+    on_cpu = make_params(SIZES, dtype)
+    on_device = moved(on_cpu, misaligned)
+    optimizers = []
+    for params in (on_device, on_cpu):
+        groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.02, "weight_decay": 0.0}]
+        optimizers.append(getattr(fused_l2, name)(groups, lr=0.01, **options))
+    for i in range(3):
+        set_grads(on_cpu, i)
+        on_cpu[3].grad = None if i == 0 else on_cpu[3].grad  # joins a step later
+        give(on_device, on_cpu)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert optimizers[0]._plan._parts[0][0]._device is not None  # our kernels, not torch's functions
+    assert_same_state(optimizers[0], on_device, optimizers[1], on_cpu)
+
+
+@each
+def test_same_bits_as_the_cpu_engine_after_1000_steps(name):
+    on_cpu = make_params((1000, 3, 65))
+    on_device = moved(on_cpu)
+    optimizers = make(name, on_device), make(name, on_cpu)
+    for i in range(1000):
+        set_grads(on_cpu, i)
+        give(on_device, on_cpu)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] *= 0.999
+    assert_same_state(optimizers[0], on_device, optimizers[1], on_cpu)
+
+
+@pytest.mark.parametrize("options", SGD_VARIANTS, ids=label)
+def test_sgd_has_the_bits_of_torch_fused(options):
+    """Except where torch's own binary differs from its source: maximize without weight decay."""
+    if options["maximize"] and not options["weight_decay"]:
+        pytest.skip("torch's fused kernel contracts lr * -grad differently there on some architectures")
+    params = moved(make_params(SIZES))
+    others = moved(params)
+    ours = fused_l2.SGD(params, lr=0.01, **options)
+    theirs = torch.optim.SGD(others, lr=0.01, fused=True, **options)
+    for i in range(10):
+        set_grads_on_device(params, i)
+        give(others, params)
+        ours.step()
+        theirs.step()
+    assert_same_bits(back(params), back(others))
+
+
+def set_grads_on_device(params: list[Any], seed: int) -> None:
+    like = [torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in params]
+    set_grads(like, seed)
+    give(params, like)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("which", ["fused", "foreach"])
+def test_one_adamw_step_is_within_the_bound_of_torch(which, amsgrad):
+    """From one state, with lr = 0.01, weight decay 0.1 and the usual betas, at each of twenty steps.
+
+    torch's fused kernel and foreach compute the same formula in another order, and fused takes beta^t from a float32 pow.
+    Each difference is a few roundings (eps = 2^-23) of a term, so with t the step, s = lr * m_hat / (sqrt(v_hat) + eps):
+
+    * exp_avg: 4 eps of |m| + |g|; exp_avg_sq: 4 eps of v + g^2 (1 - beta is rounded at the scale of beta, not of 1 - beta)
+    * s, relatively: 16 eps + what the two above contribute + 2 eps / (1 - beta1^t) + eps / (1 - beta2^t) for the pow
+    * param: two roundings at its own scale, and s.
+    """
+    lr, beta1, beta2, weight_decay = 0.01, 0.9, 0.999, 0.1
+    options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "amsgrad": amsgrad}
+    p = moved(make_params([100_003]))[0]
+    ours = fused_l2.AdamW([p], **options)
+    for t in range(1, 21):
+        set_grads_on_device([p], t)
+        q = torch.nn.Parameter(p.detach().clone())
+        theirs = torch.optim.AdamW([q], fused=which == "fused", foreach=which == "foreach", **options)
+        if t > 1:
+            saved = copy.deepcopy(ours.state_dict())  # torch takes tensors over as they are
+            saved["param_groups"][0].update(fused=which == "fused", foreach=which == "foreach")
+            theirs.load_state_dict(saved)
+        q.grad = p.grad.clone()
+        theirs.step()
+        ours.step()
+        mine, other = ours.state[p], theirs.state[q]
+        g, m, v = (x.double().abs() for x in (p.grad, mine["exp_avg"], mine["exp_avg_sq"]))
+        old_m, old_v = ((m + 0.1 * g) / beta1, v / beta2)
+        off_m, off_v = 4 * FP32_EPS * (old_m + g), 4 * FP32_EPS * (old_v + g * g)
+        assert bool(((mine["exp_avg"] - other["exp_avg"]).double().abs() <= off_m).all())
+        assert bool(((mine["exp_avg_sq"] - other["exp_avg_sq"]).double().abs() <= off_v).all())
+        second = mine["max_exp_avg_sq"].double() if amsgrad else v
+        bias1, bias2 = 1 - beta1**t, 1 - beta2**t
+        update = lr * m / bias1 / ((second / bias2).sqrt() + 1e-8)
+        relative = FP32_EPS * (16 + 2 / bias1 + 1 / bias2) + off_v / (2 * second.clamp_min(1e-30))
+        off_update = update * relative + lr * off_m / bias1 / ((second / bias2).sqrt() + 1e-8)
+        bound = off_update + 2 * FP32_EPS * (p.detach().double().abs() + update)
+        assert bool(((p.detach() - q.detach()).double().abs() <= bound).all()), f"step {t}"
+
+
+@pytest.mark.parametrize("which", ["fused", "foreach"])
+def test_adamw_is_not_farther_from_float64_than_torch(which):
+    start = make_params([10_000])[0].detach()
+    runs: dict[str, Tensor] = {}
+    for name, module, dtype, options in (
+        ("truth", torch.optim, torch.float64, {}),
+        ("torch", torch.optim, torch.float32, {which: True}),
+        ("ours", fused_l2, torch.float32, {}),
+    ):
+        p = torch.nn.Parameter(start.to(DEVICE, dtype, copy=True))
+        optimizer = module.AdamW([p], lr=0.01, weight_decay=0.1, **options)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(300):
+            p.grad = torch.randn(p.shape, generator=generator).to(DEVICE, dtype)
+            optimizer.step()
+        runs[name] = p.detach().double()
+    error = {name: float((runs[name] - runs["truth"]).abs().mean()) for name in ("ours", "torch")}
+    print(error)
+    assert error["ours"] <= 1.1 * error["torch"]  # 10 % for chance: both are sums of 300 roundings in 10,000 elements
+
+
+@each
+def test_a_step_never_waits_for_the_device(name):
+    params = moved(make_params(SIZES))
+    optimizer = make(name, params)
+    set_grads_on_device(params, 0)
+    optimizer.step()
+    grads = [[torch.randn_like(p) for p in params] for _ in range(5)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for new in grads:
+            for p, g in zip(params, new, strict=True):
+                p.grad = g
+            optimizer.param_groups[0]["lr"] *= 0.9
+            optimizer.step()
+        optimizer.drop_plan()
+        optimizer.step()  # nor does making a plan
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@each
+def test_the_host_may_run_far_ahead(name):
+    """Fifty steps queued behind a long wait on the device: every upload arrives with its own step's content."""
+    on_cpu = make_params((1000, 65, 3))
+    on_device = moved(on_cpu)
+    optimizers = make(name, on_device), make(name, on_cpu)
+    kept = []
+    for i in range(51):
+        if i == 1:
+            torch.cuda._sleep(500_000_000)
+        set_grads(on_cpu, i)
+        kept.append([p.grad.to(DEVICE) for p in on_cpu])
+        for p, g in zip(on_device, kept[-1], strict=True):
+            p.grad = g
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] *= 0.99
+            optimizer.step()
+    assert_same_state(optimizers[0], on_device, optimizers[1], on_cpu)
+
+
+@each
+def test_T34_side_streams(name):
+    on_cpu = make_params(SIZES)
+    on_device = moved(on_cpu)
+    optimizers = make(name, on_device), make(name, on_cpu)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    for i in range(9):
+        set_grads(on_cpu, i)
+        optimizers[1].step()
+        stream = streams[i % 3]
+        stream.wait_stream(torch.cuda.current_stream())
+        for other in streams:
+            stream.wait_stream(other)
+        with torch.cuda.stream(stream):
+            give(on_device, on_cpu)
+            optimizers[0].step()
+    torch.cuda.synchronize()
+    assert_same_state(optimizers[0], on_device, optimizers[1], on_cpu)
+
+
+@each
+def test_T34_another_current_device(name):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device only")
+    on_cpu = make_params(SIZES)
+    on_device = [torch.nn.Parameter(p.detach().to("cuda:1")) for p in on_cpu]
+    optimizers = make(name, on_device), make(name, on_cpu)
+    for i in range(3):
+        set_grads(on_cpu, i)
+        give(on_device, on_cpu)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.cuda.current_device() == 0
+    assert_same_state(optimizers[0], on_device, optimizers[1], on_cpu)
+
+
+@each
+def test_cpu_and_cuda_parameters_in_one_optimizer(name):
+    on_cpu = make_params(SIZES)
+    mixed = [q if i % 2 else p for i, (p, q) in enumerate(zip(make_params(SIZES), moved(on_cpu), strict=True))]
+    optimizers = make(name, mixed), make(name, on_cpu)
+    for i in range(3):
+        set_grads(on_cpu, i)
+        give(mixed, on_cpu)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same_state(optimizers[0], mixed, optimizers[1], on_cpu)
+
+
+def test_T23_a_tensor_of_more_than_2_to_the_31_elements():
+    count = 2**31 + 2**20 + 3
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * count:
+        pytest.skip("needs 13 GB of GPU memory")
+    p = torch.nn.Parameter(torch.ones(count, dtype=torch.bfloat16, device=DEVICE))
+    p.grad = torch.full_like(p, 0.5)
+    fused_l2.SGD([p], lr=0.5).step()
+    assert bool((p[:1000] == 0.75).all())
+    assert bool((p[-(2**21) :] == 0.75).all())
+    assert int(sum((part != 0.75).sum() for part in p.detach().split(2**28))) == 0
+
+
+@each
+def test_T37_a_schedule_compiles_nothing(name, monkeypatch):
+    import triton
+
+    compiled = []
+    real = triton.compiler.compile
+    for module in (triton.compiler, triton.runtime.jit):
+        if hasattr(module, "compile"):
+            monkeypatch.setattr(module, "compile", lambda *a, **k: (compiled.append(a), real(*a, **k))[1])
+    params = moved(make_params(SIZES))
+    optimizer = make(name, params)
+    for i in range(20):
+        set_grads_on_device(params, i)
+        optimizer.param_groups[0]["lr"] = 1e-3 * (i + 1)
+        optimizer.param_groups[0]["weight_decay"] = 0.01 * i
+        optimizer.step()
+        if i == 1:
+            compiled.clear()
+    assert compiled == []
+
+
+def test_a_model_trains_and_its_checkpoint_goes_to_torch_and_back():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.LayerNorm(64), torch.nn.ReLU(), torch.nn.Linear(64, 1)).to(
+        DEVICE
+    )
+    x = torch.randn(256, 20, device=DEVICE)
+    y = x[:, :1] * 2 - x[:, 1:2]
+    optimizer: Any = fused_l2.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for i in range(200):
+        if i == 100:
+            saved = optimizer.state_dict()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            optimizer.load_state_dict(saved)
+        if i == 110:
+            saved = optimizer.state_dict()
+            optimizer = fused_l2.AdamW(model.parameters(), lr=1e-2)
+            optimizer.load_state_dict(saved)
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.01 * losses[0]
+
+
+def test_capabilities_name_the_gpu():
+    told = fused_l2.capabilities()["cuda"]
+    assert told.engine.startswith("Triton (")
+    assert torch.cuda.get_device_name() in told.reason
+
+
+def test_capturing_is_refused():
+    params = moved(make_params(SIZES))
+    optimizer = make("AdamW", params)
+    set_grads_on_device(params, 0)
+    optimizer.step()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    assert cuda.CAPTURING
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    """No access outside of a tensor, no race within a program. Our own kernels only: others take minutes."""
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    code = textwrap.dedent(
+        f"""
+        import torch, fused_l2
+        for dtype in (torch.float32, torch.bfloat16):
+            params = [torch.nn.Parameter(torch.ones(n + 1, dtype=dtype, device="cuda")[1:]) for n in {SIZES!r}]
+            params += [torch.nn.Parameter(torch.ones(n, dtype=dtype, device="cuda")) for n in {SIZES!r}]
+            for p in params:
+                p.grad = torch.ones_like(p)
+            for make in (fused_l2.AdamW, lambda p: fused_l2.SGD(p, lr=0.1, momentum=0.9)):
+                optimizer = make(params)
+                optimizer.step()
+                optimizer.step()
+        torch.cuda.synchronize()
+        """
+    )
+    command = [sanitizer, "--tool", tool, "--kernel-regex", "kns=fused_l2", "--error-exitcode", "1", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "0 errors" in done.stdout or "ERROR SUMMARY: 0" in done.stdout or "0 hazards" in done.stdout, done.stdout[-2000:]
+
+
+def test_all_cases_are_covered():
+    assert set(CASES) <= {name for name, _ in VARIANTS}
