@@ -3,6 +3,8 @@
 # An active virtual or conda environment is used as it is; otherwise .venv is made, which sees a system-wide torch. torch is
 # installed only where it cannot be imported, and never replaced.
 TORCH ?= torch==2.13.0
+# The GPU kernels are tested without a GPU. torch for CUDA brings the triton it wants, torch for CPUs none.
+TRITON ?= triton>=3.6
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -16,7 +18,7 @@ endif
 STAMP := $(ENVIRONMENT)/.fused_l2-installed
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: demo test bench sanitize lint format wheel clean
+.PHONY: demo test bench gpu-report sanitize lint format wheel clean
 
 # Another checkout may have installed itself into the same environment since.
 INSTALLED := import importlib.util, os, sys; spec = importlib.util.find_spec('fused_l2'); \
@@ -36,6 +38,11 @@ test: $(STAMP)
 # Figures for this machine. For a file to keep: make bench BENCH="--json bench/results/<date>-<machine>.json"
 bench: $(STAMP)
 	PYTHONSAFEPATH= PYTHONPATH=. $(PYTHON) -m bench $(BENCH)
+
+# On a machine with a GPU, in eight minutes: the tests marked gpu, the assumptions of docs/design.md, steps against torch fused.
+# For a file to keep: make gpu-report GPU_REPORT="--json bench/results/<date>-<gpu>.json"
+gpu-report: $(STAMP)
+	PYTHONSAFEPATH= PYTHONPATH=. $(PYTHON) -m bench.gpu_report $(GPU_REPORT)
 
 # The C++ alone, without torch or Python, under AddressSanitizer and UndefinedBehaviorSanitizer, and with threads under
 # ThreadSanitizer.
@@ -76,5 +83,7 @@ $(STAMP): $(SOURCES) | $(PYTHON)
 	$(PYTHON) -c "import torch" 2>/dev/null || $(PYTHON) -m pip install "$(TORCH)"
 	$(PYTHON) -c "import torch; print('torch==' + torch.__version__)" > $(ENVIRONMENT)/.fused_l2-torch
 	$(PYTHON) -m pip install -c $(ENVIRONMENT)/.fused_l2-torch -e '.[demo,test]'
+	$(PYTHON) -c "import triton" 2>/dev/null || $(PYTHON) -m pip install "$(TRITON)" || \
+	  echo "No triton for this platform: the tests of the GPU kernels will be skipped."
 	@touch $@
 

@@ -1,7 +1,8 @@
-"""What is measured: sets of parameter shapes, and the optimizer settings."""
+"""What is measured: sets of parameter shapes, how they are grouped, and the optimizer settings."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ class Case:
     what: str
     make_shapes: Callable[[], list[Shape]]
     dtype: torch.dtype = torch.float32
+    groups: Callable[[list[Shape]], list[int]] | None = None  # the param group of each tensor, by number
 
     @property
     def shapes(self) -> list[Shape]:
@@ -53,6 +55,36 @@ def tiny_1000() -> list[Shape]:
     return [(generator.randint(64, 1024),) for _ in range(1000)]
 
 
+def vit_b() -> list[Shape]:
+    """Dosovitskiy et al. 2021, ViT-B/16: 86.6M parameters in 152 tensors."""
+    width, layers = 768, 12
+    norm: list[Shape] = [(width,), (width,)]
+    block = norm + [(3 * width, width), (3 * width,), (width, width), (width,)]
+    block += norm + [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    stem: list[Shape] = [(1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,)]
+    return stem + layers * block + norm + [(1000, width), (1000,)]
+
+
+def layer_decay_groups(shapes: list[Shape]) -> list[int]:
+    """ViT-B's groups under layer-wise lr decay: (stem, 12 blocks, head) x (decayed, not decayed), 28 in all."""
+    layers = [0] * 4 + [1 + i // 12 for i in range(144)] + [13] * 4
+    return [2 * layer + (len(shape) == 1) for layer, shape in zip(layers, shapes, strict=True)]
+
+
+def llama_7b(layers: int = 32) -> list[Shape]:
+    """Touvron et al. 2023: 6.74B parameters in 291 tensors with 32 layers; with fewer, what fits a device."""
+    width, hidden, vocabulary = 4096, 11008, 32000
+    block: list[Shape] = [(width, width)] * 4 + [(hidden, width)] * 2 + [(width, hidden)] + [(width,)] * 2
+    return [(vocabulary, width)] + layers * block + [(width,), (vocabulary, width)]
+
+
+def small_transformer_465() -> list[Shape]:
+    """465 tensors of a detector's transformer, 384 wide, about 90M parameters, as a trainer that makes one param group per
+    tensor has them."""
+    cycle: list[Shape] = [(384,), (384,), (1152, 384), (1152,), (384, 384), (384,), (1536, 384), (1536,), (384, 1536), (384,)]
+    return list(itertools.islice(itertools.cycle(cycle), 465))
+
+
 CASES = [
     Case("one-25m", "one tensor of 25M", lambda: [(25 << 20,)]),
     Case("gpt2-small", "GPT-2 small, 124M in 148 tensors", gpt2_small),
@@ -62,6 +94,18 @@ CASES = [
     Case("one-64k", "one tensor of 64K", lambda: [(64 << 10,)]),
     Case("one-1m", "one tensor of 1M", lambda: [(1 << 20,)]),
     Case("one-25m-bf16", "one bfloat16 tensor of 25M", lambda: [(25 << 20,)], torch.bfloat16),
+]
+
+# On a GPU. The two Llamas: as much as leaves room for torch foreach's temporaries on a device of 80 GB or more.
+GPU_CASES = [
+    Case("one-1b", "one tensor of 1e9", lambda: [(10**9,)]),
+    Case("llama-7b-8-layers", "Llama-7B with 8 of 32 layers, 1.88B in 75 tensors", lambda: llama_7b(8)),
+    Case("gpt2-small", "GPT-2 small, 124M in 148 tensors", gpt2_small),
+    Case("resnet50", "ResNet-50, 25.6M in 161 tensors", resnet50),
+    Case("vit-28-groups", "ViT-B, 86.6M in 28 layer-decay groups", vit_b, groups=layer_decay_groups),
+    Case("465-groups", "465 groups of one tensor", small_transformer_465, groups=lambda shapes: list(range(len(shapes)))),
+    Case("tiny-1000", "1000 tensors of 64 to 1024", tiny_1000),
+    Case("one-100m-bf16", "one bfloat16 tensor of 1e8", lambda: [(10**8,)], torch.bfloat16),
 ]
 
 # lr is small so that thousands of steps on one gradient move the weights little; no figure depends on it.

@@ -9,6 +9,8 @@ import torch
 
 import fused_l2
 
+from .cases import Case
+
 PROVIDERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "fused_l2": (fused_l2, {}),
     "torch fused": (torch.optim, {"fused": True}),
@@ -20,15 +22,17 @@ PROVIDERS: dict[str, tuple[Any, dict[str, Any]]] = {
 class Contest:
     """The parameters of a case and one optimizer per provider that steps them."""
 
-    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype, optimizer: str, settings: dict[str, Any]) -> None:
+    def __init__(self, case: Case, optimizer: str, settings: dict[str, Any], device: str = "cpu") -> None:
         torch.manual_seed(0)
-        self.params = [torch.nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]
+        shapes, dtype = case.shapes, case.dtype
+        self.params = [torch.nn.Parameter(torch.randn(s, device=device).to(dtype)) for s in shapes]
         for p in self.params:
-            p.grad = torch.randn(p.shape).to(dtype)
+            p.grad = torch.randn(p.shape, device=device).to(dtype)
+        numbers = case.groups(shapes) if case.groups else [0] * len(shapes)
         self.optimizers = {}
         shared: dict[Any, dict[str, torch.Tensor]] = {}
         for name, (module, options) in PROVIDERS.items():
-            made = getattr(module, optimizer)(self.params, **settings, **options)
+            made = getattr(module, optimizer)(self._groups(numbers, settings), **settings, **options)
             made.step()
             for p in self.params:
                 for key, value in made.state[p].items():
@@ -38,11 +42,18 @@ class Contest:
         for made in self.optimizers.values():
             made.step()  # with the shared states, as every step that is timed
 
+    def _groups(self, numbers: list[int], settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """Param groups with an lr of their own each."""
+        grouped: dict[int, list[torch.nn.Parameter]] = {}
+        for number, p in zip(numbers, self.params, strict=True):
+            grouped.setdefault(number, []).append(p)
+        return [{"params": ps, "lr": settings["lr"] * 0.75**number} for number, ps in sorted(grouped.items())]
+
     def steps(self) -> dict[str, Callable[[], Any]]:
         return {name: made.step for name, made in self.optimizers.items()}
 
 
-def correct(optimizer: str, settings: dict[str, Any], dtype: torch.dtype) -> dict[str, str]:
+def correct(optimizer: str, settings: dict[str, Any], dtype: torch.dtype, device: str = "cpu") -> dict[str, str]:
     """Per provider: 'ok', or why its result is wrong. Ten steps against the same steps in float64.
 
     The bound is ten roundings of the parameter, each half a unit in the last place, and as many of an update that is no
@@ -54,12 +65,12 @@ def correct(optimizer: str, settings: dict[str, Any], dtype: torch.dtype) -> dic
     grads = [torch.randn(start.shape, generator=generator).to(dtype) for _ in range(10)]
 
     def run(module: Any, options: dict[str, Any], as_dtype: torch.dtype) -> torch.Tensor:
-        p = torch.nn.Parameter(start.to(as_dtype, copy=True))
+        p = torch.nn.Parameter(start.to(device, as_dtype, copy=True))
         made = getattr(module, optimizer)([p], **settings, **options)
         for g in grads:
-            p.grad = g.to(as_dtype, copy=True)
+            p.grad = g.to(device, as_dtype, copy=True)
             made.step()
-        return p.detach().double()
+        return p.detach().cpu().double()
 
     truth = run(torch.optim, {"foreach": False}, torch.float64)
     bound = 40 * torch.finfo(dtype).eps * truth.abs().clamp_min(1)

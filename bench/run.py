@@ -49,7 +49,7 @@ def machine() -> dict[str, Any]:
 
 def measure(case: Case, optimizer: str, budget: float) -> dict[str, Any]:
     """One row per provider: seconds, ratio to torch fused, GB/s, share of the memory floor."""
-    contest = providers.Contest(case.shapes, case.dtype, optimizer, OPTIMIZERS[optimizer])
+    contest = providers.Contest(case, optimizer, OPTIMIZERS[optimizer])
     contestants = contest.steps()
     floor = limit.stream_step(contest.optimizers["fused_l2"])
     if floor is not None:

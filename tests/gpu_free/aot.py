@@ -68,7 +68,7 @@ class MachineCode:
 
 
 def _branch_target(opcode: str, operands: str) -> int | None:
-    found = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode == "BRA" else None
+    found = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
     return int(found.group(1), 16) if found else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,6 +117,30 @@ def test_T39_kernels_are_found_again_by_what_they_compute(device):
         del optimizer, params
         gc.collect()
     assert len(device.compiled) == 1
+
+
+@each
+def test_T41_python_work_does_not_grow_with_the_number_of_tensors(name, device):
+    """Counted, not timed: what is done for each tensor is done in C. bench/host.py has the times."""
+    calls = {}
+    for count in (30, 300):
+        params = make_params([3] * count)
+        optimizer = make(name, params)
+        for i in range(2):
+            step(optimizer, params, i)
+        set_grads(params, 3)
+        device.synchronize()
+        seen = 0
+
+        def count_call(frame: Any, event: str, argument: Any) -> None:
+            nonlocal seen
+            seen += event == "call"
+
+        sys.setprofile(count_call)
+        optimizer.step()
+        sys.setprofile(None)
+        calls[count] = seen
+    assert 5 < calls[30] == calls[300] < 100, calls
 
 
 # Uploads.
@@ -276,8 +301,8 @@ def test_a_gradient_of_other_strides_goes_through_a_copy(name, running, monkeypa
     assert_same_bits(p, q)
 
 
-def test_a_tensor_of_two_gibibytes_and_more_has_64_bit_offsets():
-    """T23: the chunk map and the row of a tensor with 2^33 elements; test_kernel_bits runs the arithmetic."""
+def test_T23_the_chunk_map_of_a_tensor_beyond_2_to_the_31_elements():
+    """test_kernel_bits runs such a chunk."""
     words = chunk_map([3, 2**33 + 1], 1 << 20)
     assert len(words) == 1 + 2**13 + 1
     assert [w & 0xFFFFFFFF for w in words[:2]] == [0, 1]

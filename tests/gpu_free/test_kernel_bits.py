@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton kernels need triton: pip install tr
 pytest.importorskip("numpy")
 
 import fused_l2
+from fused_l2 import coefficients, reference
 from fused_l2.tensor_table import Flag, Rule
 
 from .fake_cuda import FakeDevice, emulated, interpreted_kernel, tensors_of
@@ -47,6 +48,15 @@ each_signature = pytest.mark.parametrize(
 SIZES = (0, 1, 2, 3, 4, 7, 8, 9, 0, 31, 127, 128, 129, 1000, 1023, 1024, 1025, 2049, 3072, 0)
 FEW_SIZES = (0, 1, 7, 9, 0, 130, 1025, 0)  # for the interpreter, which is slow
 STEPS = 3
+SPECIAL = (float("nan"), float("inf"), float("-inf"), -0.0, 1e-42, 1e-30, 3e38)  # with a denormal, under- and overflow
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    -0.0,
+    1e-42,
+    1e-30,
+    3e38,
+)  # NaN, infinities, a denormal, over- and underflow
 
 
 def padded(values: Tensor, offset: int) -> Tensor:
@@ -60,7 +70,8 @@ def padded(values: Tensor, offset: int) -> Tensor:
 
 def poison_is_intact(view: Tensor) -> bool:
     memory = view.detach().new_empty(0).set_(view.untyped_storage())
-    return int(memory.isnan().sum()) == memory.numel() - view.numel()
+    start = view.storage_offset()
+    return bool(memory[:start].isnan().all() and memory[start + view.numel() :].isnan().all())
 
 
 def make_params(sizes: tuple[int, ...], dtype: torch.dtype) -> list[torch.nn.Parameter]:
@@ -103,9 +114,14 @@ def make_optimizer(rule: Rule, flags: int, params: list[Any], state_dtype: torch
 
 
 def give_grads(params: list[Any], step: int) -> None:
-    """New gradients, misaligned and poisoned as their parameters. One tensor joins a step later than the others."""
+    """New gradients, misaligned and poisoned as their parameters. One tensor joins a step later than the others.
+
+    In the second step some gradients are no ordinary numbers, so that moments are that in the third.
+    """
     set_grads(params, step)
     for i, p in enumerate(params):
+        if step == 1 and p.numel() > len(SPECIAL):
+            p.grad[-len(SPECIAL) :] = torch.tensor(SPECIAL, dtype=torch.float64).to(p.dtype)
         p.grad = padded(p.grad, (0, 1, 3)[i % 3])
     if step == 0:
         params[5].grad = None
@@ -145,7 +161,7 @@ def check(run: Any, sizes: tuple[int, ...], monkeypatch: Any, signature: tuple[A
 
 
 @each_signature
-def test_compiled_kernels_have_the_bits_of_the_library(signature, monkeypatch):
+def test_T10_T24_compiled_kernels_have_the_bits_of_the_library(signature, monkeypatch):
     words = check(emulated(90), SIZES, monkeypatch, signature)
     assert words * len(SIGNATURES) > 500_000
 
@@ -160,3 +176,21 @@ def test_other_architectures(arch, dtypes, monkeypatch):
 @each_signature
 def test_the_source_has_the_bits_of_the_library(signature, monkeypatch):
     check(interpreted_kernel, FEW_SIZES, monkeypatch, signature)
+
+
+@pytest.mark.parametrize("run", [emulated(90), interpreted_kernel], ids=["compiled", "interpreted"])
+def test_T23_offsets_beyond_2_to_the_31_elements(run):
+    """The last chunk of a tensor of 2^33 + 1029 elements, of which only this chunk exists."""
+    first, count, chunk = 2**33, 1024 + 5, 1024
+    tensors = [padded(torch.rand(count), 0) for _ in range(4)]
+    row = coefficients.adam(0.1, 0.9, 0.999, 1e-8, 0.1, True, 1)
+    param, (exp_avg, exp_avg_sq) = reference.adam(tensors[0], tensors[1], tensors[2:], row, Flag.DECOUPLED)
+    addresses = [t.data_ptr() - 4 * first for t in tensors]
+    table = torch.tensor([[*addresses, 0, 0, first + count, 0, 0]])
+    words = torch.tensor([number << 32 for number in (first // chunk, first // chunk + 1)])
+    scalars = torch.tensor(row)
+    signature = (Rule.ADAM, int(Flag.DECOUPLED), torch.float32, torch.float32)
+    arguments = (words.data_ptr(), table.data_ptr(), scalars.data_ptr(), chunk)
+    run(signature, [*tensors, table, words, scalars], len(words), arguments)
+    assert_same_bits([tensors[0], *tensors[2:]], [param, exp_avg, exp_avg_sq])
+    assert all(map(poison_is_intact, tensors))

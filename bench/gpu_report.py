@@ -1,0 +1,236 @@
+"""``make gpu-report``: everything this project wants to know of a GPU that is at hand for ten minutes.
+
+Runs the tests marked ``gpu``, checks what docs/design.md assumes, and measures steps against torch.optim and a device copy.
+Ends within eight minutes: what there was no time for is listed as not measured. ``--dry-run`` goes the same way on the CPU,
+with tiny tensors, and keeps no figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_l2
+from fused_l2.tensor_table import Flag, Rule
+
+from . import providers, timing
+from .cases import GPU_CASES, OPTIMIZERS, STREAMS, Case
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 8 * 60
+# Ratios to torch fused, wall clock; the share of the copy's bandwidth for the first. None where only the figure is asked for.
+GATES = {"one-1b": 1.0, "vit-28-groups": 3.0, "465-groups": 3.0, "resnet50": 2.0, "tiny-1000": 2.0}
+SHARE_OF_COPY = 0.92
+
+
+class Clock:
+    """Wall, host and device seconds of a number of steps."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+
+    def synchronize(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+
+    def measure(self, call: Callable[[], Any], count: int) -> dict[str, float]:
+        self.synchronize()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._cuda else []
+        start = time.perf_counter()
+        if events:
+            events[0].record()
+        for _ in range(count):
+            call()
+        if events:
+            events[1].record()
+        host = time.perf_counter() - start
+        self.synchronize()
+        wall = time.perf_counter() - start
+        device = events[0].elapsed_time(events[1]) * 1e-3 if events else wall
+        return {"wall": wall / count, "host": host / count, "device": device / count}
+
+
+def facts(device: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "fused_l2": fused_l2.__version__,
+        "engine": fused_l2.capabilities()["cuda"].engine,
+        "gpu": "none: a dry run, no figure in it means anything",
+    }
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.mem,power.limit", "--format=csv,noheader"]
+        found["driver, memory clock, power limit"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    found["commit"] = commit.stdout.strip() or "unknown"
+    return found
+
+
+def run_tests(device: str, seconds: float) -> dict[str, Any]:
+    """`pytest -m gpu`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+    if device == "cpu":
+        command.append("--collect-only")
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        return {"exit": done.returncode, "output": done.stdout[-6000:]}
+    except subprocess.TimeoutExpired as late:
+        return {"exit": None, "output": f"stopped after {seconds:.0f} s: {str(late.stdout)[-4000:]}"}
+
+
+def assumptions(device: str) -> dict[str, Any]:
+    """What docs/design.md takes for granted: how torch's fused kernels round, registers of ours, host time of a launch."""
+    header = Path(torch.__file__).parent / "include/ATen/native/cuda/fused_adam_utils.cuh"
+    found: dict[str, Any] = {
+        "torch fused Adam computes in float32 with std::fma": "std::fma(-beta1" in header.read_text()
+        if header.exists()
+        else "?",
+    }
+    if device == "cuda":
+        from fused_l2.kernels.launch import Kernel, current_stream
+
+        for name, rule, flags in (("AdamW", Rule.ADAM, Flag.DECOUPLED), ("SGD", Rule.SGD, Flag.MOMENTUM)):
+            kernel = Kernel(rule, int(flags), torch.float32, torch.float32)
+            found[f"{name} registers, spills"] = [kernel._compiled.n_regs, kernel._compiled.n_spills]
+        empty = torch.zeros(64, dtype=torch.int64, device="cuda")  # row 0: numel 0
+        launch = kernel.launcher(1, *[empty.data_ptr()] * 3, 1024)
+        stream = current_stream(torch.cuda.current_device())
+        found["host microseconds per launch"] = 1e6 * Clock("cuda").measure(lambda: launch(stream), 500)["host"]
+    return found
+
+
+def measure(case: Case, optimizer: str, device: str, rounds: int) -> dict[str, Any]:
+    """Interleaved rounds of all providers and a device copy of the same bytes."""
+    contest = providers.Contest(case, optimizer, OPTIMIZERS[optimizer], device)
+    contestants = {name: step for name, step in contest.steps().items() if name != "torch for-loop"}
+    numel = sum(math.prod(shape) for shape in case.shapes)
+    size = case.dtype.itemsize
+    # 256 MB at least: a smaller copy would stay in the cache and say nothing about memory.
+    words = max(numel * size // 8, 2**25 if device == "cuda" else 64)
+    source, target = (torch.zeros(words, dtype=torch.int64, device=device) for _ in range(2))
+    contestants["copy"] = lambda: target.copy_(source)
+    clock = Clock(device)
+    counts = {}
+    for name, call in contestants.items():
+        call()
+        counts[name] = max(2, min(200, round(20e-3 / max(clock.measure(call, 3)["wall"], 1e-7))))
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
+    names = list(contestants)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            contestants[name]()
+            samples[name].append(clock.measure(contestants[name], counts[name]))
+    copy_bandwidth = 16 * words / timing.quartiles([s["device"] for s in samples["copy"]])[1]
+    rows = {}
+    for name, taken in samples.items():
+        moved = 16 * words if name == "copy" else numel * size * sum(STREAMS[optimizer])
+        fused = samples["torch fused"]
+        wall_ratios = [b["wall"] / a["wall"] for a, b in zip(taken, fused, strict=True)]
+        device_ratios = [b["device"] / a["device"] for a, b in zip(taken, fused, strict=True)]
+        seconds = {kind: timing.quartiles([s[kind] for s in taken]) for kind in ("wall", "host", "device")}
+        rows[name] = {
+            **seconds,
+            "wall ratio to torch fused": timing.quartiles(wall_ratios),
+            "device ratio to torch fused": timing.quartiles(device_ratios),
+            "GB/s": moved / seconds["device"][1] * 1e-9,
+            "share of copy": moved / seconds["device"][1] / copy_bandwidth,
+        }
+    return {"case": case.name, "what": case.what, "optimizer": optimizer, "parameters": numel, "rows": rows}
+
+
+def gate_of(result: dict[str, Any]) -> str:
+    """Whether the figure that was promised was met; empty where none was."""
+    row, gate = result["rows"]["fused_l2"], GATES.get(result["case"])
+    if gate is None or result["optimizer"] != "AdamW":
+        return ""
+    met = row["wall ratio to torch fused"][1] >= gate
+    if result["case"] == "one-1b":
+        met = met and row["share of copy"] >= SHARE_OF_COPY
+    return f"gate {gate}: {'met' if met else 'MISSED'}"
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"\n{result['optimizer']}, {result['what']}: {result['parameters']:,} parameters  {gate_of(result)}")
+    columns = ("wall us", 12), ("device us", 12), ("host us", 10), ("x torch fused", 15), ("quartiles", 17)
+    columns += ("GB/s", 8), ("% copy", 8)
+    print(f"  {'':16}" + "".join(f"{title:>{width}}" for title, width in columns))
+    for name, row in result["rows"].items():
+        q1, ratio, q3 = row["wall ratio to torch fused"]
+        wall, device, host = (1e6 * row[kind][1] for kind in ("wall", "device", "host"))
+        print(
+            f"  {name:16}{wall:>12.1f}{device:>12.1f}{host:>10.1f}{ratio:>15.2f}{f'{q1:.2f} .. {q3:.2f}':>17}"
+            f"{row['GB/s']:>8.0f}{100 * row['share of copy']:>8.0f}"
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_report", description=__doc__)
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--dry-run", action="store_true", help="go through everything on the CPU with tiny tensors")
+    parser.add_argument("--no-tests", action="store_true", help="only measure")
+    options = parser.parse_args(arguments)
+    device = "cpu" if options.dry_run else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device; --dry-run goes through the report without one", file=sys.stderr)
+        return 1
+    started = time.monotonic()
+
+    def left() -> float:
+        return SECONDS - (time.monotonic() - started)
+
+    report: dict[str, Any] = {"machine": facts(device), "results": [], "not measured": []}
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+
+    def write() -> None:
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+    if not options.no_tests:
+        report["tests"] = run_tests(device, seconds=left() / 2)
+        print(report["tests"]["output"][-1500:])
+    report["assumptions"] = assumptions(device)
+    print("\n".join(f"{key}: {value}" for key, value in report["assumptions"].items()))
+    write()
+    for case in GPU_CASES:
+        for optimizer in OPTIMIZERS:
+            if case.dtype is torch.bfloat16 and optimizer == "SGD":
+                continue  # torch fused SGD leaves most bfloat16 parameters as they were (pytorch issue 191763)
+            if left() < 30:
+                report["not measured"].append(f"{optimizer} {case.name}: out of time")
+                continue
+            if device == "cpu":
+                case = dataclasses.replace(case, make_shapes=lambda c=case: [(7,) for _ in c.shapes])
+            verdicts = providers.correct(optimizer, OPTIMIZERS[optimizer], case.dtype, device)
+            try:
+                result = measure(case, optimizer, device, rounds=3 if device == "cpu" else 11)
+            except torch.OutOfMemoryError as error:
+                report["not measured"].append(f"{optimizer} {case.name}: {error}")
+                continue
+            report["results"].append({**result, "correct": verdicts, "gate": gate_of(result)})
+            print(verdicts)
+            show(result)
+            write()
+    for line in report["not measured"]:
+        print("not measured:", line)
+    write()
+    if options.json:
+        print(f"written to {options.json}")
+    return 0 if report.get("tests", {"exit": 0})["exit"] == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
