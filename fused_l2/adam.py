@@ -38,7 +38,7 @@ class Adam(FusedOptimizer):
         lr: learning rate; a float, or a tensor with one element.
         betas, eps, weight_decay, amsgrad, maximize: as for ``torch.optim.Adam``. ``weight_decay`` is the coefficient of w
             in the gradient: lambda / n, see :func:`fused_l2.weight_decay.from_lambda`.
-        capturable: without effect on CPU tensors; on others passed on to torch's functions. CUDA graphs are not supported yet.
+        capturable: without effect on CPU tensors. On others torch's functions make the step; CUDA graphs are not supported yet.
         foreach, fused: accepted for compatibility, without effect: every step is fused.
         differentiable: must be False.
         decoupled_weight_decay: w <- (1 - lr * weight_decay) * w instead of the line marked "coupled", which is AdamW.

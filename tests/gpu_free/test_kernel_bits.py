@@ -48,15 +48,8 @@ each_signature = pytest.mark.parametrize(
 SIZES = (0, 1, 2, 3, 4, 7, 8, 9, 0, 31, 127, 128, 129, 1000, 1023, 1024, 1025, 2049, 3072, 0)
 FEW_SIZES = (0, 1, 7, 9, 0, 130, 1025, 0)  # for the interpreter, which is slow
 STEPS = 3
-SPECIAL = (float("nan"), float("inf"), float("-inf"), -0.0, 1e-42, 1e-30, 3e38)  # with a denormal, under- and overflow
-    float("nan"),
-    float("inf"),
-    float("-inf"),
-    -0.0,
-    1e-42,
-    1e-30,
-    3e38,
-)  # NaN, infinities, a denormal, over- and underflow
+# NaN, infinities, a zero with a sign, a denormal, what under- and overflows in some dtype.
+SPECIAL = (float("nan"), float("inf"), float("-inf"), -0.0, 1e-42, 1e-30, 3e38)
 
 
 def padded(values: Tensor, offset: int) -> Tensor:
@@ -176,6 +169,24 @@ def test_other_architectures(arch, dtypes, monkeypatch):
 @each_signature
 def test_the_source_has_the_bits_of_the_library(signature, monkeypatch):
     check(interpreted_kernel, FEW_SIZES, monkeypatch, signature)
+
+
+@pytest.mark.parametrize("misaligned", ["param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
+def test_T24_one_misaligned_tensor_of_a_row_is_enough(misaligned, monkeypatch):
+    """Accessed 128 bits at a time it would be a misaligned access, which the emulator refuses."""
+    states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    values = {name: padded(torch.rand(1029), int(name == misaligned)) for name in ("param", "grad", *states)}
+    p = torch.nn.Parameter(values["param"])
+    p.grad = values["grad"]
+    optimizer = fused_l2.AdamW([p], amsgrad=True)
+    optimizer.state[p] = {"step": torch.tensor(3.0), **{name: values[name] for name in states}}
+    device = FakeDevice(emulated(90))
+    device.accessible = lambda: tensors_of(optimizer)
+    with device.in_place(monkeypatch):
+        optimizer.step()
+    device.synchronize()
+    assert device.launches
+    assert all(map(poison_is_intact, values.values()))
 
 
 @pytest.mark.parametrize("run", [emulated(90), interpreted_kernel], ids=["compiled", "interpreted"])
