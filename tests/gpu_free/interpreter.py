@@ -71,6 +71,7 @@ def repaired() -> Iterator[None]:
 
     builder.create_fma, builder.cast_impl, interpreter._patch_lang_tensor = _fma, cast_impl, patch_tensor
     try:
-        yield
+        with np.errstate(all="ignore"):  # infinities and NaN are computed with on purpose
+            yield
     finally:
         builder.create_fma, builder.cast_impl, interpreter._patch_lang_tensor = fma, cast, patch
