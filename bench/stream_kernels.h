@@ -8,7 +8,7 @@ template <class V, int states_> struct Stream {
   static constexpr int states = states_;
   static constexpr bool reads_states = true;
   V zero;
-  Stream(const double* row, bool) : zero(V::broadcast(static_cast<typename V::T>(row[7]))) {}
+  Stream(const double* row, const Bucket&) : zero(V::broadcast(static_cast<typename V::T>(row[7]))) {}
   FUSED_L2_INLINE void operator()(V& param, V grad, V* state) const {
     param = fma(grad, zero, param);
     for (int k = 0; k < states; ++k) state[k] = fma(grad, zero, state[k]);
@@ -20,8 +20,8 @@ void stream(const Piece& piece) {
   with_dtypes(*piece.bucket, [&](auto vector, auto param, auto state) {
     using V = decltype(vector);
     if (piece.bucket->rule == rule::adam)
-      return Sweep<V, decltype(param), decltype(state), Stream<V, 2>>::run(piece, zeros, false);
-    Sweep<V, decltype(param), decltype(state), Stream<V, 1>>::run(piece, zeros, false);
+      return Sweep<V, decltype(param), decltype(state), Stream<V, 2>>::run(piece, zeros);
+    Sweep<V, decltype(param), decltype(state), Stream<V, 1>>::run(piece, zeros);
   });
 }
 

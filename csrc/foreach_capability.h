@@ -1,6 +1,7 @@
 // Compiles FUSED_L2_KERNELS (a header without include guard) once per instruction set, each copy in a namespace
 // of its own: fused_l2::baseline, fused_l2::avx2, fused_l2::avx512. The standard headers come first, so that no
 // function of theirs is compiled for an instruction set the machine may lack.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -143,34 +143,73 @@ FUSED_L2_EXPORT void fused_l2_step(const Bucket* buckets, int64_t count) {
   fused_l2_count(buckets, count);
 }
 
-// out[i] = sum of squares of tensor i, in float64. Each tensor is cut into chunks of a fixed size whose sums are added
-// in order, so the result does not depend on the number of threads.
-FUSED_L2_EXPORT void fused_l2_sums_of_squares(const int64_t* addresses, const int64_t* dtypes, const int64_t* numels,
-                                              int64_t count, double* out) {
-  constexpr int64_t chunk = 65536;
-  struct Part {
+namespace {
+// Tensors cut into chunks, each measured on its own: no result depends on the number of threads.
+struct Chunks {
+  struct Chunk {
     const char* x;
     int64_t dtype, count;
-    double sum;
+    double value;
   };
-  constexpr int64_t sizes[] = {4, 8, 2, 2};
-  static_assert(sizeof sizes / sizeof *sizes == dtype::count);
-  std::vector<Part> parts;
+  std::vector<Chunk> all;
+
+  void add(int64_t x, int64_t dtype, int64_t numel, int64_t chunk) {
+    constexpr int64_t sizes[] = {4, 8, 2, 2};
+    static_assert(sizeof sizes / sizeof *sizes == dtype::count);
+    for (int64_t begin = 0; begin < numel; begin += chunk)
+      all.push_back({address<const char>(x) + begin * sizes[dtype], dtype, std::min(chunk, numel - begin), 0});
+  }
+
+  void measure(Norm norm) {
+    struct Context {
+      std::vector<Chunk>& all;
+      Norm norm;
+    } context{all, norm};
+    const auto one = [](void* opaque, int64_t i) {
+      const Context& c = *static_cast<Context*>(opaque);
+      Chunk& chunk = c.all[static_cast<size_t>(i)];
+      chunk.value = c.norm(chunk.x, chunk.dtype, chunk.count);
+    };
+    for_each_index(static_cast<int64_t>(all.size()), one, &context);
+  }
+};
+}  // namespace
+
+// out[i] = sum of squares of tensor i, in float64.
+FUSED_L2_EXPORT void fused_l2_sums_of_squares(const int64_t* addresses, const int64_t* dtypes, const int64_t* numels,
+                                              int64_t count, double* out) {
+  Chunks chunks;
   std::vector<size_t> first;
   for (int64_t i = 0; i < count; ++i) {
-    first.push_back(parts.size());
-    for (int64_t begin = 0; begin < numels[i]; begin += chunk)
-      parts.push_back({address<const char>(addresses[i]) + begin * sizes[dtypes[i]], dtypes[i],
-                       std::min(chunk, numels[i] - begin), 0});
+    first.push_back(chunks.all.size());
+    chunks.add(addresses[i], dtypes[i], numels[i], 65536);
   }
-  first.push_back(parts.size());
-  const auto sum = [](void* context, int64_t i) {
-    Part& part = static_cast<Part*>(context)[i];
-    part.sum = sum_of_squares_kernels.get()(part.x, part.dtype, part.count);
-  };
-  for_each_index(static_cast<int64_t>(parts.size()), sum, parts.data());
-  for (int64_t i = 0; i < count; ++i) {
+  first.push_back(chunks.all.size());
+  chunks.measure(sum_of_squares_kernels.get());
+  for (size_t i = 0; i + 1 < first.size(); ++i) {
     out[i] = 0;
-    for (size_t k = first[static_cast<size_t>(i)]; k < first[static_cast<size_t>(i) + 1]; ++k) out[i] += parts[k].sum;
+    for (size_t k = first[i]; k < first[i + 1]; ++k) out[i] += chunks.all[k].value;
   }
+}
+
+// Over all gradients of all buckets: the sum of squares, or with `largest` the largest absolute value. `chunk` is a
+// multiple of kLanes and part of the definition of the order.
+FUSED_L2_EXPORT double fused_l2_measure_grads(const Bucket* buckets, int64_t count, int64_t chunk, int64_t largest) {
+  Chunks chunks;
+  for (int64_t b = 0; b < count; ++b)
+    for (int64_t r = 0; r < buckets[b].rows; ++r) {
+      const Row row = buckets[b].row(r);
+      chunks.add(row[column::grad], buckets[b].param_dtype, row[column::numel], chunk);
+    }
+  chunks.measure((largest ? largest_kernels : sum_of_squares_kernels).get());
+  double lanes[kLanes] = {};
+  for (size_t i = 0; i < chunks.all.size(); ++i) {
+    double &lane = lanes[i % kLanes], value = chunks.all[i].value;
+    if (!largest) lane += value;
+    else if (!(value <= lane)) lane = lane != lane ? lane : value;
+  }
+  if (!largest) return pairwise_sum(lanes, kLanes);
+  for (double lane : lanes)
+    if (!(lane <= lanes[0])) lanes[0] = lanes[0] != lanes[0] ? lanes[0] : lane;
+  return lanes[0];
 }

@@ -52,8 +52,8 @@ template <class V, class P, class S, class Rule> struct Sweep {
     }
   }
 
-  static void run(const Piece& piece, const double* coefficients, bool maximize) {
-    const Rule rule(coefficients, maximize);
+  static void run(const Piece& piece, const double* coefficients) {
+    const Rule rule(coefficients, *piece.bucket);
     P* param = address<P>(piece.row[column::param]) + piece.begin;
     const P* grad = address<const P>(piece.row[column::grad]) + piece.begin;
     S* state[states + 1];

@@ -8,11 +8,10 @@ namespace FUSED_L2_NAMESPACE {
 template <class V, class P, class S, Decay decay, Momentum momentum>
 void sgd_piece(const Piece& piece, const double* row) {
   const int64_t flags = piece.bucket->flags;
-  const bool maximize = flags & flag::maximize;
   if constexpr (momentum != Momentum::none) {
-    if (flags & flag::nesterov) return Sweep<V, P, S, Sgd<V, decay, momentum, true>>::run(piece, row, maximize);
+    if (flags & flag::nesterov) return Sweep<V, P, S, Sgd<V, decay, momentum, true>>::run(piece, row);
   }
-  Sweep<V, P, S, Sgd<V, decay, momentum, false>>::run(piece, row, maximize);
+  Sweep<V, P, S, Sgd<V, decay, momentum, false>>::run(piece, row);
 }
 
 template <class V, class P, class S, Decay decay> void sgd_piece(const Piece& piece, const double* row) {

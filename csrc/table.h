@@ -10,7 +10,8 @@ namespace fused_l2 {
 // One tensor of a step: int64 columns, addresses as integers.
 #define FUSED_L2_COLUMNS(X) X(param) X(grad) X(state0) X(state1) X(state2) X(step) X(numel) X(coefficients) X(flags)
 // The tensors of one step that share a rule and a dtype signature: int64 columns.
-#define FUSED_L2_BUCKET(X) X(rule) X(flags) X(param_dtype) X(state_dtype) X(rows) X(table) X(coefficients) X(steps)
+#define FUSED_L2_BUCKET(X) \
+  X(rule) X(flags) X(param_dtype) X(state_dtype) X(rows) X(table) X(coefficients) X(steps) X(factor)
 // The float64 scalars an update rule needs this step, one row per (param group, step count).
 #define FUSED_L2_SGD(X) X(weight_decay) X(decay) X(momentum) X(one_minus_dampening) X(neg_lr)
 #define FUSED_L2_ADAM(X) \
@@ -19,7 +20,7 @@ namespace fused_l2 {
 #define FUSED_L2_RULES(X) X(sgd) X(adam)
 #define FUSED_L2_DTYPES(X) X(float32) X(float64) X(bfloat16) X(float16)
 // Flags of a bucket: the shape of the computation. Values are powers of two in this order.
-#define FUSED_L2_FLAGS(X) X(momentum) X(nesterov) X(maximize) X(decoupled) X(amsgrad)
+#define FUSED_L2_FLAGS(X) X(momentum) X(nesterov) X(maximize) X(decoupled) X(amsgrad) X(scaled)
 // Flags of a row.
 #define FUSED_L2_ROW_FLAGS(X) X(first_step)
 
@@ -68,12 +69,13 @@ struct Bucket {
   const int64_t* table;        // [rows][column::count]
   const double* coefficients;  // [coefficient rows][kCoefficients]
   const double* steps;         // [coefficient rows]: the step count each row expects to find, unused by SGD
+  const double* factor;        // what gradients are multiplied by; looked at with flag::scaled
 
   Row row(int64_t index) const { return table + index * column::count; }
 };
 
 // Python writes buckets as int64 columns.
-static_assert(sizeof(Bucket) == 8 * sizeof(int64_t));
+static_assert(sizeof(Bucket) == 9 * sizeof(int64_t));
 
 template <class T> T* address(int64_t value) { return reinterpret_cast<T*>(static_cast<intptr_t>(value)); }
 

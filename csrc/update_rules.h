@@ -7,13 +7,29 @@ namespace FUSED_L2_NAMESPACE {
 enum class Decay { none, coupled, decoupled };      // what weight decay does in this row
 enum class Momentum { none, first_step, running };  // of SGD: is there a buffer, does it hold anything yet
 
+// What happens to every gradient before its rule sees it.
+template <class V> struct GradientTransform {
+  bool scaled, maximize;
+  V factor;
+
+  explicit GradientTransform(const Bucket& bucket)
+      : scaled(bucket.flags & flag::scaled && *bucket.factor != 1),
+        maximize(bucket.flags & flag::maximize),
+        factor(V::broadcast(static_cast<typename V::T>(scaled ? *bucket.factor : 1))) {}
+
+  FUSED_L2_INLINE V operator()(V grad) const {
+    if (scaled) grad = grad * factor;
+    return maximize ? negate(grad) : grad;
+  }
+};
+
 template <class V, Decay decay_kind, Momentum momentum_kind, bool nesterov> struct Sgd {
   static constexpr int states = momentum_kind == Momentum::none ? 0 : 1;
   static constexpr bool reads_states = momentum_kind == Momentum::running;
   V weight_decay, decay, momentum, one_minus_dampening, neg_lr;
-  bool maximize;
+  GradientTransform<V> transform;
 
-  Sgd(const double* row, bool maximize) : maximize(maximize) {
+  Sgd(const double* row, const Bucket& bucket) : transform(bucket) {
     namespace at = sgd_coefficient;
     const auto rounded = [&](int i) { return V::broadcast(static_cast<typename V::T>(row[i])); };
     weight_decay = rounded(at::weight_decay);
@@ -24,7 +40,7 @@ template <class V, Decay decay_kind, Momentum momentum_kind, bool nesterov> stru
   }
 
   FUSED_L2_INLINE void operator()(V& param, V grad, V* state) const {
-    if (maximize) grad = negate(grad);
+    grad = transform(grad);
     if constexpr (decay_kind == Decay::coupled) grad = fma(param, weight_decay, grad);
     if constexpr (decay_kind == Decay::decoupled) param = param * decay;
     V update = grad;
@@ -68,10 +84,11 @@ template <class V, bool coupled, bool amsgrad> struct Adam {
   static constexpr bool reads_states = true;
   V weight_decay, decay, lerp_weight, beta2, one_minus_beta2, eps, neg_step_size;
   ConstantDivisor<V> bias_correction2_sqrt;
-  bool maximize, lerp_from_end;
+  GradientTransform<V> transform;
+  bool lerp_from_end;
 
-  Adam(const double* row, bool maximize)
-      : bias_correction2_sqrt(row[adam_coefficient::bias_correction2_sqrt]), maximize(maximize) {
+  Adam(const double* row, const Bucket& bucket)
+      : bias_correction2_sqrt(row[adam_coefficient::bias_correction2_sqrt]), transform(bucket) {
     namespace at = adam_coefficient;
     const auto rounded = [&](int i) { return V::broadcast(static_cast<T>(row[i])); };
     weight_decay = rounded(at::weight_decay);
@@ -87,7 +104,7 @@ template <class V, bool coupled, bool amsgrad> struct Adam {
 
   FUSED_L2_INLINE void operator()(V& param, V grad, V* state) const {
     V &exp_avg = state[0], &exp_avg_sq = state[1];
-    if (maximize) grad = negate(grad);
+    grad = transform(grad);
     if constexpr (coupled) grad = fma(param, weight_decay, grad);
     else param = param * decay;  // 1 where there is none
     const V difference = grad - exp_avg;

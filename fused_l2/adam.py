@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import coefficients
+from .clipping import make_clipping
 from .optimizer import FusedOptimizer, at_least_zero, number
 from .tensor_table import Flag, Rule
 
@@ -42,6 +43,10 @@ class Adam(FusedOptimizer):
         foreach, fused: accepted for compatibility, without effect: every step is fused.
         differentiable: must be False.
         decoupled_weight_decay: w <- (1 - lr * weight_decay) * w instead of the line marked "coupled", which is AdamW.
+        max_grad_norm: clip the gradients to this norm within the step, over all param groups, as
+            ``torch.nn.utils.clip_grad_norm_`` before it would, without rewriting them. See :attr:`grad_norm`.
+        norm_type: 2 or inf.
+        error_if_nonfinite, skip_if_nonfinite: raise, or leave the step out, if that norm is inf or NaN. Waits for the device.
 
     Raises:
         ValueError, TypeError: if a hyperparameter is out of its range or not a number.
@@ -64,7 +69,12 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        skip_if_nonfinite: bool = False,
     ) -> None:
+        self._clipping = make_clipping(max_grad_norm, norm_type, error_if_nonfinite, skip_if_nonfinite)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -140,6 +150,10 @@ class AdamW(Adam):
         betas, eps, weight_decay, amsgrad, maximize: as for ``torch.optim.AdamW``. capturable: see :class:`Adam`.
         foreach, fused: accepted for compatibility, without effect: every step is fused.
         differentiable: must be False.
+        max_grad_norm: clip the gradients to this norm within the step, over all param groups, as
+            ``torch.nn.utils.clip_grad_norm_`` before it would, without rewriting them. See :attr:`grad_norm`.
+        norm_type: 2 or inf.
+        error_if_nonfinite, skip_if_nonfinite: raise, or leave the step out, if that norm is inf or NaN. Waits for the device.
 
     Raises:
         ValueError, TypeError: if a hyperparameter is out of its range or not a number.
@@ -159,6 +173,10 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        skip_if_nonfinite: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -173,6 +191,10 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            max_grad_norm=max_grad_norm,
+            norm_type=norm_type,
+            error_if_nonfinite=error_if_nonfinite,
+            skip_if_nonfinite=skip_if_nonfinite,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

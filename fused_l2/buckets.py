@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import coefficients
+from .clipping import Clipping, combined
 from .engines import cpu, cuda
 from .entries import Entry, needs_copy
-from .tensor_table import COEFFICIENTS, GRAD, NUMEL, STEP, WIDTH, RowFlag, Rule, TensorTable, address_of
+from .tensor_table import COEFFICIENTS, GRAD, NUMEL, STEP, WIDTH, RowFlag, Rule, TensorTable, address_of, norm_chunk
 from .watch import Watch, gradient_guard, make_watch
 
 _data_ptr = Tensor.data_ptr
@@ -24,7 +25,7 @@ _data_ptr = Tensor.data_ptr
 class Bucket:
     """Entries that one kernel steps, and their coefficient rows, one per (param group, step count)."""
 
-    def __init__(self, rule: Rule, entries: list[Entry]) -> None:
+    def __init__(self, rule: Rule, entries: list[Entry], factor: array[float]) -> None:
         self.flags = entries[0].flags
         self.dtypes = entries[0].param.dtype, entries[0].state_dtype
         self.has_first_steps = any(e.first_step for e in entries)
@@ -49,7 +50,7 @@ class Bucket:
         self._groups = [group for group, _ in numbers]
         self.table = TensorTable(rows, len(numbers))
         self.table.steps[:] = array("d", [step for _, step in numbers])
-        self.row = self.table.bucket_row(rule, self.flags, *self.dtypes)
+        self.row = self.table.bucket_row(rule, self.flags, *self.dtypes, factor)
 
     def set_coefficients(self, row_of: Callable[..., tuple[float, ...]], numbers: Sequence[tuple[float, ...]]) -> None:
         """Compute the coefficient rows of the coming step."""
@@ -77,7 +78,8 @@ class Part:
         by_signature: dict[tuple[Any, ...], list[int]] = {}
         for i, e in enumerate(entries):
             by_signature.setdefault((e.flags, e.param.dtype, e.state_dtype), []).append(i)
-        self.buckets = [Bucket(rule, [entries[i] for i in at]) for at in by_signature.values()]
+        self._factor = array("d", [1.0])  # what gradients are multiplied by where a bucket is SCALED
+        self.buckets = [Bucket(rule, [entries[i] for i in at], self._factor) for at in by_signature.values()]
         # Which gradients belong to which bucket, in the order of its rows; not needed where there is one bucket.
         self._positions = list(by_signature.values()) if len(self.buckets) > 1 else []
         self._bucket_rows = array("q", [value for b in self.buckets for value in b.row])
@@ -127,6 +129,18 @@ class Part:
                     return False
         return True
 
+    def measure(self, clipping: Clipping) -> Tensor:
+        """The sum of squares of all gradients, or the largest absolute value: 0-dim, float64, on the part's device."""
+        raise NotImplementedError
+
+    def clip(self, clipping: Clipping, dtype: torch.dtype) -> Tensor:
+        """[factor, norm], float64, where there is no other part. ``dtype``: the norm's, which both are rounded to."""
+        return combined([self.measure(clipping)], clipping, dtype)
+
+    def scale_by(self, control: Tensor) -> None:
+        """Multiply gradients by the first element of ``control`` in the coming step."""
+        raise NotImplementedError
+
     def launch(self) -> None:
         """Step all entries, on the gradients of the last :meth:`refresh`."""
         self._step()
@@ -141,6 +155,15 @@ class Part:
 
 class CpuPart(Part):
     """Stepped by the C++ library, all buckets in one call."""
+
+    def measure(self, clipping: Clipping) -> Tensor:
+        assert self._library is not None
+        chunk = norm_chunk(sum(sum(bucket.table.numels()) for bucket in self.buckets))
+        measured = self._library.measure_grads(self._address, self._count, chunk, clipping.largest)
+        return torch.tensor(measured, dtype=torch.float64, device="cpu")
+
+    def scale_by(self, control: Tensor) -> None:
+        self._factor[0] = float(control[0])
 
     def _step(self) -> None:
         assert self._library is not None  # else plain PyTorch steps CPU tensors
@@ -158,16 +181,41 @@ class CudaPart(Part):
             kernel, reason = cuda.find_kernel(device, rule, bucket.flags, *bucket.dtypes)
             assert kernel is not None, reason  # else plain PyTorch steps these tensors
             self._tables.append(cuda.DeviceTable(self._device, kernel, bucket.table))
+        self._clippers: dict[bool, cuda.Clipper] = {}
+        self._control: Tensor | None = None
 
-    def refresh(self, grads: Sequence[Tensor]) -> bool:
-        if self._device.is_capturing():
-            raise RuntimeError(cuda.CAPTURING)
-        return super().refresh(grads)
+    def _clipper(self, clipping: Clipping) -> cuda.Clipper:
+        if clipping.largest not in self._clippers:
+            hosts, dtypes = [b.table for b in self.buckets], [b.dtypes[0] for b in self.buckets]
+            self._clippers[clipping.largest] = cuda.Clipper(self._device, self._tables, hosts, dtypes, clipping.largest)
+        return self._clippers[clipping.largest]
+
+    def _upload(self) -> int:
+        stream = self._device.stream()
+        for table in self._tables:
+            table.upload(stream)
+        return stream
+
+    def measure(self, clipping: Clipping) -> Tensor:
+        clipper = self._clipper(clipping)
+        with self._device.current():
+            return clipper.measure(self._upload())
+
+    def clip(self, clipping: Clipping, dtype: torch.dtype) -> Tensor:
+        clipper = self._clipper(clipping)
+        with self._device.current():
+            return clipper.clip(self._upload(), clipping.max_norm, dtype)
+
+    def scale_by(self, control: Tensor) -> None:
+        self._control = control.to(self._params[0].device, non_blocking=True)
 
     def _step(self) -> None:
+        control = 0 if self._control is None else self._control.data_ptr()
         with self._device.current():
+            stream = self._upload()
             for table in self._tables:
-                table.step()
+                table.step(stream, control)
+        self._control = None
         if self._library is not None:
             self._library.count(self._address, self._count)
         elif self._counters:

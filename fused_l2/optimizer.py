@@ -15,6 +15,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
+from .clipping import Clipping, make_clipping
 from .plan import Plan
 from .state import OptimizerState, tell_of_changes
 from .tensor_table import Rule
@@ -41,8 +42,12 @@ class FusedOptimizer(Optimizer):
 
     _rule: ClassVar[Rule]
     # Attributes of ours that are no param-group keys; they travel with pickle and deepcopy.
-    _options: ClassVar[tuple[str, ...]] = ()
+    _options: ClassVar[tuple[str, ...]] = ("_clipping",)
     _plan: Plan | None = None
+    _clipping: Clipping | None = None
+    _control: Tensor | None = None  # of the last step: [factor, norm]
+    _norm_dtype = torch.float32
+    step_was_skipped = False  # with skip_if_nonfinite: whether the last step was left out
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         if defaults["differentiable"]:
@@ -109,7 +114,10 @@ class FusedOptimizer(Optimizer):
         plan = self._plan
         if plan is None or not plan.refresh(self):
             plan = self._make_plan()
-        plan.launch(self)
+        if self._clipping is None or self._clip(plan, self._clipping):
+            if plan is not self._plan:
+                self._adopt(plan)
+            plan.launch(self)
         return loss
 
     _observed_step = Optimizer.profile_hook_step(_step)
@@ -125,10 +133,44 @@ class FusedOptimizer(Optimizer):
                 "fused_l2: tensors changed while step() was looking at them. Is another thread using this optimizer's "
                 "parameters or state?"
             )
+        return plan
+
+    def _adopt(self, plan: Plan) -> None:
         plan.commit(self)
         self._plan = plan
         tell_of_changes(self)
-        return plan
+
+    def _clip(self, plan: Plan, clipping: Clipping) -> bool:
+        """Measure this step's gradients. False if the step is to be left out."""
+        self._control, self._norm_dtype = plan.clip(clipping), plan.norm_dtype
+        self.step_was_skipped = False
+        if clipping.reads_norm and not math.isfinite(float(self._control[1])):
+            if clipping.error_if_nonfinite:
+                raise RuntimeError(
+                    f"The total norm of order {clipping.norm_type} of the gradients is {float(self._control[1])}, so they "
+                    f"cannot be clipped; nothing was changed. To leave such steps out, pass skip_if_nonfinite=True instead of "
+                    f"error_if_nonfinite=True; to multiply by the factor that comes of it anyway, neither."
+                )
+            self.step_was_skipped = True
+        return not self.step_was_skipped
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """What the norm of all gradients is clipped to within each step; None: not clipped."""
+        return None if self._clipping is None else self._clipping.max_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, limit: float | None) -> None:
+        old = self._clipping or Clipping(math.inf)
+        nonfinite = (old.error_if_nonfinite, old.skip_if_nonfinite) if limit is not None else (False, False)
+        self._clipping = make_clipping(limit, old.norm_type, *nonfinite)
+        self.drop_plan()
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients in the last step, before they were clipped, as ``torch.nn.utils.clip_grad_norm_`` returns
+        it: a 0-dim tensor on the parameters' device, which nobody has waited for. None without ``max_grad_norm``."""
+        return None if self._control is None else self._control[1].to(self._norm_dtype)
 
     def drop_plan(self) -> None:
         """Forget what was prepared for the next step; it will be prepared again. Frees references to states."""

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from . import engines
 from .buckets import Part, make_part
-from .engines import torch_ops
+from .clipping import Clipping, combined
+from .engines import cuda, torch_ops
 from .entries import Entry, check_grad, make_entry
 from .state import OptimizerState, ParamState
-from .tensor_table import Rule
+from .tensor_table import Flag, Rule
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -34,7 +35,8 @@ class Plan:
         groups = optimizer.param_groups
         self._hyperparameters = [self._read(group) for group in groups]
         self._numbers = [optimizer._checked_numbers(v, i) for i, v in enumerate(self._hyperparameters)]
-        self._flags = [optimizer._flags(v) for v in self._hyperparameters]
+        self._scaled = int(Flag.SCALED) if optimizer._clipping is not None else 0
+        self._flags = [optimizer._flags(v) | self._scaled for v in self._hyperparameters]
         self._dynamic = [_may_change_in_place(v) for v in self._hyperparameters]
         self._coefficients_due = True
 
@@ -42,6 +44,14 @@ class Plan:
         self._ends = list(accumulate(len(group["params"]) for group in groups))
         self._active = [p.grad is not None for p in self._params]
         self._all_active = all(self._active)
+        # A captured step would be replayed with this step's counts, hyperparameters and addresses. Refused before kernels are
+        # compiled, which a capture does not allow either.
+        self._refuses_capture = any(
+            p.grad is not None and engines.device_of(p).type == "cuda" and not group.get("capturable", False)
+            for group in groups
+            for p in group["params"]
+        )
+        self._refuse_capture()
         entries = self._entries = self._make_entries(optimizer)
 
         devices = [engines.device_of(e.param) if _has_engine(e, self._rule) else None for e in entries]
@@ -53,7 +63,14 @@ class Plan:
         for device in sorted({d for d in devices if d is not None}, key=lambda d: (d.type == "cpu", str(d))):
             belongs = [d == device for d in devices]
             self._parts.append((make_part(device, self._rule, list(compress(entries, belongs))), belongs))
+        dtypes = {e.param.dtype for e in entries}
+        self.norm_dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
+        self._others_factor: Tensor | None = None
         self._is_committed = False
+
+    def _refuse_capture(self) -> None:
+        if self._refuses_capture and cuda.is_capturing():
+            raise RuntimeError(cuda.CAPTURING)
 
     def _make_entries(self, optimizer: FusedOptimizer) -> list[Entry]:
         entries: list[Entry] = []
@@ -96,6 +113,7 @@ class Plan:
 
         Changes nothing but the plan; raises if a hyperparameter or a gradient was set to something invalid.
         """
+        self._refuse_capture()
         if self._is_committed and (optimizer.state is not self._state or not (self._is_told or self._finds_its_state())):
             return False
         groups, known = optimizer.param_groups, self._hyperparameters
@@ -135,7 +153,7 @@ class Plan:
     def _adopt(self, optimizer: FusedOptimizer, changed: list[tuple[int, tuple[Any, ...]]]) -> bool:
         """Take over hyperparameters that changed. False if they change the shape of the computation."""
         checked = [(i, values, optimizer._checked_numbers(values, i)) for i, values in changed]
-        if any(optimizer._flags(values) != self._flags[i] for i, values, _ in checked):
+        if any(optimizer._flags(values) | self._scaled != self._flags[i] for i, values, _ in checked):
             return False
         for i, values, numbers in checked:
             self._hyperparameters[i] = values
@@ -149,6 +167,20 @@ class Plan:
             not known or (self._state.get(param) is state and all(state.get(key) is value for key, value in known))
             for param, state, known in self._known_state
         )
+
+    @torch.no_grad()
+    def clip(self, clipping: Clipping) -> Tensor:
+        """[factor, norm] of this step's gradients, float64, which the coming step will be scaled by."""
+        if len(self._parts) == 1 and not self._others:
+            control = self._parts[0][0].clip(clipping, self.norm_dtype)
+        else:
+            measured = [part.measure(clipping) for part, _ in self._parts]
+            measured += [_measured(e.grad, clipping) for e in self._others]
+            control = combined(measured or [torch.zeros((), dtype=torch.float64, device="cpu")], clipping, self.norm_dtype)
+        for part, _ in self._parts:
+            part.scale_by(control)
+        self._others_factor = control[0]
+        return control
 
     def launch(self, optimizer: FusedOptimizer) -> None:
         """Step every tensor of the plan."""
@@ -177,9 +209,17 @@ class Plan:
                 list(zip(*(e.states for e in entries), strict=True)),
                 [e.counter for e in entries if e.counter is not None],
                 first_step,
+                self._others_factor,
             )
             for e in entries:
                 e.first_step = False
+
+
+def _measured(grad: Tensor, clipping: Clipping) -> Tensor:
+    wide = grad.detach().double()
+    if clipping.largest:
+        return wide.abs().max() if wide.numel() else wide.sum()
+    return wide.square().sum()
 
 
 def _has_engine(entry: Entry, rule: Rule) -> bool:

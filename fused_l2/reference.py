@@ -33,7 +33,8 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         total, rest = _two_sum(product, upper)
         error = _round_to_odd(*_two_sum(rest, carried))
         exact = total + error
-        return torch.where(torch.isfinite(exact), exact, a * b + c)
+        # Where everything is zero, or not finite, the plain operations are right, signs included.
+        return torch.where(torch.isfinite(exact) & (exact != 0), exact, a * b + c)
     exact = _round_to_odd(total, error)
     return torch.where(torch.isfinite(exact), exact, total).to(a.dtype)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import coefficients
+from .clipping import make_clipping
 from .optimizer import FusedOptimizer, at_least_zero, number
 from .tensor_table import Flag, Rule
 
@@ -40,13 +41,17 @@ class SGD(FusedOptimizer):
         differentiable: must be False.
         decoupled_weight_decay: shrink the weights instead of adding the penalty's gradient. An attribute of the optimizer,
             not a param-group key.
+        max_grad_norm: clip the gradients to this norm within the step, over all param groups, as
+            ``torch.nn.utils.clip_grad_norm_`` before it would, without rewriting them. See :attr:`grad_norm`.
+        norm_type: 2 or inf.
+        error_if_nonfinite, skip_if_nonfinite: raise, or leave the step out, if that norm is inf or NaN. Waits for the device.
 
     Raises:
         ValueError, TypeError: if a hyperparameter is out of its range or not a number.
     """
 
     _rule = Rule.SGD
-    _options = ("_decoupled",)
+    _options = ("_decoupled", *FusedOptimizer._options)
 
     def __init__(
         self,
@@ -62,7 +67,12 @@ class SGD(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        skip_if_nonfinite: bool = False,
     ) -> None:
+        self._clipping = make_clipping(max_grad_norm, norm_type, error_if_nonfinite, skip_if_nonfinite)
         self._decoupled = decoupled_weight_decay
         defaults = {
             "lr": lr,

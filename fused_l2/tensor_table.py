@@ -21,7 +21,10 @@ COLUMNS = ("param", "grad", "state0", "state1", "state2", "step", "numel", "coef
 PARAM, GRAD, STATE0, STATE1, STATE2, STEP, NUMEL, COEFFICIENTS, FLAGS = range(len(COLUMNS))
 WIDTH = len(COLUMNS)
 
-BUCKET = ("rule", "flags", "param_dtype", "state_dtype", "rows", "table", "coefficients", "steps")
+BUCKET = ("rule", "flags", "param_dtype", "state_dtype", "rows", "table", "coefficients", "steps", "factor")
+
+# Sums over a chunk are made in this many lanes: csrc/kernels.h says how, and why.
+LANES = 512
 
 # Dtypes by their number in the table.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -42,6 +45,7 @@ class Flag(IntEnum):
     MAXIMIZE = 4
     DECOUPLED = 8
     AMSGRAD = 16
+    SCALED = 32  # gradients are multiplied by a factor as they are loaded
 
 
 class RowFlag(IntEnum):
@@ -92,8 +96,10 @@ class TensorTable:
         for row in range(self.count):
             self.rows[row * WIDTH + FLAGS] &= ~int(RowFlag.FIRST_STEP)
 
-    def bucket_row(self, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> tuple[int, ...]:
-        """The row that stands for this table in a list of buckets."""
+    def bucket_row(
+        self, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype, factor: array[float]
+    ) -> tuple[int, ...]:
+        """The row that stands for this table in a list of buckets. ``factor`` holds what gradients are multiplied by."""
         return (
             rule,
             flags,
@@ -103,6 +109,7 @@ class TensorTable:
             address_of(self.rows),
             address_of(self.scalars),
             address_of(self.steps),
+            address_of(factor),
         )
 
 
@@ -110,6 +117,17 @@ def chunk_map(numels: Sequence[int], chunk: int) -> array[int]:
     """Which chunk of which tensor each program of a launch works on: the tensor's row in the low 32 bits of a word, the number
     of the chunk within the tensor in the high ones. Empty tensors have no chunks."""
     return array("q", [row | number << 32 for row, n in enumerate(numels) for number in range(-(-n // chunk))])
+
+
+def norm_chunk(elements: int) -> int:
+    """How many elements make one partial sum of a norm over this many: it defines the order of the sum.
+
+    Not more than 16384 partial sums, but for those of tensors smaller than a chunk.
+    """
+    chunk = 16384
+    while elements > chunk << 14:
+        chunk *= 2
+    return chunk
 
 
 def address_of(values: array[int] | array[float]) -> int:

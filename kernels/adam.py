@@ -15,6 +15,7 @@ def fused_l2_adam(
     table,
     coefficients,
     CHUNK,
+    control,
     FLAGS: tl.constexpr,
     STATES: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
@@ -22,4 +23,4 @@ def fused_l2_adam(
     BLOCK: tl.constexpr,
     TAIL_BLOCK: tl.constexpr,
 ):
-    step_chunk(adam, chunk_map, table, coefficients, CHUNK, FLAGS, STATES, PARAM_DTYPE, STATE_DTYPE, BLOCK, TAIL_BLOCK)
+    step_chunk(adam, chunk_map, table, coefficients, CHUNK, control, FLAGS, STATES, PARAM_DTYPE, STATE_DTYPE, BLOCK, TAIL_BLOCK)

@@ -17,11 +17,13 @@ from triton.runtime import driver
 
 from ..tensor_table import Flag, Rule
 from .adam import fused_l2_adam
+from .norms import fused_l2_clip, fused_l2_measure_grads
 from .sgd import fused_l2_sgd
 
 THREADS = 128  # per program. With 256 the compiler spills registers in Adam to reach a higher occupancy.
 
-_DTYPES = {
+# Triton's names of dtypes.
+DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
@@ -50,8 +52,8 @@ def specialization(rule: Rule, flags: int, param: torch.dtype, state: torch.dtyp
     constants = {
         "FLAGS": int(flags),
         "STATES": states,
-        "PARAM_DTYPE": _DTYPES[param],
-        "STATE_DTYPE": _DTYPES[state],
+        "PARAM_DTYPE": DTYPES[param],
+        "STATE_DTYPE": DTYPES[state],
         "BLOCK": THREADS * per_thread,
         "TAIL_BLOCK": THREADS,
     }
@@ -63,35 +65,74 @@ def options(warp_size: int) -> dict[str, Any]:
     return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
 
 
+def compiled(function: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    """A kernel compiled for the current device and loaded. Arguments are dtypes for pointers, and numbers.
+
+    A kernel's first launch compiles it, so it is compiled and loaded here, while nothing has changed yet. The number 16
+    stands for any multiple of it, and the compiler is told.
+    """
+    warp_size = driver.active.get_current_target().warp_size
+    kernel = function.warmup(*arguments, **constants, **options(warp_size), grid=(1,))
+    kernel[(1, 1, 1)]  # loads the module
+    return kernel
+
+
 class Kernel:
-    """A kernel compiled for the current device, loaded and ready."""
+    """A bucket's kernel, compiled for the current device, loaded and ready."""
 
     def __init__(self, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> None:
         function, self._constants, self.opmath = specialization(rule, flags, param, state)
-        # The first launch of a kernel costs seconds, so it is compiled and loaded here, while nothing has changed yet.
-        # 16 stands for any chunk size: all are multiples of it, and the compiler is told.
-        self._compiled = function.warmup(
-            torch.int64,
-            torch.int64,
-            self.opmath,
-            16,
-            **self._constants,
-            **options(driver.active.get_current_target().warp_size),
-            grid=(1,),
-        )
-        self._compiled[(1, 1, 1)]  # loads the module
+        self._compiled = compiled(function, (torch.int64, torch.int64, self.opmath, 16, torch.float64), self._constants)
 
-    def launcher(self, programs: int, chunk_map: int, table: int, coefficients: int, chunk: int) -> Callable[[int], None]:
-        """What launches this many programs with these arguments (addresses as integers) on a stream, given as an integer.
+    def launcher(self, programs: int, chunk_map: int, table: int, coefficients: int, chunk: int) -> Callable[[int, int], None]:
+        """What launches this many programs with these arguments (addresses as integers), on a stream and with a control word,
+        both given as integers.
 
         The compiled kernel is called directly: Triton's usual way looks at each argument to find the kernel, at four times
         the host time.
         """
-        run = self._compiled[(programs, 1, 1)]
-        arguments = (chunk_map, table, coefficients, chunk, *self._constants.values())
+        run, constants = self._compiled[(programs, 1, 1)], tuple(self._constants.values())
+
+        def launch(stream: int, control: int) -> None:
+            run(chunk_map, table, coefficients, chunk, control, *constants, stream=stream)
+
+        return launch
+
+
+class MeasureKernel:
+    """The kernel that measures gradients of one dtype: the sum of their squares, or the largest."""
+
+    def __init__(self, dtype: torch.dtype, largest: bool) -> None:
+        self._constants = {"LARGEST": largest, "DTYPE": DTYPES[dtype]}
+        arguments = (torch.int64, torch.int64, torch.float64, 16, 17)  # 17: any position
+        self._compiled = compiled(fused_l2_measure_grads, arguments, self._constants)
+
+    def launcher(
+        self, programs: int, chunk_map: int, table: int, partials: int, chunk: int, first: int
+    ) -> Callable[[int], None]:
+        """What launches this many programs on a stream. They write one float64 each, from ``partials[first]`` on."""
+        run, constants = self._compiled[(programs, 1, 1)], tuple(self._constants.values())
 
         def launch(stream: int) -> None:
-            run(*arguments, stream=stream)
+            run(chunk_map, table, partials, chunk, first, *constants, stream=stream)
+
+        return launch
+
+
+class ClipKernel:
+    """The kernel that makes a factor of what was measured. ``opmath`` is the dtype of factor and norm."""
+
+    def __init__(self, largest: bool, opmath: torch.dtype) -> None:
+        self._constants = {"LARGEST": largest, "OPMATH": DTYPES[opmath]}
+        # 17: any number of partial results, also no multiple of 16.
+        self._compiled = compiled(fused_l2_clip, (torch.float64, torch.float64, 17, 1.5), self._constants)
+
+    def launcher(self, partials: int, count: int) -> Callable[[int, int, float], None]:
+        """What turns this many partial results into a control word, on a stream, given where to write it and the limit."""
+        run, constants = self._compiled[(1, 1, 1)], tuple(self._constants.values())
+
+        def launch(stream: int, control: int, max_norm: float) -> None:
+            run(partials, control, count, max_norm, *constants, stream=stream)
 
         return launch
 

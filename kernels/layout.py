@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from .. import coefficients
 from .. import tensor_table as table
 from ..tensor_table import Flag, RowFlag
 
 PARAM, GRAD = tl.constexpr(table.PARAM), tl.constexpr(table.GRAD)
 STATE0, STATE1, STATE2 = tl.constexpr(table.STATE0), tl.constexpr(table.STATE1), tl.constexpr(table.STATE2)
 NUMEL, COEFFICIENTS, FLAGS = tl.constexpr(table.NUMEL), tl.constexpr(table.COEFFICIENTS), tl.constexpr(table.FLAGS)
-WIDTH = tl.constexpr(table.WIDTH)
+WIDTH, LANES = tl.constexpr(table.WIDTH), tl.constexpr(table.LANES)
+COEFFICIENT_WIDTH = tl.constexpr(coefficients.WIDTH)
 
 MOMENTUM, NESTEROV = tl.constexpr(int(Flag.MOMENTUM)), tl.constexpr(int(Flag.NESTEROV))
 MAXIMIZE, DECOUPLED = tl.constexpr(int(Flag.MAXIMIZE)), tl.constexpr(int(Flag.DECOUPLED))
-AMSGRAD = tl.constexpr(int(Flag.AMSGRAD))
+AMSGRAD, SCALED = tl.constexpr(int(Flag.AMSGRAD)), tl.constexpr(int(Flag.SCALED))
 FIRST_STEP = tl.constexpr(int(RowFlag.FIRST_STEP))

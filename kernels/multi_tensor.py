@@ -13,9 +13,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layout import COEFFICIENTS, FIRST_STEP, FLAGS, GRAD, NUMEL, PARAM, STATE0, STATE1, STATE2, WIDTH
-
-COEFFICIENT_WIDTH = tl.constexpr(8)
+from .layout import (
+    COEFFICIENT_WIDTH,
+    COEFFICIENTS,
+    FIRST_STEP,
+    FLAGS,
+    GRAD,
+    NUMEL,
+    PARAM,
+    SCALED,
+    STATE0,
+    STATE1,
+    STATE2,
+    WIDTH,
+)
 
 
 @triton.jit
@@ -25,6 +36,7 @@ def step_chunk(
     table,  # int64 [tensors][WIDTH]
     coefficients,  # opmath [coefficient rows][COEFFICIENT_WIDTH]
     CHUNK,  # a multiple of 16
+    control,  # what gradients are multiplied by; looked at with SCALED
     BUCKET_FLAGS: tl.constexpr,
     STATES: tl.constexpr,  # how many state tensors the rule has
     PARAM_DTYPE: tl.constexpr,  # of parameters and gradients
@@ -60,11 +72,14 @@ def step_chunk(
     )
     scalars = coefficient_row(coefficients + tl.load(row + COEFFICIENTS) * COEFFICIENT_WIDTH)
     first_step = (tl.load(row + FLAGS) & FIRST_STEP) != 0
+    factor = scalars[0]  # unused
+    if BUCKET_FLAGS & SCALED:
+        factor = tl.load(control).to(scalars[0].dtype)
 
     count = tl.minimum(tl.load(row + NUMEL) - begin, CHUNK).to(tl.int32)
     in_vectors = tl.where((addresses & 15) == 0, count // 8 * 8, 0)
-    step_range(rule, pointers, scalars, first_step, 0, in_vectors, BUCKET_FLAGS, STATES, BLOCK)
-    step_range(rule, pointers, scalars, first_step, in_vectors, count, BUCKET_FLAGS, STATES, TAIL_BLOCK)
+    step_range(rule, pointers, scalars, factor, first_step, 0, in_vectors, BUCKET_FLAGS, STATES, BLOCK)
+    step_range(rule, pointers, scalars, factor, first_step, in_vectors, count, BUCKET_FLAGS, STATES, TAIL_BLOCK)
 
 
 @triton.jit
@@ -72,6 +87,7 @@ def step_range(
     rule: tl.constexpr,
     pointers,
     scalars,
+    factor,
     first_step,
     begin,
     end,
@@ -88,6 +104,8 @@ def step_range(
         inside = at < end
         param = tl.load(param_at + at, mask=inside).to(OPMATH)
         grad = tl.load(grad_at + at, mask=inside).to(OPMATH)
+        if BUCKET_FLAGS & SCALED:
+            grad = grad * factor
         state0 = param
         state1 = param
         state2 = param

@@ -19,7 +19,7 @@ from .layout import AMSGRAD, DECOUPLED, MAXIMIZE, MOMENTUM, NESTEROV
 def sgd(param, grad, buffer, unused1, unused2, row, first_step, FLAGS: tl.constexpr):
     weight_decay, decay, momentum, one_minus_dampening, neg_lr, _5, _6, _7 = row
     if FLAGS & MAXIMIZE:
-        grad = -grad
+        grad = grad * -1.0  # not -grad, which triton 3.6 compiles to 0 - grad: the wrong zero
     if FLAGS & DECOUPLED:
         param = param * decay  # 1 where there is none
     else:
@@ -37,7 +37,7 @@ def sgd(param, grad, buffer, unused1, unused2, row, first_step, FLAGS: tl.conste
 def adam(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, row, first_step, FLAGS: tl.constexpr):
     weight_decay, decay, one_minus_beta1, beta2, one_minus_beta2, bias_correction2_sqrt, eps, neg_step_size = row
     if FLAGS & MAXIMIZE:
-        grad = -grad
+        grad = grad * -1.0  # not -grad, which triton 3.6 compiles to 0 - grad: the wrong zero
     if FLAGS & DECOUPLED:
         param = param * decay  # 1 where there is none
     else:

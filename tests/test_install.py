@@ -110,8 +110,8 @@ def test_no_top_level_kernels_is_installed():
 FLOORS = [
     {"_version", "coefficients", "state"},
     {"tensor_table"},
-    {"engines.cpu", "engines.torch_ops", "reference", "kernels.layout"},
-    {"kernels.update_rules", "kernels.multi_tensor"},
+    {"clipping", "engines.cpu", "engines.torch_ops", "reference", "kernels.layout"},
+    {"kernels.update_rules", "kernels.multi_tensor", "kernels.norms"},
     {"kernels.sgd", "kernels.adam"},
     {"kernels.launch"},
     {"engines.cuda"},

@@ -179,3 +179,10 @@ def test_every_16_bit_pattern_is_widened_and_rounded_as_torch_does(dtype, capabi
     expected = (q.detach().float() - q.grad.float()).to(dtype)
     fused_l2.SGD([q], lr=1.0).step()
     assert_same_bits(q, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_fma_of_zeros_has_the_sign_of_the_plain_operations(dtype):
+    zeros = torch.tensor([0.0, -0.0, 1.0, -1.0], dtype=dtype)
+    a, b, c = (x.flatten() for x in torch.meshgrid(zeros, zeros, torch.tensor([0.0, -0.0], dtype=dtype), indexing="ij"))
+    assert_same_bits(reference.fma(a, b, c), a * b + c)

@@ -53,7 +53,7 @@ def capabilities() -> Capabilities:
 
         >>> print(fused_l2.capabilities())  # doctest: +SKIP
         cpu            C++ (avx512)    available: baseline, avx2, avx512; 2 threads of torch's pool
-        cuda           Triton (3.6.0)  NVIDIA H200
+        cuda           Triton (3.6.0)  1 device
         other devices  plain PyTorch   there is no engine for them
     """
     library, why_not = cpu.library(), cpu.why_unavailable()
@@ -76,8 +76,12 @@ def _on_cuda() -> Capability:
         return Capability("cuda", "none", "this torch finds no CUDA device")
     if reason := cuda.why_unavailable():
         return Capability("cuda", "plain PyTorch", reason)
-    names = dict.fromkeys(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return Capability("cuda", f"Triton ({cuda.triton_version()})", ", ".join(names))
+    count = torch.cuda.device_count()
+    reason = f"{count} device{'s' * (count != 1)}"
+    # Asking for names would initialize CUDA, and processes forked later could not use it.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        reason = ", ".join(dict.fromkeys(torch.cuda.get_device_name(i) for i in range(count)))
+    return Capability("cuda", f"Triton ({cuda.triton_version()})", reason)
 
 
 # At import, so that a wrong FUSED_L2_CPU_CAPABILITY is told there and not in the middle of a run.

@@ -11,7 +11,7 @@ import ctypes
 import functools
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from .. import coefficients
-from ..tensor_table import Rule, TensorTable, chunk_map
+from ..tensor_table import Rule, TensorTable, chunk_map, norm_chunk
 
 if TYPE_CHECKING:
-    from ..kernels.launch import Kernel
+    from ..kernels.launch import ClipKernel, Kernel, MeasureKernel
 
 OLDEST_TRITON = (3, 6)
 CAPTURING = (
@@ -45,6 +45,18 @@ class Device:
         with self.current():
             return Kernel(rule, flags, param, state)
 
+    def measure_kernel(self, dtype: torch.dtype, largest: bool) -> MeasureKernel:
+        from ..kernels.launch import MeasureKernel
+
+        with self.current():
+            return MeasureKernel(dtype, largest)
+
+    def clip_kernel(self, largest: bool, opmath: torch.dtype) -> ClipKernel:
+        from ..kernels.launch import ClipKernel
+
+        with self.current():
+            return ClipKernel(largest, opmath)
+
     def current(self) -> AbstractContextManager[Any]:
         """Makes this the current device, if it is not: launches and events go to the current one."""
         if torch.cuda.current_device() == self.device.index:
@@ -56,18 +68,15 @@ class Device:
 
         return int(current_stream(self.device.index))
 
-    def is_capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
-
-    def memory(self, words: int) -> Tensor:
-        return torch.empty(words, dtype=torch.int64, device=self.device)
+    def memory(self, words: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(words, dtype=dtype, device=self.device)
 
     def used_by_current_stream(self, memory: Tensor) -> None:
-        """Tell the allocator that this memory is in use until the current stream has done what was asked of it so far."""
+        """Tell the allocator that the current stream uses this memory, too, and has to be done before others get it."""
         memory.record_stream(torch.cuda.current_stream(self.device))
 
     def pinned(self, words: int) -> Tensor:
-        return torch.empty(words, dtype=torch.int64, pin_memory=True)
+        return torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=True)
 
     def upload(self, target: Tensor, pinned: Tensor) -> None:
         """Copy on the current stream, when it gets there."""
@@ -133,18 +142,17 @@ class DeviceTable:
                 device.upload(self._memory[changing:], staged)
         address = self._memory.data_ptr()
         self._ring = UploadRing(device, self._memory, changing)
-        self._launch: Callable[[int], None] | None = None
+        self._launch: Callable[[int, int], None] | None = None
+        self.table_address = address + 8 * coefficient_words
         if chunks:
-            table_at = address + 8 * coefficient_words
-            self._launch = kernel.launcher(len(chunks), address + 8 * changing, table_at, address, chunk)
+            self._launch = kernel.launcher(len(chunks), address + 8 * changing, self.table_address, address, chunk)
         self._scalars = b""  # what was uploaded last
         self._rows = b""
 
-    def step(self) -> None:
-        """Upload what changed and launch, on the current stream of the device, which must be the current one."""
+    def upload(self, stream: int) -> None:
+        """Upload what changed, on the current stream of the device, which must be the current one."""
         if self._launch is None:  # nothing but empty tensors
             return
-        stream = self._device.stream()
         if stream not in self._streams:
             self._device.used_by_current_stream(self._memory)
             self._streams.add(stream)
@@ -154,7 +162,70 @@ class DeviceTable:
         elif scalars != self._scalars:
             self._ring.upload(scalars)
         self._scalars, self._rows = scalars, rows
-        self._launch(stream)
+
+    def step(self, stream: int, control: int) -> None:
+        """Launch, after :meth:`upload`. ``control`` is the address of what gradients are multiplied by, or 0."""
+        if self._launch is not None:
+            self._launch(stream, control)
+
+
+class Clipper:
+    """Measures all gradients of a device's buckets, and makes the factor that clips them, without a word to the host."""
+
+    def __init__(
+        self,
+        device: Device,
+        tables: Sequence[DeviceTable],
+        hosts: Sequence[TensorTable],
+        dtypes: Sequence[torch.dtype],
+        largest: bool,
+    ) -> None:
+        self._device, self._largest = device, largest
+        numels = [host.numels() for host in hosts]
+        chunk = norm_chunk(sum(map(sum, numels)))
+        maps = [chunk_map(n, chunk) for n in numels]
+        self._count = sum(map(len, maps))
+        with device.current():
+            self._maps = device.memory(max(self._count, 1))
+            self._partials = device.memory(max(self._count, 1), torch.float64)
+            self._streams = {device.stream()}
+            if self._count:
+                staged = device.pinned(self._count)
+                staged.copy_(torch.tensor([word for words in maps for word in words], dtype=torch.int64, device="cpu"))
+                device.upload(self._maps, staged)
+        self._measure, first = [], 0
+        for table, words, dtype in zip(tables, maps, dtypes, strict=True):
+            if words:
+                at, out = self._maps.data_ptr(), self._partials.data_ptr()
+                kernel = device.measure_kernel(dtype, largest)
+                self._measure.append(kernel.launcher(len(words), at, table.table_address, out, chunk, first))
+                first += len(words)
+        self._clip: dict[torch.dtype, Callable[[int, int, float], None]] = {}
+
+    def clip(self, stream: int, max_norm: float, opmath: torch.dtype) -> Tensor:
+        """A new tensor [factor, norm], written when the stream gets there. The tables must have been uploaded."""
+        if opmath not in self._clip:
+            kernel = self._device.clip_kernel(self._largest, opmath)
+            self._clip[opmath] = kernel.launcher(self._partials.data_ptr(), self._count)
+        self._launch_measures(stream)
+        control = self._device.memory(2, torch.float64)
+        self._clip[opmath](stream, control.data_ptr(), max_norm)
+        return control
+
+    def measure(self, stream: int) -> Tensor:
+        """The sum of squares, or the largest value, for adding up over devices."""
+        self._launch_measures(stream)
+        if self._count == 0:
+            return torch.zeros((), dtype=torch.float64, device=self._partials.device)
+        return self._partials.max() if self._largest else self._partials.sum()
+
+    def _launch_measures(self, stream: int) -> None:
+        if stream not in self._streams:
+            for memory in (self._maps, self._partials):
+                self._device.used_by_current_stream(memory)
+            self._streams.add(stream)
+        for measure in self._measure:
+            measure(stream)
 
 
 def _chunk_size(elements: int, multiprocessors: int) -> int:
@@ -166,6 +237,11 @@ def _chunk_size(elements: int, multiprocessors: int) -> int:
     while elements > chunk << 17:
         chunk *= 2
     return chunk
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -192,17 +268,24 @@ def triton_version() -> str:
     return str(version())
 
 
-@functools.cache
-def _find_kernel(of: torch.device, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> tuple[Any, str]:
+Signature = tuple[torch.device, Rule, int, torch.dtype, torch.dtype]
+_kernels: dict[Signature, tuple[Any, str]] = {}
+
+
+def find_kernel(of: torch.device, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> tuple[Kernel | None, str]:
+    """The kernel of a bucket on a device, or None and why there is none. Compiles it if need be, once per process."""
+    signature = (of, rule, flags, param, state)
+    if signature not in _kernels:
+        _kernels[signature] = _make_kernel(*signature)
+    return _kernels[signature]
+
+
+def _make_kernel(of: torch.device, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> tuple[Kernel | None, str]:
     if reason := why_unavailable():
         return None, reason
     try:
         return device(of).kernel(rule, flags, param, state), ""
     except Exception as error:  # Triton needs a C compiler, Python's headers, a writable cache, a GPU it knows, ...
+        if "out of memory" in str(error).lower():  # says nothing about the next time
+            raise
         return None, f"Triton could not compile or load a kernel: {type(error).__name__}: {error}"
-
-
-def find_kernel(of: torch.device, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> tuple[Kernel | None, str]:
-    """The kernel of a bucket on a device, or None and why there is none. Compiles it if need be, once per process."""
-    found: tuple[Kernel | None, str] = _find_kernel(of, rule, flags, param, state)
-    return found

@@ -27,13 +27,18 @@ def step(
     states: Sequence[Sequence[Tensor]],
     counters: Sequence[Tensor],
     first_step: bool,
+    factor: Tensor | None = None,
 ) -> None:
     """Step parameters of one param group in place, with their states and counters. Gradients are left as they are.
+
+    ``factor``: what gradients are multiplied by first, on any device.
 
     ``states`` holds one sequence per kind of state: all momentum buffers, or all exp_avg, all exp_avg_sq, ...
     """
     kept = [*params, *(t for kind in states for t in kind)]
     wide_params, wide_grads = [_widened(t) for t in params], [_widened(t) for t in grads]
+    if factor is not None:
+        wide_grads = [g * factor.to(g.device, g.dtype) for g in wide_grads]
     wide_states = [[_widened(t) for t in kind] for kind in states]
     if rule is Rule.SGD:
         _sgd(flags, numbers, wide_params, wide_grads, wide_states, first_step)

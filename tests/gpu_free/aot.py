@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import triton
-from fused_l2.kernels.launch import options, specialization
+from fused_l2.kernels.launch import DTYPES, options, specialization
+from fused_l2.kernels.norms import fused_l2_clip, fused_l2_measure_grads
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -29,15 +30,39 @@ def compile_for(
     """The kernel of a bucket, compiled as ``fused_l2.kernels.launch.Kernel`` compiles it, for an NVIDIA architecture by number
     (90: sm_90) or an AMD one by name."""
     what = specialization(rule, flags, param, state)
+    arguments = {
+        "chunk_map": "*i64",
+        "table": "*i64",
+        "coefficients": _POINTERS[what.opmath],
+        "CHUNK": "i32",
+        "control": "*fp64",
+    }
+    return _compile(arch, what.function, arguments, what.constants)
+
+
+@functools.cache
+def compile_measure(arch: int, dtype: torch.dtype, largest: bool) -> Any:
+    """The kernel that measures gradients."""
+    arguments = {"chunk_map": "*i64", "table": "*i64", "partials": "*fp64", "CHUNK": "i32", "FIRST": "i32"}
+    return _compile(arch, fused_l2_measure_grads, arguments, {"LARGEST": largest, "DTYPE": DTYPES[dtype]})
+
+
+@functools.cache
+def compile_clip(arch: int, largest: bool, opmath: torch.dtype) -> Any:
+    """The kernel that makes the factor."""
+    arguments = {"partials": "*fp64", "control": "*fp64", "COUNT": "i32", "max_norm": "fp64"}
+    return _compile(arch, fused_l2_clip, arguments, {"LARGEST": largest, "OPMATH": DTYPES[opmath]})
+
+
+def _compile(arch: int | str, function: Any, arguments: dict[str, str], constants: dict[str, Any]) -> Any:
     target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
-    arguments = {"chunk_map": "*i64", "table": "*i64", "coefficients": _POINTERS[what.opmath], "CHUNK": "i32"}
-    names = list(what.function.arg_names)
+    names = list(function.arg_names)
     signature = {name: arguments.get(name, "constexpr") for name in names}
-    constants = {(names.index(name),): value for name, value in what.constants.items()}
-    # What the runtime finds out by looking at the arguments: addresses and the chunk size are multiples of 16.
-    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in arguments}
-    source = ASTSource(what.function, signature, constants, hints)
-    return triton.compile(source, target=target, options=options(target.warp_size))
+    values = {(names.index(name),): value for name, value in constants.items()}
+    # What the runtime finds out by looking at the arguments: addresses and chunk sizes are multiples of 16.
+    divisible = [name for name, kind in arguments.items() if kind.startswith("*") or name == "CHUNK"]
+    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    return triton.compile(ASTSource(function, signature, values, hints), target=target, options=options(target.warp_size))
 
 
 @dataclass

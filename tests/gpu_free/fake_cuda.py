@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from fused_l2.kernels.launch import specialization
+from fused_l2.kernels.launch import DTYPES, specialization
+from fused_l2.kernels.norms import fused_l2_clip, fused_l2_measure_grads
 from torch import Tensor
 
 from fused_l2 import engines
@@ -29,15 +31,19 @@ from .interpreter import interpreted, repaired
 from .ptx_emulator import Emulator
 
 Signature = tuple[Rule, int, torch.dtype, torch.dtype]  # rule, flags, dtypes of param and state: what names a kernel
-# Runs a kernel: which one, the tensors it may access, how many programs, its arguments.
-Run = Callable[[Signature, Sequence[Tensor], int, Sequence[int]], None]
+# Runs a kernel: which one (a Signature, or the kind and options of a kernel for norms), the tensors it may access, how many
+# programs, its arguments.
+Run = Callable[[Any, Sequence[Tensor], int, Sequence[int]], None]
 
 
 def emulated(arch: int) -> Run:
     """Runs what is compiled for this architecture in the PTX emulator."""
 
-    def run(signature: Signature, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
-        emulator = Emulator(aot.compile_for(arch, *signature).asm["ptx"])
+    def run(which: Any, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
+        compiled = {"measure": aot.compile_measure, "clip": aot.compile_clip}.get(which[0], aot.compile_for)(
+            arch, *(which[1:] if isinstance(which[0], str) else which)
+        )
+        emulator = Emulator(compiled.asm["ptx"], compiled.metadata.shared)
         for i, tensor in enumerate(tensors):
             emulator.register(tensor, f"tensor {i} of shape {tuple(tensor.shape)}, {tensor.dtype}")
         emulator.run(programs, arguments)
@@ -45,20 +51,31 @@ def emulated(arch: int) -> Run:
     return run
 
 
-def interpreted_kernel(signature: Signature, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
+def interpreted_kernel(which: Any, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
     """Runs the source in Triton's interpreter, which takes tensors for pointers and checks nothing."""
-    what = specialization(*signature)
-    chunk_map, table, coefficients, chunk = arguments
 
     def at(address: int, dtype: torch.dtype) -> Tensor:
+        if address == 0:  # not looked at
+            return torch.zeros(1, dtype=dtype)
         return torch.frombuffer((ctypes.c_uint8 * 8).from_address(address), dtype=dtype)
 
-    pointers = (at(chunk_map, torch.int64), at(table, torch.int64), at(coefficients, what.opmath))
+    int64, float64 = torch.int64, torch.float64
+    if which[0] == "measure":
+        function, constants = fused_l2_measure_grads, {"LARGEST": which[2], "DTYPE": DTYPES[which[1]]}
+        kinds: list[Any] = [int64, int64, float64, None, None]
+    elif which[0] == "clip":
+        function, constants = fused_l2_clip, {"LARGEST": which[1], "OPMATH": DTYPES[which[2]]}
+        kinds = [float64, float64, None, None]
+        arguments = [*arguments[:3], struct.unpack("<d", struct.pack("<q", arguments[3]))[0]]
+    else:
+        function, constants, opmath = specialization(*which)
+        kinds = [int64, int64, opmath, None, float64]
+    given = [value if kind is None else at(value, kind) for value, kind in zip(arguments, kinds, strict=True)]
     with repaired():
-        interpreted(what.function)[(programs,)](*pointers, chunk, **what.constants)
+        interpreted(function)[(programs,)](*given, **constants)
 
 
-def nothing(signature: Signature, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
+def nothing(which: Any, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
     """Does not run kernels: for tests of what is launched."""
 
 
@@ -87,27 +104,38 @@ class FakeEvent:
 
 
 class FakeKernel:
-    """Stands for ``fused_l2.kernels.launch.Kernel``."""
+    """Stands for ``fused_l2.kernels.launch.Kernel``, ``MeasureKernel`` and ``ClipKernel``."""
 
-    def __init__(self, device: FakeDevice, signature: Signature) -> None:
-        self._device, self._signature = device, signature
-        self.opmath = specialization(*signature).opmath
+    def __init__(self, device: FakeDevice, which: Any) -> None:
+        self._device, self._which = device, which
+        self.opmath = None if isinstance(which[0], str) else specialization(*which).opmath
 
-    def launcher(self, programs: int, chunk_map: int, table: int, coefficients: int, chunk: int) -> Callable[[int], None]:
+    def launcher(self, *known: int) -> Callable[..., None]:
+        if self._which[0] == "clip":
+            partials, count = known
+
+            def clip(stream: int, control: int, max_norm: float) -> None:
+                bits = struct.unpack("<q", struct.pack("<d", max_norm))[0]
+                self._launch(1, stream, (partials, control, count, bits), aligned=(partials, control))
+
+            return clip
+        programs, *arguments = known
         assert programs > 0
-        assert chunk % 16 == 0
-        arguments = (chunk_map, table, coefficients, chunk)
-        assert all(address % 16 == 0 for address in arguments), "the compiler is told so"
 
-        def launch(stream: int) -> None:
-            device = self._device
-            assert device.is_current, "launched while another device was the current one"
-            assert stream == device.stream()
-            device.launches.append(programs)
-            tensors = [*device.memories, *device.accessible()]
-            device.enqueue(lambda: device.run(self._signature, tensors, programs, arguments))
+        def launch(stream: int, *control: int) -> None:
+            self._launch(programs, stream, (*arguments, *control), aligned=arguments)
 
         return launch
+
+    def _launch(self, programs: int, stream: int, arguments: tuple[int, ...], aligned: Sequence[int]) -> None:
+        device = self._device
+        assert all(value % 16 == 0 for value in aligned[:3]), "the compiler is told so"
+        assert device.is_current, "launched while another device was the current one"
+        assert stream == device.stream()
+        if not isinstance(self._which[0], str):
+            device.launches.append(programs)
+        tensors = [*device.memories, *device.accessible()]
+        device.enqueue(lambda: device.run(self._which, tensors, programs, arguments))
 
 
 class FakeDevice(cuda.Device):
@@ -120,6 +148,7 @@ class FakeDevice(cuda.Device):
         self.streams = [FakeStream()]
         self.on = 0
         self.active = True  # while it is in place
+        self.eager = False  # work is done at once
         self.is_current, self.capturing = True, False
         self.launches: list[int] = []
         self.uploads: list[int] = []
@@ -137,12 +166,14 @@ class FakeDevice(cuda.Device):
             patch.setattr(engines, "device_of", lambda t: self.device if self.active and where(t) else real(t))
             others = cuda.device
             patch.setattr(cuda, "device", lambda of: self if of == self.device else others(of))
-            cuda._find_kernel.cache_clear()
+            patch.setattr(cuda, "is_capturing", lambda: self.capturing)
+            patch.setattr(cuda, "_kernels", {})
             yield
-        cuda._find_kernel.cache_clear()
 
     def enqueue(self, work: Callable[[], Any]) -> None:
         self.streams[self.on].queue.append(work)
+        if self.eager:
+            self.synchronize()
 
     def synchronize(self) -> None:
         for stream in self.streams:
@@ -154,6 +185,12 @@ class FakeDevice(cuda.Device):
         self.compiled.append((rule, flags, param, state))
         return FakeKernel(self, self.compiled[-1])
 
+    def measure_kernel(self, dtype: torch.dtype, largest: bool) -> Any:
+        return FakeKernel(self, ("measure", dtype, largest))
+
+    def clip_kernel(self, largest: bool, opmath: torch.dtype) -> Any:
+        return FakeKernel(self, ("clip", largest, opmath))
+
     @contextmanager
     def current(self) -> Iterator[None]:
         before, self.is_current = self.is_current, True
@@ -163,11 +200,8 @@ class FakeDevice(cuda.Device):
     def stream(self) -> int:
         return self.on
 
-    def is_capturing(self) -> bool:
-        return self.capturing
-
-    def memory(self, words: int) -> Tensor:
-        self.memories.append(torch.full((words,), -1, dtype=torch.int64))
+    def memory(self, words: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        self.memories.append(torch.full((words,), -1, dtype=dtype))
         return self.memories[-1]
 
     def used_by_current_stream(self, memory: Tensor) -> None:
@@ -195,4 +229,6 @@ def tensors_of(optimizer: Any) -> list[Tensor]:
             found += [t for name, t in state.items() if isinstance(t, Tensor) and name != "step"]
     for part, _ in optimizer._plan._parts if optimizer._plan else ():
         found += part._copies
+        control = getattr(part, "_control", None)
+        found += [] if control is None else [control]
     return found

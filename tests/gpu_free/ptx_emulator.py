@@ -3,7 +3,7 @@
 PTX is the last form of a kernel before it becomes machine code, and the assembler between the two does not change results. So
 what runs here is what the compiler made of the source, with its masks, vector accesses and conversions, to the bit. Every
 access to global memory is checked: it has to lie inside of one registered tensor, at a multiple of its width. What is missing
-is time and whatever happens between programs that run at once.
+is time and whatever happens between programs or threads that run at once.
 
     emulator = Emulator(ptx)
     emulator.register(tensor, "name")             # global memory: CPU tensors, at their own addresses
@@ -107,8 +107,9 @@ def _write_memory(address: np.ndarray, size: int, values: Bits) -> None:
 class Emulator:
     """A kernel, the memory it may access, and what happened: ``executed`` instructions, counted once per batch of lanes."""
 
-    def __init__(self, ptx: str) -> None:
+    def __init__(self, ptx: str, shared_bytes: int = 0) -> None:
         self.kernel = Kernel(ptx)
+        self._shared_bytes = shared_bytes  # of each program
         self.executed = 0
         self._buffers: list[tuple[int, int, str]] = []
 
@@ -136,6 +137,8 @@ class Emulator:
             "%ctaid.x": np.repeat(programs, threads),
             "%tid.x": np.tile(np.arange(threads, dtype="u4"), len(programs)),
         }
+        self._shared = np.zeros(len(programs) * self._shared_bytes, "u1")
+        self._shared_start = np.repeat(np.arange(len(programs)) * self._shared_bytes, threads)
         at = np.zeros(self._lanes, dtype=np.int64)  # the next instruction of each lane
         while (here := int(at.min())) < end:
             active = at == here
@@ -146,6 +149,11 @@ class Emulator:
                 instruction = self.kernel.instructions[here]
                 here += 1
                 self.executed += 1
+                if instruction.name == "bar":
+                    waits = self._active.reshape(-1, threads)
+                    if not (waits.any(1) == (waits | (at == end).reshape(-1, threads)).all(1)).all():
+                        raise InvalidAccess(f"{self.kernel.name}: a barrier that not all threads of a program reach")
+                    continue
                 if instruction.name in ("bra", "ret"):
                     taken = self._guarded(instruction)
                     at[self._active] = here
@@ -184,6 +192,8 @@ class Emulator:
             bits = self._registers[operand]
         elif operand.startswith(("0f", "0d")):
             bits = np.array([int(operand[2:], 16)], f"u{4 if operand[1] == 'f' else 8}")
+        elif operand == "global_smem":  # where a program's shared memory begins
+            bits = np.zeros(1, f"u{_SIZES[type_]}")
         else:
             size = _SIZES[type_]
             bits = np.array([int(operand, 0) & ((1 << 8 * size) - 1)], f"u{size}")
@@ -262,6 +272,28 @@ class Emulator:
         for k, name in enumerate(names):
             _write_memory(address + k * size, size, np.broadcast_to(self.read(name, f"b{8 * size}"), self._lanes)[lanes])
 
+    def _shared_addresses(self, i: Instruction, operand: str, lanes: np.ndarray, width: int) -> np.ndarray:
+        base, offset = re.match(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand).groups()
+        within = np.broadcast_to(self.read(base, "u32").astype(np.int64) + int(offset or 0), self._lanes)[lanes]
+        if (within % width != 0).any() or (within < 0).any() or (within + width > self._shared_bytes).any():
+            raise InvalidAccess(f"{self.kernel.name}: {i.text}: outside of the {self._shared_bytes} bytes of shared memory")
+        return self._shared_start[lanes] + within
+
+    def _load_shared(self, i: Instruction, lanes: np.ndarray) -> None:
+        names, size = _names(i.operands[0]), _SIZES[i.suffixes[-1]]
+        address = self._shared_addresses(i, i.operands[1], lanes, size * len(names))
+        for k, name in enumerate(names):
+            value = np.zeros(self._lanes, f"u{size}")
+            value[lanes] = self._shared.view(f"u{size}")[address // size + k]
+            self._write(name, value, lanes)
+
+    def _store_shared(self, i: Instruction, lanes: np.ndarray) -> None:
+        names, size = _names(i.operands[1]), _SIZES[i.suffixes[-1]]
+        address = self._shared_addresses(i, i.operands[0], lanes, size * len(names))
+        for k, name in enumerate(names):
+            values = np.broadcast_to(self.read(name, f"b{8 * size}"), self._lanes)[lanes]
+            self._shared.view(f"u{size}")[address // size + k] = values
+
 
 def _names(operand: str) -> list[str]:
     return [name.strip() for name in operand.strip("{}").split(",")]
@@ -271,6 +303,8 @@ _MEMORY: dict[tuple[str, str], Any] = {
     ("param", "ld"): Emulator._load_parameter,
     ("global", "ld"): Emulator._load,
     ("global", "st"): Emulator._store,
+    ("shared", "ld"): Emulator._load_shared,
+    ("shared", "st"): Emulator._store_shared,
 }
 
 
@@ -299,6 +333,15 @@ def _rounded(operation: Callable[..., Any]) -> Callable[[Emulator, Instruction],
         return execute(emulator, i)
 
     return checked
+
+
+def _absolute(emulator: Emulator, i: Instruction) -> Any:
+    narrow = {"bf16": ("b16", 0x7FFF), "f16": ("b16", 0x7FFF), "bf16x2": ("b32", 0x7FFF7FFF), "f16x2": ("b32", 0x7FFF7FFF)}
+    if i.suffixes[-1] not in narrow:
+        return np.abs(emulator.read(i.operands[1], i.suffixes[-1]))
+    bits, mask = narrow[i.suffixes[-1]]
+    value = emulator.read(i.operands[1], bits)
+    return value & value.dtype.type(mask)
 
 
 def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -369,10 +412,12 @@ def _convert(emulator: Emulator, i: Instruction) -> Any:
         high, low = (_narrowed(emulator.read(o, source), to[:-2]) for o in i.operands[1:3])
         return np.stack(np.broadcast_arrays(low, high), axis=1).view("u4").reshape(-1)
     value = emulator.read(i.operands[1], source)
-    if to == "f32" and source in ("bf16", "f16"):
-        return value.astype("f4")
+    if (to in ("f32", "f64") and source in ("bf16", "f16")) or (to, source) == ("f64", "f32"):
+        return value.astype(_TYPES[to])
     if to in ("bf16", "f16") and source == "f32" and modifiers == ["rn"]:
         return _narrowed(value, to)
+    if (to, source, modifiers) == ("f32", "f64", ["rn"]):
+        return value.astype("f4")
     if to[0] in "us" and source[0] in "us" and not modifiers:
         return value.astype(_TYPES[to])
     raise NotImplementedError(i.text)
@@ -387,6 +432,7 @@ _OPERATIONS: dict[str, Callable[[Emulator, Instruction], Any]] = {
     "div": _rounded(np.divide),
     "sqrt": _rounded(np.sqrt),
     "neg": _elementwise(np.negative),
+    "abs": _absolute,
     "min": _elementwise(np.minimum),
     "mov": _elementwise(lambda a: a),
     "and": _elementwise(np.bitwise_and),

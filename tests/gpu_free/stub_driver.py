@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import triton
-from fused_l2.kernels.launch import Kernel
+from fused_l2.kernels.launch import ClipKernel, Kernel, MeasureKernel
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -92,15 +92,27 @@ class StubDevice(FakeDevice):
         self.compiled.append((rule, flags, param, state))
         return Kernel(rule, flags, param, state)
 
+    def measure_kernel(self, dtype: torch.dtype, largest: bool) -> Any:
+        return MeasureKernel(dtype, largest)
 
-def arguments_of(stub: Any, launch: Callable[[], None]) -> list[tuple[int, int, int, tuple[int, ...]]]:
-    """What each launch made by ``launch`` was given: programs, threads, stream, and the kernel's four arguments."""
-    seen: list[tuple[int, int, int, tuple[int, ...]]] = []
+    def clip_kernel(self, largest: bool, opmath: torch.dtype) -> Any:
+        return ClipKernel(largest, opmath)
+
+
+STEP = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64)  # the arguments of a step
+MEASURE = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32, ctypes.c_int32)
+CLIP = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32, ctypes.c_double)
+
+
+def arguments_of(stub: Any, launch: Callable[[], None], *kinds: Any) -> list[tuple[int, int, int, tuple[Any, ...]]]:
+    """What each launch made by ``launch`` was given: programs, threads, stream, and the kernel's own arguments, whose types are
+    ``kinds``, one tuple for each launch."""
+    seen: list[tuple[int, int, int, tuple[Any, ...]]] = []
 
     def remember(programs: int, threads: int, stream: int | None, arguments: Any) -> None:
-        pointers = [ctypes.cast(arguments[i], ctypes.POINTER(ctypes.c_uint64))[0] for i in range(3)]
-        chunk = ctypes.cast(arguments[3], ctypes.POINTER(ctypes.c_int32))[0]
-        seen.append((programs, threads, stream or 0, (*pointers, chunk)))
+        kind = kinds[len(seen)]
+        values = [ctypes.cast(arguments[i], ctypes.POINTER(t))[0] for i, t in enumerate(kind)]
+        seen.append((programs, threads, stream or 0, tuple(values)))
 
     callback = _OnLaunch(remember)
     stub.stub_on_launch(callback)

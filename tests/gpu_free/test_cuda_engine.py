@@ -277,6 +277,36 @@ def test_a_capturing_stream_is_refused_before_anything_changes(device):
     step(optimizer, params, 1)
 
 
+@each
+def test_a_first_step_within_a_capture_is_refused_and_harms_nothing(name, device, monkeypatch):
+    """Compiling or loading a kernel fails while a stream is captured: that must not be tried, and not be remembered."""
+    params = make_params(SIZES)
+    optimizer = make(name, params)
+    device.capturing = True
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        step(optimizer, params)
+    assert device.compiled == []
+    assert not any(optimizer.state.values())
+    device.capturing = False
+    step(optimizer, params)
+    assert len(device.launches) == 1
+
+
+def test_being_out_of_memory_while_loading_a_kernel_is_not_remembered(device, monkeypatch):
+    params = make_params(SIZES)
+    optimizer = make("AdamW", params)
+    with monkeypatch.context() as full:
+
+        def fails(*signature: Any) -> Any:
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+        full.setattr(device, "kernel", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            step(optimizer, params)
+    step(optimizer, params)
+    assert len(device.launches) == 1
+
+
 # Gradients that do not pair up with their parameters, tensors no kernel takes.
 
 

@@ -50,6 +50,7 @@ FEW_SIZES = (0, 1, 7, 9, 0, 130, 1025, 0)  # for the interpreter, which is slow
 STEPS = 3
 # NaN, infinities, a zero with a sign, a denormal, what under- and overflows in some dtype.
 SPECIAL = (float("nan"), float("inf"), float("-inf"), -0.0, 1e-42, 1e-30, 3e38)
+ZEROS = (0.0, -0.0, 0.0, -0.0)  # of gradients and of parameters: every pair of signs
 
 
 def padded(values: Tensor, offset: int) -> Tensor:
@@ -72,6 +73,9 @@ def make_params(sizes: tuple[int, ...], dtype: torch.dtype) -> list[torch.nn.Par
     # Every third one misaligned, by one or by three elements; empty ones have nothing to align.
     offsets = [(0, 1, 3)[i % 3] for i in range(len(sizes))]
     values = [torch.randn(n, generator=generator).to(dtype) for n in sizes]
+    for v in values:
+        if v.numel() >= len(ZEROS):
+            v[: len(ZEROS)] = torch.tensor((0.0, 0.0, -0.0, -0.0))
     return [torch.nn.Parameter(padded(v, o)) for v, o in zip(values, offsets, strict=True)]
 
 
@@ -113,6 +117,8 @@ def give_grads(params: list[Any], step: int) -> None:
     """
     set_grads(params, step)
     for i, p in enumerate(params):
+        if p.numel() >= len(ZEROS):
+            p.grad[: len(ZEROS)] = torch.tensor(ZEROS)
         if step == 1 and p.numel() > len(SPECIAL):
             p.grad[-len(SPECIAL) :] = torch.tensor(SPECIAL, dtype=torch.float64).to(p.dtype)
         p.grad = padded(p.grad, (0, 1, 3)[i % 3])
@@ -201,7 +207,7 @@ def test_T23_offsets_beyond_2_to_the_31_elements(run):
     words = torch.tensor([number << 32 for number in (first // chunk, first // chunk + 1)])
     scalars = torch.tensor(row)
     signature = (Rule.ADAM, int(Flag.DECOUPLED), torch.float32, torch.float32)
-    arguments = (words.data_ptr(), table.data_ptr(), scalars.data_ptr(), chunk)
+    arguments = (words.data_ptr(), table.data_ptr(), scalars.data_ptr(), chunk, 0)
     run(signature, [*tensors, table, words, scalars], len(words), arguments)
     assert_same_bits([tensors[0], *tensors[2:]], [param, exp_avg, exp_avg_sq])
     assert all(map(poison_is_intact, tensors))

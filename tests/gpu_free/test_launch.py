@@ -21,7 +21,7 @@ from fused_l2.tensor_table import Flag, Rule
 from . import aot
 from .fake_cuda import tensors_of
 from .ptx_emulator import Emulator
-from .stub_driver import StubDevice, arguments_of, stub_driver, why_unavailable
+from .stub_driver import CLIP, MEASURE, STEP, StubDevice, arguments_of, stub_driver, why_unavailable
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
 SIZES = (5, 0, 1030, 64)
@@ -76,7 +76,7 @@ def test_what_reaches_the_driver_steps_the_tensors(stub):
     optimizer.step()
     device = optimizer._plan._parts[0][0]._device
     device.on = 0
-    (launch,) = arguments_of(stub, optimizer.step)
+    (launch,) = arguments_of(stub, optimizer.step, STEP)
     programs, threads, stream, arguments = launch
     assert (programs, threads, stream) == (4, 128, 0)  # 1 + 0 + 2 + 1 chunks of 1024
     assert arguments[3] == 1024
@@ -103,5 +103,19 @@ def test_launches_go_to_the_current_stream(stub):
     device = optimizer._plan._parts[0][0]._device
     device.streams.append(type(device.streams[0])())
     device.on = 1
-    (launch,) = arguments_of(stub, optimizer.step)
+    (launch,) = arguments_of(stub, optimizer.step, STEP)
     assert launch[2] == 1
+
+
+def test_a_clipped_step_is_three_launches(stub):
+    """Measure, make the factor, step; the second reads what the first wrote, the third what the second did."""
+    params = make_params(SIZES)
+    optimizer = fused_l2.AdamW(params, max_grad_norm=0.3)
+    set_grads(params, 0)
+    optimizer.step()
+    measure, clip, step = arguments_of(stub, optimizer.step, MEASURE, CLIP, STEP)
+    assert measure[0] == 3  # one chunk for each tensor that is not empty
+    assert (clip[0], step[0]) == (1, 4)
+    assert measure[3][3:] == (16384, 0)
+    assert measure[3][1] == step[3][1]  # one table
+    assert clip[3] == (measure[3][2], step[3][4], 3, 0.3)

@@ -1,0 +1,154 @@
+"""Clipping on the Triton path against the C++ engine, by bits: the norm, the factor and the step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from comparing import CASES, assert_same_bits, each, make_params, set_grads
+
+pytest.importorskip("triton", reason="Triton kernels need triton: pip install triton")
+pytest.importorskip("numpy")
+
+import fused_l2
+from fused_l2.tensor_table import LANES, chunk_map
+
+from . import aot
+from .fake_cuda import FakeDevice, emulated, interpreted_kernel, tensors_of
+from .ptx_emulator import Emulator
+from .test_kernel_bits import padded
+
+DTYPES = [(torch.float32,), (torch.float64,), (torch.float32, torch.bfloat16), (torch.float16, torch.float64)]
+SIZES = (5, 0, 511, 512, 513, 16_384, 16_385, 40_000, 0)
+FEW_SIZES = (5, 0, 513)
+
+
+def run_side_by_side(name, dtypes, sizes, run, monkeypatch, **options):
+    ours, theirs = ([p for i, d in enumerate(dtypes) for p in make_params(sizes, d, i)] for _ in range(2))
+    for i, p in enumerate(ours):
+        p.data = padded(p.data, i % 2)
+    a, b = (getattr(fused_l2, name)(params, **CASES[name], **options) for params in (ours, theirs))
+    device = FakeDevice(run)
+    device.accessible = lambda: tensors_of(a)
+    for i in range(2):
+        for params in (ours, theirs):
+            set_grads(params, i)
+        for k, p in enumerate(ours):
+            p.grad = padded(p.grad, k % 2)
+        with device.in_place(monkeypatch):
+            a.step()
+        device.synchronize()
+        b.step()
+        assert_same_bits(a._control, b._control, "factor and norm")
+        assert_same_bits(a.grad_norm, b.grad_norm, "norm")
+    assert_same_bits(ours, theirs, "parameter")
+
+
+@each
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_compiled(name, dtypes, norm_type, monkeypatch):
+    run_side_by_side(name, dtypes, SIZES, emulated(90), monkeypatch, max_grad_norm=0.5, norm_type=norm_type)
+
+
+@pytest.mark.parametrize("arch", [80, 100])
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_other_architectures(arch, norm_type, monkeypatch):
+    dtypes = (torch.float32, torch.bfloat16)
+    run_side_by_side("AdamW", dtypes, SIZES, emulated(arch), monkeypatch, max_grad_norm=0.5, norm_type=norm_type)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_interpreted(dtypes, norm_type, monkeypatch):
+    run_side_by_side("SGD", dtypes, FEW_SIZES, interpreted_kernel, monkeypatch, max_grad_norm=0.5, norm_type=norm_type)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_nonfinite_norms(bad, norm_type, monkeypatch):
+    real = torch.nn.Parameter(torch.ones(600)), torch.nn.Parameter(torch.ones(600))
+    device = FakeDevice(emulated(90))
+    a, b = (fused_l2.SGD([p], lr=0.1, max_grad_norm=1.0, norm_type=norm_type) for p in real)
+    device.accessible = lambda: tensors_of(a)
+    for p in real:
+        p.grad = torch.ones(600)
+        p.grad[77] = bad
+    with device.in_place(monkeypatch):
+        a.step()
+    device.synchronize()
+    b.step()
+    assert_same_bits(real[0], real[1])
+    assert_same_bits(a.grad_norm, b.grad_norm)
+    assert not math.isfinite(float(a.grad_norm))
+
+
+def test_steps_queued_behind_each_other_keep_their_own_factor(monkeypatch):
+    """The host runs four steps ahead, the gradients' norms differ, and each step has its own."""
+    ours, theirs = make_params(FEW_SIZES), make_params(FEW_SIZES)
+    a, b = fused_l2.SGD(ours, lr=0.1, max_grad_norm=1.0), fused_l2.SGD(theirs, lr=0.1, max_grad_norm=1.0)
+    device = FakeDevice(emulated(90))
+    device.accessible = lambda: tensors_of(a)
+    kept, norms = [], []
+    for i in range(4):
+        set_grads(ours, i)
+        set_grads(theirs, i)
+        kept.append([p.grad for p in ours])
+        with device.in_place(monkeypatch):
+            a.step()
+        norms.append(a._control)
+        b.step()
+        assert_same_bits(b._control, b._control)
+        kept.append([b._control])
+    device.synchronize()
+    assert_same_bits(ours, theirs)
+    assert_same_bits([n[1] for n in norms], [k[0][1] for k in kept[1::2]])
+
+
+def test_several_devices_and_the_cpu_share_one_norm(monkeypatch):
+    params, expected = make_params((5, 600, 64, 9)), make_params((5, 600, 64, 9))
+    place = {id(p): i % 2 for i, p in enumerate(params)}
+    device = FakeDevice(emulated(90))
+    device.eager = True  # torch's own operations add up the parts, and they do not queue here
+    with device.in_place(monkeypatch, lambda t: place.get(id(t)) == 0):
+        optimizer = fused_l2.SGD(params, lr=0.1, max_grad_norm=0.5)
+        device.accessible = lambda: tensors_of(optimizer)
+        set_grads(params, 0)
+        optimizer.step()
+    other = fused_l2.SGD(expected, lr=0.1, max_grad_norm=0.5)
+    set_grads(expected, 0)
+    other.step()
+    assert device.launches
+    assert float(optimizer.grad_norm) == pytest.approx(float(other.grad_norm), rel=2e-7)  # added up in another order
+    for p, q in zip(params, expected, strict=True):
+        assert torch.allclose(p, q, rtol=1e-6, atol=1e-8)
+
+
+def test_the_measuring_kernel_reads_each_gradient_once_and_128_bits_wide():
+    for dtype, widths in ((torch.float32, {"LDG.E.128"}), (torch.float64, {"LDG.E.128"}), (torch.bfloat16, {"LDG.E.64"})):
+        code = aot.machine_code(aot.compile_measure(90, dtype, False))
+        assert set(code.widths()) == widths
+        assert code.local_bytes == 0
+        print(f"{dtype}: {code.registers} registers, {code.shared_bytes} bytes of shared memory")
+
+
+def test_the_measuring_kernel_checks_out_at_every_edge():
+    """Sizes around the lanes, aligned or not, against the definition of the order in csrc/kernels.h written in Python."""
+    compiled = aot.compile_measure(90, torch.float32, False)
+    for count in (1, 7, 8, 511, 512, 513, 1000, 1024 + 9):
+        for offset in (0, 1):
+            grad = padded(torch.randn(count), offset)
+            lanes = [0.0] * LANES
+            for i, g in enumerate(grad.tolist()):
+                lanes[i % LANES] += g * g
+            while len(lanes) > 1:
+                half = len(lanes) // 2
+                lanes = [lanes[k] + lanes[k + half] for k in range(half)]
+            table = torch.tensor([[0, grad.data_ptr(), 0, 0, 0, 0, count, 0, 0]])
+            words, partials = torch.tensor(chunk_map([count], 16384)), torch.full((3,), -1.0, dtype=torch.float64)
+            emulator = Emulator(compiled.asm["ptx"], compiled.metadata.shared)
+            for name, tensor in (("grad", grad), ("table", table), ("map", words), ("partials", partials)):
+                emulator.register(tensor, name)
+            emulator.run(1, [words.data_ptr(), table.data_ptr(), partials.data_ptr(), 16384, 0])
+            assert partials.tolist() == [lanes[0], -1.0, -1.0]
