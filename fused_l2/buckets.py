@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import coefficients
-from .clipping import Clipping, combined
+from .clipping import Clipping, Control, on_host
 from .engines import cpu, cuda
 from .entries import Entry, needs_copy
 from .tensor_table import COEFFICIENTS, GRAD, NUMEL, STEP, WIDTH, RowFlag, Rule, TensorTable, address_of, norm_chunk
@@ -133,11 +133,11 @@ class Part:
         """The sum of squares of all gradients, or the largest absolute value: 0-dim, float64, on the part's device."""
         raise NotImplementedError
 
-    def clip(self, clipping: Clipping, dtype: torch.dtype) -> Tensor:
-        """[factor, norm], float64, where there is no other part. ``dtype``: the norm's, which both are rounded to."""
-        return combined([self.measure(clipping)], clipping, dtype)
+    def clip(self, clipping: Clipping, dtype: torch.dtype) -> Control:
+        """Factor and norm where there is no other part. ``dtype``: the norm's, which both are rounded to."""
+        raise NotImplementedError
 
-    def scale_by(self, control: Tensor) -> None:
+    def scale_by(self, control: Control) -> None:
         """Multiply gradients by the first element of ``control`` in the coming step."""
         raise NotImplementedError
 
@@ -156,13 +156,21 @@ class Part:
 class CpuPart(Part):
     """Stepped by the C++ library, all buckets in one call."""
 
-    def measure(self, clipping: Clipping) -> Tensor:
-        assert self._library is not None
-        chunk = norm_chunk(sum(sum(bucket.table.numels()) for bucket in self.buckets))
-        measured = self._library.measure_grads(self._address, self._count, chunk, clipping.largest)
-        return torch.tensor(measured, dtype=torch.float64, device="cpu")
+    def __init__(self, rule: Rule, entries: list[Entry]) -> None:
+        super().__init__(rule, entries)
+        self._chunk = norm_chunk(sum(e.param.numel() for e in entries))
 
-    def scale_by(self, control: Tensor) -> None:
+    def _measured(self, clipping: Clipping) -> float:
+        assert self._library is not None
+        return float(self._library.measure_grads(self._address, self._count, self._chunk, clipping.largest))
+
+    def measure(self, clipping: Clipping) -> Tensor:
+        return torch.tensor(self._measured(clipping), dtype=torch.float64, device="cpu")
+
+    def clip(self, clipping: Clipping, dtype: torch.dtype) -> Control:
+        return on_host(self._measured(clipping), clipping, dtype)
+
+    def scale_by(self, control: Control) -> None:
         self._factor[0] = float(control[0])
 
     def _step(self) -> None:
@@ -201,12 +209,14 @@ class CudaPart(Part):
         with self._device.current():
             return clipper.measure(self._upload())
 
-    def clip(self, clipping: Clipping, dtype: torch.dtype) -> Tensor:
+    def clip(self, clipping: Clipping, dtype: torch.dtype) -> Control:
         clipper = self._clipper(clipping)
         with self._device.current():
             return clipper.clip(self._upload(), clipping.max_norm, dtype)
 
-    def scale_by(self, control: Tensor) -> None:
+    def scale_by(self, control: Control) -> None:
+        if not isinstance(control, Tensor):
+            control = torch.tensor(control, dtype=torch.float64, device="cpu")
         self._control = control.to(self._params[0].device, non_blocking=True)
 
     def _step(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,20 +60,32 @@ def make_clipping(max_norm: Any, norm_type: Any, error_if_nonfinite: bool, skip_
     return Clipping(limit, norm_type, bool(error_if_nonfinite), bool(skip_if_nonfinite))
 
 
-def combined(measured: Sequence[Tensor], clipping: Clipping, dtype: torch.dtype) -> Tensor:
-    """[factor, norm], rounded to ``dtype`` and held in float64, on the device of the first of ``measured``.
+# [factor, norm]: a float64 tensor on a device, or two floats.
+Control = Tensor | tuple[float, float]
 
-    Those are sums of squares (or largest values), 0-dim and float64, of one or several devices. The factor is made of
-    clip_grad_norm_'s own operations in the norm's dtype, as kernels/norms.py makes it.
+
+def on_host(measured: float, clipping: Clipping, dtype: torch.dtype) -> tuple[float, float]:
+    """Factor and norm of a sum of squares (or of the largest value), each operation rounded to ``dtype``.
+
+    The operations are clip_grad_norm_'s own, as in kernels/norms.py. Computing one of them in float64 and rounding the result
+    is the same as computing it in float32 (Figueroa 1995).
     """
+
+    def rounded(x: float) -> float:
+        return ctypes.c_float(x).value if dtype is torch.float32 else x
+
+    norm = rounded(measured if clipping.largest else math.sqrt(measured))
+    factor = rounded(rounded(1 / rounded(norm + rounded(1e-6))) * rounded(clipping.max_norm))
+    return (1.0 if factor > 1 else factor), norm
+
+
+def combined(measured: Sequence[Tensor], clipping: Clipping, dtype: torch.dtype) -> Control:
+    """The same of several sums, 0-dim and float64, on one or several devices; on the device of the first one."""
     first = measured[0].device
-    if len(measured) == 1 and first.type == "cpu":
-        value = float(measured[0])
-        norm = torch.tensor(
-            value if clipping.largest else math.sqrt(value), dtype=dtype, device="cpu"
-        )  # math's root is exact, torch's not
-    else:
-        together = torch.stack([m.to(first, non_blocking=True) for m in measured])
-        norm = (together.max() if clipping.largest else together.sum().sqrt()).to(dtype)
+    together = torch.stack([m.to(first, non_blocking=True) for m in measured])
+    total = together.max() if clipping.largest else together.sum()
+    if first.type == "cpu":
+        return on_host(float(total), clipping, dtype)
+    norm = (total if clipping.largest else total.sqrt()).to(dtype)
     factor = ((norm + 1e-6).reciprocal() * clipping.max_norm).clamp(max=1.0)
     return torch.stack([factor, norm]).double()

@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from .clipping import Clipping, make_clipping
+from .clipping import Clipping, Control, make_clipping
 from .plan import Plan
 from .state import OptimizerState, tell_of_changes
 from .tensor_table import Rule
@@ -45,7 +45,7 @@ class FusedOptimizer(Optimizer):
     _options: ClassVar[tuple[str, ...]] = ("_clipping",)
     _plan: Plan | None = None
     _clipping: Clipping | None = None
-    _control: Tensor | None = None  # of the last step: [factor, norm]
+    _control: Control | None = None  # of the last step
     _norm_dtype = torch.float32
     step_was_skipped = False  # with skip_if_nonfinite: whether the last step was left out
 
@@ -170,7 +170,12 @@ class FusedOptimizer(Optimizer):
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients in the last step, before they were clipped, as ``torch.nn.utils.clip_grad_norm_`` returns
         it: a 0-dim tensor on the parameters' device, which nobody has waited for. None without ``max_grad_norm``."""
-        return None if self._control is None else self._control[1].to(self._norm_dtype)
+        if self._control is None:
+            return None
+        norm = self._control[1]
+        return (
+            norm.to(self._norm_dtype) if isinstance(norm, Tensor) else torch.tensor(norm, dtype=self._norm_dtype, device="cpu")
+        )
 
     def drop_plan(self) -> None:
         """Forget what was prepared for the next step; it will be prepared again. Frees references to states."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import engines
 from .buckets import Part, make_part
-from .clipping import Clipping, combined
+from .clipping import Clipping, Control, combined
 from .engines import cuda, torch_ops
 from .entries import Entry, check_grad, make_entry
 from .state import OptimizerState, ParamState
@@ -65,7 +65,7 @@ class Plan:
             self._parts.append((make_part(device, self._rule, list(compress(entries, belongs))), belongs))
         dtypes = {e.param.dtype for e in entries}
         self.norm_dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
-        self._others_factor: Tensor | None = None
+        self._others_factor: Tensor | float | None = None
         self._is_committed = False
 
     def _refuse_capture(self) -> None:
@@ -169,8 +169,8 @@ class Plan:
         )
 
     @torch.no_grad()
-    def clip(self, clipping: Clipping) -> Tensor:
-        """[factor, norm] of this step's gradients, float64, which the coming step will be scaled by."""
+    def clip(self, clipping: Clipping) -> Control:
+        """Factor and norm of this step's gradients. The coming step will be scaled by the factor."""
         if len(self._parts) == 1 and not self._others:
             control = self._parts[0][0].clip(clipping, self.norm_dtype)
         else:

@@ -27,7 +27,7 @@ def step(
     states: Sequence[Sequence[Tensor]],
     counters: Sequence[Tensor],
     first_step: bool,
-    factor: Tensor | None = None,
+    factor: Tensor | float | None = None,
 ) -> None:
     """Step parameters of one param group in place, with their states and counters. Gradients are left as they are.
 
@@ -38,7 +38,7 @@ def step(
     kept = [*params, *(t for kind in states for t in kind)]
     wide_params, wide_grads = [_widened(t) for t in params], [_widened(t) for t in grads]
     if factor is not None:
-        wide_grads = [g * factor.to(g.device, g.dtype) for g in wide_grads]
+        wide_grads = [g * (factor.to(g.device, g.dtype) if isinstance(factor, Tensor) else factor) for g in wide_grads]
     wide_states = [[_widened(t) for t in kind] for kind in states]
     if rule is Rule.SGD:
         _sgd(flags, numbers, wide_params, wide_grads, wide_states, first_step)

@@ -40,7 +40,7 @@ def run_side_by_side(name, dtypes, sizes, run, monkeypatch, **options):
             a.step()
         device.synchronize()
         b.step()
-        assert_same_bits(a._control, b._control, "factor and norm")
+        assert a._control.tolist() == list(b._control)  # factor and norm
         assert_same_bits(a.grad_norm, b.grad_norm, "norm")
     assert_same_bits(ours, theirs, "parameter")
 
@@ -90,7 +90,7 @@ def test_steps_queued_behind_each_other_keep_their_own_factor(monkeypatch):
     a, b = fused_l2.SGD(ours, lr=0.1, max_grad_norm=1.0), fused_l2.SGD(theirs, lr=0.1, max_grad_norm=1.0)
     device = FakeDevice(emulated(90))
     device.accessible = lambda: tensors_of(a)
-    kept, norms = [], []
+    kept, norms, expected = [], [], []
     for i in range(4):
         set_grads(ours, i)
         set_grads(theirs, i)
@@ -99,11 +99,10 @@ def test_steps_queued_behind_each_other_keep_their_own_factor(monkeypatch):
             a.step()
         norms.append(a._control)
         b.step()
-        assert_same_bits(b._control, b._control)
-        kept.append([b._control])
+        expected.append(list(b._control))
     device.synchronize()
     assert_same_bits(ours, theirs)
-    assert_same_bits([n[1] for n in norms], [k[0][1] for k in kept[1::2]])
+    assert [n.tolist() for n in norms] == expected
 
 
 def test_several_devices_and_the_cpu_share_one_norm(monkeypatch):
