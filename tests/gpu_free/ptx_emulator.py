@@ -335,6 +335,12 @@ def _rounded(operation: Callable[..., Any]) -> Callable[[Emulator, Instruction],
     return checked
 
 
+def _minimum(emulator: Emulator, i: Instruction) -> Any:
+    """Of two floating-point numbers of which one is NaN, min is the other one, min.NaN is NaN."""
+    propagates = "NaN" in i.suffixes or not i.suffixes[-1].startswith("f")
+    return _elementwise(np.minimum if propagates else np.fmin)(emulator, i)
+
+
 def _absolute(emulator: Emulator, i: Instruction) -> Any:
     narrow = {"bf16": ("b16", 0x7FFF), "f16": ("b16", 0x7FFF), "bf16x2": ("b32", 0x7FFF7FFF), "f16x2": ("b32", 0x7FFF7FFF)}
     if i.suffixes[-1] not in narrow:
@@ -433,7 +439,7 @@ _OPERATIONS: dict[str, Callable[[Emulator, Instruction], Any]] = {
     "sqrt": _rounded(np.sqrt),
     "neg": _elementwise(np.negative),
     "abs": _absolute,
-    "min": _elementwise(np.minimum),
+    "min": _minimum,
     "mov": _elementwise(lambda a: a),
     "and": _elementwise(np.bitwise_and),
     "or": _elementwise(np.bitwise_or),

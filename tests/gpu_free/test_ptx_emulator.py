@@ -122,6 +122,12 @@ def test_comparisons_of_1_with_2_and_1_and_nan(comparison, expected):
     assert got == expected
 
 
+def test_min_of_a_number_and_nan_is_the_number():
+    load = f"mov.b32 %r1, 0f{f32(float('nan')):08X};\nmov.b32 %r2, 0f{f32(2.0):08X};\n"
+    assert compute(load + "min.f32 %r9, %r1, %r2;") == f32(2.0)
+    assert compute(load + "min.NaN.f32 %r9, %r1, %r2;") & 0x7F800000 == 0x7F800000
+
+
 def test_lanes_part_at_branches_and_meet_again():
     """Thread t adds 1 to its number t times and then doubles it."""
     ptx = """
