@@ -8,7 +8,7 @@ namespace fused_l2 {
 extern const PerCapability<PieceFunction> sgd_kernels;
 extern const PerCapability<PieceFunction> adam_kernels;
 
-// Sums are made side by side, element i going to sum i % kLanes, then the upper half is added to the lower one until
+// Sums are made side by side, element i going to sum i % kLanes, then neighbours are added in pairs until
 // one is left. The order is written down rather than left to the vector width, so that every instruction set, any
 // number of threads and the Triton kernel (kernels/norms.py) give the same bits.
 constexpr int kLanes = 512;
@@ -22,7 +22,7 @@ inline int lanes_for(int64_t count) {
 
 inline double pairwise_sum(double* sums, int lanes) {
   for (int left = lanes / 2; left > 0; left /= 2)
-    for (int lane = 0; lane < left; ++lane) sums[lane] += sums[lane + left];
+    for (int lane = 0; lane < left; ++lane) sums[lane] = sums[2 * lane] + sums[2 * lane + 1];
   return sums[0];
 }
 
