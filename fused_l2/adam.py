@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import coefficients
-from .clipping import make_clipping
+from .control import make_clipping
 from .optimizer import FusedOptimizer, at_least_zero, number
 from .tensor_table import Flag, Rule
 
@@ -39,14 +39,18 @@ class Adam(FusedOptimizer):
         lr: learning rate; a float, or a tensor with one element.
         betas, eps, weight_decay, amsgrad, maximize: as for ``torch.optim.Adam``. ``weight_decay`` is the coefficient of w
             in the gradient: lambda / n, see :func:`fused_l2.weight_decay.from_lambda`.
-        capturable: without effect on CPU tensors. On others torch's functions make the step; CUDA graphs are not supported yet.
+        capturable: count the steps of CUDA tensors on the device, so that ``step()`` can be captured into a CUDA graph. Replays
+            follow lr, betas, eps and weight_decay that are tensors on the device, and keep numbers. No effect on CPU tensors.
         foreach, fused: accepted for compatibility, without effect: every step is fused.
         differentiable: must be False.
         decoupled_weight_decay: w <- (1 - lr * weight_decay) * w instead of the line marked "coupled", which is AdamW.
         max_grad_norm: clip the gradients to this norm within the step, over all param groups, as
             ``torch.nn.utils.clip_grad_norm_`` before it would, without rewriting them. See :attr:`grad_norm`.
         norm_type: 2 or inf.
-        error_if_nonfinite, skip_if_nonfinite: raise, or leave the step out, if that norm is inf or NaN. Waits for the device.
+        error_if_nonfinite, skip_if_nonfinite: raise (waits for the device), or leave the step out, if that norm is inf or NaN.
+            See :attr:`step_was_skipped`.
+        amp_scaling: let ``torch.amp.GradScaler.step`` leave unscaling, and skipping after an overflow, to the step itself: one
+            pass less over the gradients, and no wait for the device.
 
     Raises:
         ValueError, TypeError: if a hyperparameter is out of its range or not a number.
@@ -73,8 +77,10 @@ class Adam(FusedOptimizer):
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
         skip_if_nonfinite: bool = False,
+        amp_scaling: bool = False,
     ) -> None:
         self._clipping = make_clipping(max_grad_norm, norm_type, error_if_nonfinite, skip_if_nonfinite)
+        self._step_supports_amp_scaling = bool(amp_scaling)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -111,6 +117,10 @@ class Adam(FusedOptimizer):
             at_least_zero(eps, "epsilon value", where),
             at_least_zero(weight_decay, "weight_decay value", where),
         )
+
+    def _counts_on_device(self) -> bool:
+        skips = self._step_supports_amp_scaling or (self._clipping is not None and self._clipping.skip_if_nonfinite)
+        return skips or any(group.get("capturable", False) for group in self.param_groups)
 
     def _flags(self, values: tuple[Any, ...]) -> int:
         *_, amsgrad, maximize, decoupled = values
@@ -153,7 +163,10 @@ class AdamW(Adam):
         max_grad_norm: clip the gradients to this norm within the step, over all param groups, as
             ``torch.nn.utils.clip_grad_norm_`` before it would, without rewriting them. See :attr:`grad_norm`.
         norm_type: 2 or inf.
-        error_if_nonfinite, skip_if_nonfinite: raise, or leave the step out, if that norm is inf or NaN. Waits for the device.
+        error_if_nonfinite, skip_if_nonfinite: raise (waits for the device), or leave the step out, if that norm is inf or NaN.
+            See :attr:`step_was_skipped`.
+        amp_scaling: let ``torch.amp.GradScaler.step`` leave unscaling, and skipping after an overflow, to the step itself: one
+            pass less over the gradients, and no wait for the device.
 
     Raises:
         ValueError, TypeError: if a hyperparameter is out of its range or not a number.
@@ -177,6 +190,7 @@ class AdamW(Adam):
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
         skip_if_nonfinite: bool = False,
+        amp_scaling: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -195,6 +209,7 @@ class AdamW(Adam):
             norm_type=norm_type,
             error_if_nonfinite=error_if_nonfinite,
             skip_if_nonfinite=skip_if_nonfinite,
+            amp_scaling=amp_scaling,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import coefficients
-from .clipping import Clipping, Control, on_host
+from .control import FACTOR, Clipping, Control, Prologue, on_host
 from .engines import cpu, cuda
+from .engines.device_tables import DeviceTable, Measurer, Rows
 from .entries import Entry, needs_copy
 from .tensor_table import COEFFICIENTS, GRAD, NUMEL, STEP, WIDTH, RowFlag, Rule, TensorTable, address_of, norm_chunk
 from .watch import Watch, gradient_guard, make_watch
@@ -23,17 +24,24 @@ _data_ptr = Tensor.data_ptr
 
 
 class Bucket:
-    """Entries that one kernel steps, and their coefficient rows, one per (param group, step count)."""
+    """Entries that one kernel steps, and their coefficient rows, one per (param group, step count). With ``on_device`` the
+    device computes those, one per entry: it counts the steps, and may have some of the hyperparameters."""
 
-    def __init__(self, rule: Rule, entries: list[Entry], factor: array[float]) -> None:
+    def __init__(self, rule: Rule, entries: list[Entry], factor: array[float], on_device: bool = False) -> None:
         self.flags = entries[0].flags
         self.dtypes = entries[0].param.dtype, entries[0].state_dtype
         self.has_first_steps = any(e.first_step for e in entries)
+        self.on_device: Rows | None = None
+        if on_device:
+            position = {group: i for i, group in enumerate(sorted({e.group for e in entries}))}
+            self.groups = list(position)
+            counters = [0 if e.counter is None else e.counter.data_ptr() for e in entries]
+            self.on_device = Rows([position[e.group] for e in entries], counters)
         numbers: dict[tuple[int, float], int] = {}
         rows = []
-        for e in entries:
-            counter = e.counter
-            key = (e.group, 0.0 if counter is None else float(counter))
+        for i, e in enumerate(entries):
+            counter = None if on_device else e.counter
+            key = (i if on_device else e.group, 0.0 if counter is None else float(counter))
             states = [t.data_ptr() for t in e.states]
             rows.append(
                 (
@@ -47,15 +55,20 @@ class Bucket:
                     int(RowFlag.FIRST_STEP) if e.first_step else 0,
                 )
             )
-        self._groups = [group for group, _ in numbers]
-        self.table = TensorTable(rows, len(numbers))
-        self.table.steps[:] = array("d", [step for _, step in numbers])
+        if on_device:
+            self.table = TensorTable(rows, 0)
+        else:
+            self.groups = [group for group, _ in numbers]
+            self.table = TensorTable(rows, len(numbers))
+            self.table.steps[:] = array("d", [step for _, step in numbers])
         self.row = self.table.bucket_row(rule, self.flags, *self.dtypes, factor)
 
     def set_coefficients(self, row_of: Callable[..., tuple[float, ...]], numbers: Sequence[tuple[float, ...]]) -> None:
         """Compute the coefficient rows of the coming step."""
+        if self.on_device is not None:
+            return
         scalars, steps = self.table.scalars, self.table.steps
-        for i, group in enumerate(self._groups):
+        for i, group in enumerate(self.groups):
             row = row_of(numbers[group], self.flags, steps[i] + 1)
             start = coefficients.WIDTH * i
             scalars[start : start + len(row)] = array("d", row)
@@ -73,13 +86,13 @@ class Bucket:
 class Part:
     """The entries of a plan that one device steps, with an engine of ours."""
 
-    def __init__(self, rule: Rule, entries: list[Entry]) -> None:
+    def __init__(self, rule: Rule, entries: list[Entry], on_device: bool = False) -> None:
         self._library = cpu.library()
         by_signature: dict[tuple[Any, ...], list[int]] = {}
         for i, e in enumerate(entries):
             by_signature.setdefault((e.flags, e.param.dtype, e.state_dtype), []).append(i)
         self._factor = array("d", [1.0])  # what gradients are multiplied by where a bucket is SCALED
-        self.buckets = [Bucket(rule, [entries[i] for i in at], self._factor) for at in by_signature.values()]
+        self.buckets = [Bucket(rule, [entries[i] for i in at], self._factor, on_device) for at in by_signature.values()]
         # Which gradients belong to which bucket, in the order of its rows; not needed where there is one bucket.
         self._positions = list(by_signature.values()) if len(self.buckets) > 1 else []
         self._bucket_rows = array("q", [value for b in self.buckets for value in b.row])
@@ -129,27 +142,31 @@ class Part:
                     return False
         return True
 
-    def measure(self, clipping: Clipping) -> Tensor:
+    def set_numbers(self, numbers: Sequence[tuple[float, ...]], sources: Sequence[Sequence[int]]) -> None:
+        """The hyperparameters of all groups and their addresses, where the device computes coefficients."""
+
+    def measure(self, largest: bool) -> Tensor:
         """The sum of squares of all gradients, or the largest absolute value: 0-dim, float64, on the part's device."""
         raise NotImplementedError
 
-    def clip(self, clipping: Clipping, dtype: torch.dtype) -> Control:
-        """Factor and norm where there is no other part. ``dtype``: the norm's, which both are rounded to."""
+    def control(self, prologue: Prologue, dtype: torch.dtype) -> Tensor | Control:
+        """What is decided about the step where there is no other part. ``dtype``: the norm's."""
         raise NotImplementedError
 
-    def scale_by(self, control: Control) -> None:
-        """Multiply gradients by the first element of ``control`` in the coming step."""
+    def use(self, control: Tensor | Control) -> None:
+        """Do the coming step as ``control`` says. A part on the host is not launched if that is not at all."""
         raise NotImplementedError
 
     def launch(self) -> None:
         """Step all entries, on the gradients of the last :meth:`refresh`."""
-        self._step()
-        for bucket in self.buckets:
-            bucket.stepped()
+        if self._step():
+            for bucket in self.buckets:
+                bucket.stepped()
         increment_version(self._params)  # autograd then sees the write, as after torch's own step
         self._grads, self._copies = (), []
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """False if the step was not made but recorded."""
         raise NotImplementedError
 
 
@@ -160,78 +177,110 @@ class CpuPart(Part):
         super().__init__(rule, entries)
         self._chunk = norm_chunk(sum(e.param.numel() for e in entries))
 
-    def _measured(self, clipping: Clipping) -> float:
+    def _measured(self, largest: bool) -> float:
         assert self._library is not None
-        return float(self._library.measure_grads(self._address, self._count, self._chunk, clipping.largest))
+        return float(self._library.measure_grads(self._address, self._count, self._chunk, largest))
 
-    def measure(self, clipping: Clipping) -> Tensor:
-        return torch.tensor(self._measured(clipping), dtype=torch.float64, device="cpu")
+    def measure(self, largest: bool) -> Tensor:
+        return torch.tensor(self._measured(largest), dtype=torch.float64, device="cpu")
 
-    def clip(self, clipping: Clipping, dtype: torch.dtype) -> Control:
-        return on_host(self._measured(clipping), clipping, dtype)
+    def control(self, prologue: Prologue, dtype: torch.dtype) -> Tensor | Control:
+        return on_host(self._measured(prologue.largest) if prologue.clipping else 0.0, prologue, dtype)
 
-    def scale_by(self, control: Control) -> None:
-        self._factor[0] = float(control[0])
+    def use(self, control: Tensor | Control) -> None:
+        self._factor[0] = float(control[FACTOR])
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
         assert self._library is not None  # else plain PyTorch steps CPU tensors
         self._library.step(self._address, self._count)
+        return True
 
 
 class CudaPart(Part):
     """Stepped by Triton kernels, one launch per bucket."""
 
-    def __init__(self, rule: Rule, entries: list[Entry], device: torch.device) -> None:
-        super().__init__(rule, entries)
+    def __init__(self, rule: Rule, entries: list[Entry], device: torch.device, on_device: bool) -> None:
+        super().__init__(rule, entries, on_device)
         self._device = cuda.device(device)
         self._tables = []
         for bucket in self.buckets:
             kernel, reason = cuda.find_kernel(device, rule, bucket.flags, *bucket.dtypes)
             assert kernel is not None, reason  # else plain PyTorch steps these tensors
-            self._tables.append(cuda.DeviceTable(self._device, kernel, bucket.table))
-        self._clippers: dict[bool, cuda.Clipper] = {}
+            self._tables.append(DeviceTable(self._device, kernel, bucket.table, rule, bucket.flags, bucket.on_device))
+        self._numbers: list[list[tuple[Sequence[float], Sequence[int]]]] = [[] for _ in self.buckets]
+        self._measurer: Measurer | None = None
         self._control: Tensor | None = None
+        self._is_uploaded = False
 
-    def _clipper(self, clipping: Clipping) -> cuda.Clipper:
-        if clipping.largest not in self._clippers:
-            hosts, dtypes = [b.table for b in self.buckets], [b.dtypes[0] for b in self.buckets]
-            self._clippers[clipping.largest] = cuda.Clipper(self._device, self._tables, hosts, dtypes, clipping.largest)
-        return self._clippers[clipping.largest]
+    def prepare(self, clipping: Clipping | None, dtype: torch.dtype) -> None:
+        """Compile what precedes a step, which cannot be done while a stream is captured."""
+        dtypes = [bucket.dtypes[0] for bucket in self.buckets]
+        self._measurer = Measurer(self._device, self._tables, [b.table for b in self.buckets], dtypes)
+        self._measurer.prepare(clipping is not None and clipping.largest, clipping is not None, dtype)
+
+    def refresh(self, grads: Sequence[Tensor]) -> bool:
+        self._is_uploaded = False
+        return super().refresh(grads)
+
+    def set_numbers(self, numbers: Sequence[tuple[float, ...]], sources: Sequence[Sequence[int]]) -> None:
+        for i, bucket in enumerate(self.buckets):
+            self._numbers[i] = [(_row(numbers[g]), _row(sources[g])) for g in bucket.groups if bucket.on_device is not None]
+
+    def launch(self) -> None:
+        had_first_steps = any(bucket.has_first_steps for bucket in self.buckets)
+        super().launch()
+        if had_first_steps:  # now, because the next step may be captured, and a capture uploads no table
+            self._is_uploaded = False
+            with self._device.current():
+                self._upload()
 
     def _upload(self) -> int:
         stream = self._device.stream()
-        for table in self._tables:
-            table.upload(stream)
+        if not self._is_uploaded:
+            for table, numbers in zip(self._tables, self._numbers, strict=True):
+                table.upload(stream, numbers)
+            self._is_uploaded = True
         return stream
 
-    def measure(self, clipping: Clipping) -> Tensor:
-        clipper = self._clipper(clipping)
+    def measure(self, largest: bool) -> Tensor:
+        assert self._measurer is not None
         with self._device.current():
-            return clipper.measure(self._upload())
+            return self._measurer.measure(self._upload(), largest)
 
-    def clip(self, clipping: Clipping, dtype: torch.dtype) -> Control:
-        clipper = self._clipper(clipping)
+    def control(self, prologue: Prologue, dtype: torch.dtype) -> Tensor | Control:
+        assert self._measurer is not None
         with self._device.current():
-            return clipper.clip(self._upload(), clipping.max_norm, dtype)
+            return self._measurer.control(self._upload(), prologue, dtype)
 
-    def scale_by(self, control: Control) -> None:
+    def read(self, control: Tensor) -> Control:
+        """Waits for the device."""
+        return Control(*self._device.read(control))
+
+    def use(self, control: Tensor | Control) -> None:
         if not isinstance(control, Tensor):
             control = torch.tensor(control, dtype=torch.float64, device="cpu")
         self._control = control.to(self._params[0].device, non_blocking=True)
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
         control = 0 if self._control is None else self._control.data_ptr()
         with self._device.current():
             stream = self._upload()
             for table in self._tables:
                 table.step(stream, control)
         self._control = None
+        if self._device.is_capturing():
+            return False
         if self._library is not None:
             self._library.count(self._address, self._count)
-        elif self._counters:
+        elif self._counters and self.buckets[0].on_device is None:
             torch._foreach_add_(self._counters, 1.0)
+        return True
 
 
-def make_part(device: torch.device, rule: Rule, entries: list[Entry]) -> Part:
+def _row(values: Sequence[Any]) -> list[Any]:
+    return [*values, *[0] * (coefficients.NUMBERS - len(values))]
+
+
+def make_part(device: torch.device, rule: Rule, entries: list[Entry], on_device: bool) -> Part:
     """The part of a plan on this device."""
-    return CpuPart(rule, entries) if device.type == "cpu" else CudaPart(rule, entries, device)
+    return CpuPart(rule, entries) if device.type == "cpu" else CudaPart(rule, entries, device, on_device)

@@ -18,6 +18,7 @@ ADAM = (
     "neg_step_size",
 )
 WIDTH = 8  # float64 numbers from one row to the next
+NUMBERS = 8  # hyperparameters of a group that rows are made of, at most
 
 
 def sgd(lr: float, momentum: float, dampening: float, weight_decay: float, decoupled: bool) -> tuple[float, ...]:

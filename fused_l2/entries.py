@@ -68,6 +68,7 @@ def make_entry(
     state: dict[str, Any],
     state_names: tuple[str, ...],
     counts_steps: bool,
+    on_device: bool,
 ) -> Entry:
     """Check a parameter that has a gradient, its gradient and its state, and prepare the state it lacks.
 
@@ -91,7 +92,7 @@ def make_entry(
             if not same_layout(value, param):
                 new_state[key] = torch.empty_like(param, dtype=value.dtype).copy_(value)
     if counts_steps:
-        counter = as_counter(state.get("step"), param, bool(group.get("capturable", False)), name)
+        counter = as_counter(state.get("step"), param, on_device, name)
         if "step" in state and type(counter) is Tensor and counter.device.type == "cpu" and math.isnan(float(counter)):
             raise RuntimeError(f"{name}: its state 'step' is NaN. Set it to the number of steps made.")
         if counter is not state.get("step"):
@@ -162,13 +163,13 @@ def _check_state(param: Tensor, key: str, value: Any, name: str) -> None:
         raise RuntimeError(f"{name}: the storage of its state {key!r} was freed. Restore it before step().")
 
 
-def as_counter(value: Any, param: Tensor, capturable: bool, name: str) -> Tensor:
-    """A step counter as torch has it: a 0-dim float32 tensor, on the CPU unless the group is capturable.
+def as_counter(value: Any, param: Tensor, on_device: bool, name: str) -> Tensor:
+    """A step counter as torch has it: a 0-dim float32 tensor, on the CPU or (capturable, fused) on the parameter's device.
 
     Checkpoints hold counters of other kinds, too: Python numbers, tensors of shape (1,), 16-bit ones, ones on another
     device. ``value`` itself is returned where it needs no conversion.
     """
-    device = param.device if capturable else torch.device("cpu")
+    device = param.device if on_device else torch.device("cpu")
     if value is None:
         return torch.tensor(0.0, dtype=torch.float32, device=device)
     if isinstance(value, Tensor) and value.numel() == 1:

@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from .clipping import Clipping, Control, make_clipping
+from .control import NORM, SKIP, Clipping, Control, Prologue, make_clipping
 from .plan import Plan
 from .state import OptimizerState, tell_of_changes
 from .tensor_table import Rule
@@ -42,12 +42,12 @@ class FusedOptimizer(Optimizer):
 
     _rule: ClassVar[Rule]
     # Attributes of ours that are no param-group keys; they travel with pickle and deepcopy.
-    _options: ClassVar[tuple[str, ...]] = ("_clipping",)
+    _options: ClassVar[tuple[str, ...]] = ("_clipping", "_step_supports_amp_scaling")
     _plan: Plan | None = None
     _clipping: Clipping | None = None
-    _control: Control | None = None  # of the last step
+    _step_supports_amp_scaling = False  # torch's name: where it is set, GradScaler leaves unscaling and skipping to step()
+    _control: Tensor | Control | None = None  # of the last step
     _norm_dtype = torch.float32
-    step_was_skipped = False  # with skip_if_nonfinite: whether the last step was left out
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         if defaults["differentiable"]:
@@ -56,6 +56,7 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")  # torch's own words
         super().__init__(params, defaults)
         self.state = OptimizerState()
+        self._captured: list[Plan] = []  # what CUDA graphs read
 
     # What a subclass provides.
 
@@ -114,7 +115,8 @@ class FusedOptimizer(Optimizer):
         plan = self._plan
         if plan is None or not plan.refresh(self):
             plan = self._make_plan()
-        if self._clipping is None or self._clip(plan, self._clipping):
+        plan.prepare()
+        if not self._has_prologue() or self._decide(plan):
             if plan is not self._plan:
                 self._adopt(plan)
             plan.launch(self)
@@ -140,19 +142,33 @@ class FusedOptimizer(Optimizer):
         self._plan = plan
         tell_of_changes(self)
 
-    def _clip(self, plan: Plan, clipping: Clipping) -> bool:
-        """Measure this step's gradients. False if the step is to be left out."""
-        self._control, self._norm_dtype = plan.clip(clipping), plan.norm_dtype
-        self.step_was_skipped = False
-        if clipping.reads_norm and not math.isfinite(float(self._control[1])):
-            if clipping.error_if_nonfinite:
+    def _has_prologue(self) -> bool:
+        return self._clipping is not None or self._step_supports_amp_scaling
+
+    def _counts_on_device(self) -> bool:
+        """Whether step counts of CUDA tensors are on their device."""
+        return False
+
+    def _decide(self, plan: Plan) -> bool:
+        """Measure this step's gradients and ask the GradScaler. False if the host knows that the step is to be left out."""
+        scaler = self.__dict__ if self._step_supports_amp_scaling else {}
+        clipping = self._clipping
+        prologue = Prologue(clipping, scaler.get("grad_scale"), scaler.get("found_inf"))
+        control = self._control = plan.decide(prologue)
+        self._norm_dtype = plan.norm_dtype
+        raises = clipping is not None and clipping.error_if_nonfinite
+        if raises or plan.host_must_know or isinstance(control, Control):
+            known = plan.read(control)
+            if known.skip:
+                return False
+            if clipping is not None and raises and not math.isfinite(known.norm):
                 raise RuntimeError(
-                    f"The total norm of order {clipping.norm_type} of the gradients is {float(self._control[1])}, so they "
-                    f"cannot be clipped; nothing was changed. To leave such steps out, pass skip_if_nonfinite=True instead of "
+                    f"The total norm of order {clipping.norm_type} of the gradients is {known.norm}, so they cannot be "
+                    f"clipped; nothing was changed. To leave such steps out, pass skip_if_nonfinite=True instead of "
                     f"error_if_nonfinite=True; to multiply by the factor that comes of it anyway, neither."
                 )
-            self.step_was_skipped = True
-        return not self.step_was_skipped
+        plan.use(control)
+        return True
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -170,12 +186,29 @@ class FusedOptimizer(Optimizer):
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients in the last step, before they were clipped, as ``torch.nn.utils.clip_grad_norm_`` returns
         it: a 0-dim tensor on the parameters' device, which nobody has waited for. None without ``max_grad_norm``."""
-        if self._control is None:
+        if self._control is None or self._clipping is None:
             return None
-        norm = self._control[1]
+        norm = self._control[NORM]
         return (
             norm.to(self._norm_dtype) if isinstance(norm, Tensor) else torch.tensor(norm, dtype=self._norm_dtype, device="cpu")
         )
+
+    @property
+    def step_was_skipped(self) -> Tensor:
+        """Whether the last step was left out, by ``skip_if_nonfinite`` or by a GradScaler with ``amp_scaling``: a 0-dim bool
+        tensor on the parameters' device, which nobody has waited for; ``if optimizer.step_was_skipped:`` does."""
+        skip = 0.0 if self._control is None else self._control[SKIP]
+        return skip != 0 if isinstance(skip, Tensor) else torch.tensor(skip != 0, device="cpu")
+
+    @property
+    def amp_scaling(self) -> bool:
+        """Whether ``step()`` itself unscales gradients and leaves steps out as a ``torch.amp.GradScaler`` says."""
+        return self._step_supports_amp_scaling
+
+    @amp_scaling.setter
+    def amp_scaling(self, supported: bool) -> None:
+        self._step_supports_amp_scaling = bool(supported)
+        self.drop_plan()
 
     def drop_plan(self) -> None:
         """Forget what was prepared for the next step; it will be prepared again. Frees references to states."""
@@ -235,6 +268,7 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         if type(self.state) is not OptimizerState:
             self.state = OptimizerState(self.state)
+        self.__dict__.setdefault("_captured", [])
         self.drop_plan()
         for group in self.param_groups:
             for key, value in self.defaults.items():

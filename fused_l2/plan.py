@@ -6,6 +6,7 @@ changed: the gradients (new tensors each step), the hyperparameters, and whether
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import accumulate, compress, groupby, repeat
 from operator import is_, is_not, not_
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from . import engines
-from .buckets import Part, make_part
-from .clipping import Clipping, Control, combined
+from .buckets import CudaPart, Part, make_part
+from .control import FACTOR, Control, Prologue, combined
 from .engines import cuda, torch_ops
 from .entries import Entry, check_grad, make_entry
+from .hyperparameters import DeviceValues, is_on_device, sources
 from .state import OptimizerState, ParamState
 from .tensor_table import Flag, Rule
 
@@ -33,10 +35,18 @@ class Plan:
         self._rule, self._row_of = optimizer._rule, optimizer._coefficient_row
         self._read = optimizer._read_hyperparameters
         groups = optimizer.param_groups
+        if _has_cuda_gradients(groups) and cuda.is_capturing():  # before anything is compiled or read, which it does not allow
+            raise RuntimeError(_capture_refused("there is nothing prepared. " + _FIRST_STEP))
         self._hyperparameters = [self._read(group) for group in groups]
-        self._numbers = [optimizer._checked_numbers(v, i) for i, v in enumerate(self._hyperparameters)]
-        self._scaled = int(Flag.SCALED) if optimizer._clipping is not None else 0
-        self._flags = [optimizer._flags(v) | self._scaled for v in self._hyperparameters]
+        self._device_values, self._host_needs_values = DeviceValues(), False
+        read = [self._device_values.read(v) for v in self._hyperparameters]
+        self._sources = [sources(v, f" of param group {i}") for i, v in enumerate(self._hyperparameters)]
+        self._numbers = [optimizer._checked_numbers(v, i) for i, v in enumerate(read)]
+        self._has_sources = any(map(any, self._sources))
+        # Where the host cannot know whether a step was made, or what with, the device counts and computes.
+        self._on_device = optimizer._counts_on_device() or self._has_sources
+        self._scaled = int(Flag.SCALED) if optimizer._has_prologue() else 0
+        self._flags = [optimizer._flags(v) | self._scaled for v in read]
         self._dynamic = [_may_change_in_place(v) for v in self._hyperparameters]
         self._coefficients_due = True
 
@@ -44,14 +54,6 @@ class Plan:
         self._ends = list(accumulate(len(group["params"]) for group in groups))
         self._active = [p.grad is not None for p in self._params]
         self._all_active = all(self._active)
-        # A captured step would be replayed with this step's counts, hyperparameters and addresses. Refused before kernels are
-        # compiled, which a capture does not allow either.
-        self._refuses_capture = any(
-            p.grad is not None and engines.device_of(p).type == "cuda" and not group.get("capturable", False)
-            for group in groups
-            for p in group["params"]
-        )
-        self._refuse_capture()
         entries = self._entries = self._make_entries(optimizer)
 
         devices = [engines.device_of(e.param) if _has_engine(e, self._rule) else None for e in entries]
@@ -62,15 +64,50 @@ class Plan:
         self._parts: list[tuple[Part, list[bool]]] = []
         for device in sorted({d for d in devices if d is not None}, key=lambda d: (d.type == "cpu", str(d))):
             belongs = [d == device for d in devices]
-            self._parts.append((make_part(device, self._rule, list(compress(entries, belongs))), belongs))
+            part = make_part(device, self._rule, list(compress(entries, belongs)), self._on_device)
+            self._parts.append((part, belongs))
         dtypes = {e.param.dtype for e in entries}
         self.norm_dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
+        self._cuda_parts = [part for part, _ in self._parts if isinstance(part, CudaPart)]
+        for part in self._cuda_parts:
+            if self._scaled:
+                part.prepare(optimizer._clipping, self.norm_dtype)
+        self._host_steps = bool(self._others) or len(self._cuda_parts) < len(self._parts)
+        self._host_needs_values = self._has_sources and self._host_steps
         self._others_factor: Tensor | float | None = None
         self._is_committed = False
 
-    def _refuse_capture(self) -> None:
-        if self._refuses_capture and cuda.is_capturing():
-            raise RuntimeError(cuda.CAPTURING)
+    @property
+    def host_must_know(self) -> bool:
+        """Whether the host has to know if the step is made: it steps some tensors itself, or has to create states."""
+        return self._host_steps or (not self._is_committed and any(e.new_state for e in self._entries))
+
+    def _refuse_capture(self, optimizer: FusedOptimizer) -> None:
+        if not (self._cuda_parts and cuda.is_capturing()):
+            return
+        groups = optimizer.param_groups
+        if self._rule is Rule.ADAM and not all(g.get("capturable", False) for g in groups):
+            raise RuntimeError(_capture_refused("its steps are counted on the host. Pass capturable=True."))
+        if self._host_steps:
+            raise RuntimeError(_capture_refused("some of its tensors are stepped by the host or by plain PyTorch."))
+        if optimizer._clipping is not None and optimizer._clipping.error_if_nonfinite:
+            raise RuntimeError(_capture_refused("error_if_nonfinite waits for the norm. Pass skip_if_nonfinite=True instead."))
+        if not all(map(self._device_values.knows, map(self._read, groups))):
+            raise RuntimeError(_capture_refused("a hyperparameter is a tensor that no step has seen yet. " + _FIRST_STEP))
+        for i, group in enumerate(groups):
+            if not is_on_device(group["lr"]):
+                warnings.warn(
+                    f"fused_l2: a step is being captured into a CUDA graph with the lr of param group {i} as a number: every "
+                    f"replay will use {float(group['lr'])}. To follow a schedule, make it a tensor on the device, "
+                    f"lr=torch.tensor({float(group['lr'])}, device='cuda').",
+                    stacklevel=2,
+                )
+                break
+
+    def _keep_captured(self, optimizer: FusedOptimizer) -> None:
+        """A graph that is captured now will read this plan's memory whenever it is replayed."""
+        if self._cuda_parts and cuda.is_capturing() and self not in optimizer._captured:
+            optimizer._captured.append(self)
 
     def _make_entries(self, optimizer: FusedOptimizer) -> list[Entry]:
         entries: list[Entry] = []
@@ -82,7 +119,9 @@ class Plan:
                     continue
                 state = optimizer.state.get(param, {})
                 names, counts = optimizer._state_names(flags), self._rule is Rule.ADAM
-                entry = make_entry(group, index, position, flags, state, names, counts)
+                capturable = bool(group.get("capturable", False))
+                on_device = capturable or (self._on_device and engines.device_of(param).type == "cuda")
+                entry = make_entry(group, index, position, flags, state, names, counts, on_device)
                 if id(param) in known:  # listed twice: one state
                     entry.new_state = known[id(param)].new_state
                 known.setdefault(id(param), entry)
@@ -113,7 +152,7 @@ class Plan:
 
         Changes nothing but the plan; raises if a hyperparameter or a gradient was set to something invalid.
         """
-        self._refuse_capture()
+        self._refuse_capture(optimizer)
         if self._is_committed and (optimizer.state is not self._state or not (self._is_told or self._finds_its_state())):
             return False
         groups, known = optimizer.param_groups, self._hyperparameters
@@ -152,14 +191,18 @@ class Plan:
 
     def _adopt(self, optimizer: FusedOptimizer, changed: list[tuple[int, tuple[Any, ...]]]) -> bool:
         """Take over hyperparameters that changed. False if they change the shape of the computation."""
-        checked = [(i, values, optimizer._checked_numbers(values, i)) for i, values in changed]
-        if any(optimizer._flags(values) | self._scaled != self._flags[i] for i, values, _ in checked):
-            return False
-        for i, values, numbers in checked:
+        checked = []
+        for i, values in changed:
+            read = self._device_values.read(values, again=self._host_needs_values) if self._has_sources else values
+            where = sources(values, f" of param group {i}")
+            if (any(where) and not self._has_sources) or optimizer._flags(read) | self._scaled != self._flags[i]:
+                return False
+            checked.append((i, values, optimizer._checked_numbers(read, i), where))
+        for i, values, numbers, where in checked:
             self._hyperparameters[i] = values
             self._dynamic[i] = _may_change_in_place(values)
-            self._coefficients_due |= numbers != self._numbers[i]
-            self._numbers[i] = numbers
+            self._coefficients_due |= numbers != self._numbers[i] or where != self._sources[i]
+            self._numbers[i], self._sources[i] = numbers, where
         return True
 
     def _finds_its_state(self) -> bool:
@@ -168,29 +211,46 @@ class Plan:
             for param, state, known in self._known_state
         )
 
+    def prepare(self) -> None:
+        """Compute what the coming step multiplies with."""
+        if self._coefficients_due:
+            for part, _ in self._parts:
+                part.set_numbers(self._numbers, self._sources)
+                for bucket in part.buckets:
+                    bucket.set_coefficients(self._row_of, self._numbers)
+            self._coefficients_due = False
+
     @torch.no_grad()
-    def clip(self, clipping: Clipping) -> Control:
-        """Factor and norm of this step's gradients. The coming step will be scaled by the factor."""
+    def decide(self, prologue: Prologue) -> Tensor | Control:
+        """What precedes the step: the factor of all gradients, whether the step is skipped, and the norm."""
         if len(self._parts) == 1 and not self._others:
-            control = self._parts[0][0].clip(clipping, self.norm_dtype)
-        else:
-            measured = [part.measure(clipping) for part, _ in self._parts]
-            measured += [_measured(e.grad, clipping) for e in self._others]
-            control = combined(measured or [torch.zeros((), dtype=torch.float64, device="cpu")], clipping, self.norm_dtype)
+            return self._parts[0][0].control(prologue, self.norm_dtype)
+        measured = []
+        if prologue.clipping is not None:
+            measured = [part.measure(prologue.largest) for part, _ in self._parts]
+            measured += [_measured(e.grad, prologue.largest) for e in self._others]
+        nothing = torch.zeros((), dtype=torch.float64, device=self._entries[0].param.device if self._entries else "cpu")
+        return combined(measured or [nothing], prologue, self.norm_dtype)
+
+    def read(self, control: Tensor | Control) -> Control:
+        """The control as numbers. Waits for the device."""
+        if isinstance(control, Control):
+            return control
+        return self._cuda_parts[0].read(control) if self._cuda_parts else Control(*control.tolist())
+
+    def use(self, control: Tensor | Control) -> None:
+        """Make the coming step as this says."""
         for part, _ in self._parts:
-            part.scale_by(control)
-        self._others_factor = control[0]
-        return control
+            part.use(control)
+        self._others_factor = control[FACTOR]
 
     def launch(self, optimizer: FusedOptimizer) -> None:
         """Step every tensor of the plan."""
-        if self._coefficients_due:
-            for part, _ in self._parts:
-                for bucket in part.buckets:
-                    bucket.set_coefficients(self._row_of, self._numbers)
-            self._coefficients_due = self._rule is Rule.ADAM  # SGD's do not depend on the step count
         for part, _ in self._parts:
             part.launch()
+        # SGD's do not depend on the step count, and what the device computes the host need not.
+        self._coefficients_due |= self._rule is Rule.ADAM and (self._host_steps or not self._on_device)
+        self._keep_captured(optimizer)
         if self._others:
             self._launch_others(optimizer)
 
@@ -203,7 +263,7 @@ class Plan:
                 self._rule,
                 self._flags[group],
                 self._numbers[group],
-                bool(optimizer.param_groups[group].get("capturable", False)),
+                entries[0].counter is not None and entries[0].counter.device.type != "cpu",
                 [e.param for e in entries],
                 [e.grad for e in entries],
                 list(zip(*(e.states for e in entries), strict=True)),
@@ -215,18 +275,27 @@ class Plan:
                 e.first_step = False
 
 
-def _measured(grad: Tensor, clipping: Clipping) -> Tensor:
+_FIRST_STEP = "Make one step() before, with the same parameters having gradients."
+
+
+def _capture_refused(reason: str) -> str:
+    return f"fused_l2: this step() cannot be captured into a CUDA graph: {reason}"
+
+
+def _has_cuda_gradients(groups: Sequence[dict[str, Any]]) -> bool:
+    return any(p.grad is not None and engines.device_of(p).type == "cuda" for g in groups for p in g["params"])
+
+
+def _measured(grad: Tensor, largest: bool) -> Tensor:
     wide = grad.detach().double()
-    if clipping.largest:
+    if largest:
         return wide.abs().max() if wide.numel() else wide.sum()
     return wide.square().sum()
 
 
 def _has_engine(entry: Entry, rule: Rule) -> bool:
-    grad, counter = entry.grad, entry.counter
+    grad = entry.grad
     if not engines.has_plain_type(grad) or grad._is_zerotensor():
-        return False
-    if counter is not None and counter.device.type != "cpu":  # capturable: torch's functions count on the device
         return False
     states = entry.states
     # The kernels know states of the parameter's dtype, and float32 states of 16-bit parameters.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import coefficients
-from .clipping import make_clipping
+from .control import make_clipping
 from .optimizer import FusedOptimizer, at_least_zero, number
 from .tensor_table import Flag, Rule
 
@@ -35,7 +35,8 @@ class SGD(FusedOptimizer):
 
     Args:
         params: parameters, named parameters or param groups, as for ``torch.optim.SGD``.
-        lr: learning rate; a float, or a tensor with one element.
+        lr: learning rate; a float, or a tensor with one element. A step captured into a CUDA graph follows lr and weight_decay
+            that are tensors on the device, and keeps numbers.
         momentum, dampening, weight_decay, nesterov, maximize: as for ``torch.optim.SGD``.
         foreach, fused: accepted for compatibility, without effect: every step is fused.
         differentiable: must be False.
@@ -44,7 +45,10 @@ class SGD(FusedOptimizer):
         max_grad_norm: clip the gradients to this norm within the step, over all param groups, as
             ``torch.nn.utils.clip_grad_norm_`` before it would, without rewriting them. See :attr:`grad_norm`.
         norm_type: 2 or inf.
-        error_if_nonfinite, skip_if_nonfinite: raise, or leave the step out, if that norm is inf or NaN. Waits for the device.
+        error_if_nonfinite, skip_if_nonfinite: raise (waits for the device), or leave the step out, if that norm is inf or NaN.
+            See :attr:`step_was_skipped`.
+        amp_scaling: let ``torch.amp.GradScaler.step`` leave unscaling, and skipping after an overflow, to the step itself: one
+            pass less over the gradients, and no wait for the device.
 
     Raises:
         ValueError, TypeError: if a hyperparameter is out of its range or not a number.
@@ -71,8 +75,10 @@ class SGD(FusedOptimizer):
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
         skip_if_nonfinite: bool = False,
+        amp_scaling: bool = False,
     ) -> None:
         self._clipping = make_clipping(max_grad_norm, norm_type, error_if_nonfinite, skip_if_nonfinite)
+        self._step_supports_amp_scaling = bool(amp_scaling)
         self._decoupled = decoupled_weight_decay
         defaults = {
             "lr": lr,

@@ -72,8 +72,8 @@ def layout() -> str:
 class TensorTable:
     """The rows of one bucket, in memory that keeps its address.
 
-    ``rows`` holds one int64 row per tensor, ``scalars`` one float64 row per coefficient row, ``steps`` the step count
-    each coefficient row expects to find in its tensors' counters.
+    ``rows`` holds one int64 row per tensor, ``static_rows`` the same without the gradients' addresses, ``scalars`` one float64
+    row per coefficient row, ``steps`` the step count each coefficient row expects to find in its tensors' counters.
     """
 
     def __init__(self, rows: Sequence[Sequence[int]], coefficient_rows: int) -> None:
@@ -82,10 +82,16 @@ class TensorTable:
         self.steps = array("d", bytes(8 * max(coefficient_rows, 1)))
         self.count = len(rows)
         self._grads = memoryview(self.rows)[GRAD::WIDTH]
+        self.static_rows = self._without_grads()
 
     def set_grads(self, addresses: array[int]) -> None:
         """Write the gradients' addresses of this step, one per row."""
         self._grads[:] = memoryview(addresses)
+
+    def _without_grads(self) -> bytes:
+        rows = array("q", self.rows)
+        memoryview(rows)[GRAD::WIDTH] = array("q", bytes(8 * self.count))
+        return rows.tobytes()
 
     def numels(self) -> list[int]:
         """The number of elements of each tensor."""
@@ -95,6 +101,7 @@ class TensorTable:
         """Every tensor of this table has made a step."""
         for row in range(self.count):
             self.rows[row * WIDTH + FLAGS] &= ~int(RowFlag.FIRST_STEP)
+        self.static_rows = self._without_grads()
 
     def bucket_row(
         self, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype, factor: array[float]

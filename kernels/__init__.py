@@ -3,6 +3,9 @@
 * :mod:`~fused_l2.kernels.update_rules`: the formulas, on loaded values.
 * :mod:`~fused_l2.kernels.multi_tensor`: from the tensor table to pointers, and the loops.
 * :mod:`~fused_l2.kernels.sgd`, :mod:`~fused_l2.kernels.adam`: the two together, one kernel per family.
+* :mod:`~fused_l2.kernels.norms`, :mod:`~fused_l2.kernels.control`: clipping, loss scaling, skipped steps.
+* :mod:`~fused_l2.kernels.coefficients`: coefficient rows where the host does not know the step count or the hyperparameters.
+* :mod:`~fused_l2.kernels.write`: what a CUDA graph needs instead of copies from the host.
 * :mod:`~fused_l2.kernels.launch`: from a bucket's signature to a compiled kernel.
 
 Importing this package needs neither triton nor a GPU; its modules need triton.

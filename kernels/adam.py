@@ -13,6 +13,7 @@ from .update_rules import adam
 def fused_l2_adam(
     chunk_map,
     table,
+    grads,
     coefficients,
     CHUNK,
     control,
@@ -23,4 +24,7 @@ def fused_l2_adam(
     BLOCK: tl.constexpr,
     TAIL_BLOCK: tl.constexpr,
 ):
-    step_chunk(adam, chunk_map, table, coefficients, CHUNK, control, FLAGS, STATES, PARAM_DTYPE, STATE_DTYPE, BLOCK, TAIL_BLOCK)
+    step_chunk(
+        adam, chunk_map, table, grads, coefficients, CHUNK, control,
+        FLAGS, STATES, PARAM_DTYPE, STATE_DTYPE, BLOCK, TAIL_BLOCK,
+    )  # fmt: skip

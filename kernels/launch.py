@@ -7,7 +7,7 @@ times.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +17,15 @@ from triton.runtime import driver
 
 from ..tensor_table import Flag, Rule
 from .adam import fused_l2_adam
-from .norms import fused_l2_clip, fused_l2_measure_grads
+from .coefficients import fused_l2_coefficients
+from .control import fused_l2_control
+from .norms import fused_l2_measure_grads
 from .sgd import fused_l2_sgd
+from .write import fused_l2_write
 
 THREADS = 128  # per program. With 256 the compiler spills registers in Adam to reach a higher occupancy.
+WORDS = 120  # that one launch of fused_l2_write carries
+_ADDRESS = (1 << 40) + 1  # stands for any 64-bit integer, as 17 does for a 32-bit one: no multiple of 16
 
 # Triton's names of dtypes.
 DTYPES = {
@@ -78,23 +83,23 @@ def compiled(function: Any, arguments: tuple[Any, ...], constants: dict[str, Any
 
 
 class Kernel:
-    """A bucket's kernel, compiled for the current device, loaded and ready."""
+    """A bucket's kernel, compiled for the current device, loaded and ready.
+
+    Compiled kernels are called directly: Triton's usual way looks at each argument to find the kernel, at four times the host
+    time. What is fixed for a bucket is given once; addresses are integers.
+    """
 
     def __init__(self, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> None:
         function, self._constants, self.opmath = specialization(rule, flags, param, state)
-        self._compiled = compiled(function, (torch.int64, torch.int64, self.opmath, 16, torch.float64), self._constants)
+        arguments = (torch.int64, torch.int64, torch.int64, self.opmath, 16, torch.float64)
+        self._compiled = compiled(function, arguments, self._constants)
 
-    def launcher(self, programs: int, chunk_map: int, table: int, coefficients: int, chunk: int) -> Callable[[int, int], None]:
-        """What launches this many programs with these arguments (addresses as integers), on a stream and with a control word,
-        both given as integers.
-
-        The compiled kernel is called directly: Triton's usual way looks at each argument to find the kernel, at four times
-        the host time.
-        """
+    def launcher(self, programs: int, chunk_map: int, table: int, chunk: int) -> Callable[[int, int, int, int], None]:
+        """What launches this many programs on a stream, given the gradients' addresses, coefficient rows and control."""
         run, constants = self._compiled[(programs, 1, 1)], tuple(self._constants.values())
 
-        def launch(stream: int, control: int) -> None:
-            run(chunk_map, table, coefficients, chunk, control, *constants, stream=stream)
+        def launch(stream: int, grads: int, coefficients: int, control: int) -> None:
+            run(chunk_map, table, grads, coefficients, chunk, control, *constants, stream=stream)
 
         return launch
 
@@ -104,37 +109,75 @@ class MeasureKernel:
 
     def __init__(self, dtype: torch.dtype, largest: bool) -> None:
         self._constants = {"LARGEST": largest, "DTYPE": DTYPES[dtype]}
-        arguments = (torch.int64, torch.int64, torch.float64, 16, 17)  # 17: any position
+        arguments = (torch.int64, torch.int64, torch.int64, torch.float64, 16, 17)
         self._compiled = compiled(fused_l2_measure_grads, arguments, self._constants)
 
     def launcher(
         self, programs: int, chunk_map: int, table: int, partials: int, chunk: int, first: int
-    ) -> Callable[[int], None]:
-        """What launches this many programs on a stream. They write one float64 each, from ``partials[first]`` on."""
+    ) -> Callable[[int, int], None]:
+        """What launches this many programs on a stream, given the gradients' addresses. They write one float64 each, from
+        ``partials[first]`` on."""
         run, constants = self._compiled[(programs, 1, 1)], tuple(self._constants.values())
 
-        def launch(stream: int) -> None:
-            run(chunk_map, table, partials, chunk, first, *constants, stream=stream)
+        def launch(stream: int, grads: int) -> None:
+            run(chunk_map, table, grads, partials, chunk, first, *constants, stream=stream)
 
         return launch
 
 
-class ClipKernel:
-    """The kernel that makes a factor of what was measured. ``opmath`` is the dtype of factor and norm."""
+class ControlKernel:
+    """The kernel that decides about a step. ``opmath`` is the dtype of factor and norm."""
 
     def __init__(self, largest: bool, opmath: torch.dtype) -> None:
         self._constants = {"LARGEST": largest, "OPMATH": DTYPES[opmath]}
-        # 17: any number of partial results, also no multiple of 16.
-        self._compiled = compiled(fused_l2_clip, (torch.float64, torch.float64, 17, 1.5), self._constants)
+        arguments = (torch.float64, torch.float64, _ADDRESS, _ADDRESS, 17, 17, 1.5)
+        self._compiled = compiled(fused_l2_control, arguments, self._constants)
 
-    def launcher(self, partials: int, count: int) -> Callable[[int, int, float], None]:
-        """What turns this many partial results into a control word, on a stream, given where to write it and the limit."""
+    def launcher(self, partials: int) -> Callable[[int, int, int, int, int, bool, float], None]:
+        """What makes a control of this many partial results, on a stream."""
         run, constants = self._compiled[(1, 1, 1)], tuple(self._constants.values())
 
-        def launch(stream: int, control: int, max_norm: float) -> None:
-            run(partials, control, count, max_norm, *constants, stream=stream)
+        def launch(
+            stream: int, control: int, grad_scale: int, found_inf: int, count: int, skips_nonfinite: bool, max_norm: float
+        ) -> None:
+            run(
+                partials, control, grad_scale, found_inf, count, int(skips_nonfinite), max_norm, *constants, stream=stream
+            )  # fmt: skip
 
         return launch
+
+
+class CoefficientsKernel:
+    """The kernel that computes a bucket's coefficient rows, one per tensor, and counts its steps."""
+
+    def __init__(self, rule: Rule, flags: int, opmath: torch.dtype) -> None:
+        self._constants = {"RULE": int(rule), "BUCKET_FLAGS": int(flags), "BLOCK": THREADS}
+        int64, float64 = torch.int64, torch.float64
+        arguments = (int64, int64, float64, int64, opmath, float64, 17)
+        self._compiled = compiled(fused_l2_coefficients, arguments, self._constants)
+
+    def launcher(self, groups: int, counters: int, coefficients: int, count: int) -> Callable[[int, int, int, int], None]:
+        """What does so for this many tensors on a stream, given hyperparameters, their sources, and the control."""
+        run, constants = self._compiled[(-(-count // THREADS), 1, 1)], tuple(self._constants.values())
+
+        def launch(stream: int, numbers: int, sources: int, control: int) -> None:
+            run(groups, counters, numbers, sources, coefficients, control, count, *constants, stream=stream)
+
+        return launch
+
+
+class WriteKernel:
+    """The kernel whose arguments are what it writes."""
+
+    def __init__(self) -> None:
+        self._compiled = compiled(fused_l2_write, (torch.int64, 17, (_ADDRESS,) * WORDS), {})
+
+    def write(self, stream: int, target: int, words: Sequence[int]) -> None:
+        """Write these int64 to memory from ``target`` on, a multiple of 16."""
+        run = self._compiled[(1, 1, 1)]
+        for begin in range(0, len(words), WORDS):
+            part = tuple(words[begin : begin + WORDS])
+            run(target + 8 * begin, len(part), part + (0,) * (WORDS - len(part)), stream=stream)
 
 
 def current_stream(device: int) -> int:

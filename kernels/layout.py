@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .. import coefficients
+from .. import coefficients, control
 from .. import tensor_table as table
-from ..tensor_table import Flag, RowFlag
+from ..tensor_table import Flag, RowFlag, Rule
 
-PARAM, GRAD = tl.constexpr(table.PARAM), tl.constexpr(table.GRAD)
+PARAM = tl.constexpr(table.PARAM)  # gradients have an array of their own
 STATE0, STATE1, STATE2 = tl.constexpr(table.STATE0), tl.constexpr(table.STATE1), tl.constexpr(table.STATE2)
 NUMEL, COEFFICIENTS, FLAGS = tl.constexpr(table.NUMEL), tl.constexpr(table.COEFFICIENTS), tl.constexpr(table.FLAGS)
 WIDTH, LANES = tl.constexpr(table.WIDTH), tl.constexpr(table.LANES)
-COEFFICIENT_WIDTH = tl.constexpr(coefficients.WIDTH)
+COEFFICIENT_WIDTH, NUMBERS = tl.constexpr(coefficients.WIDTH), tl.constexpr(coefficients.NUMBERS)
+FACTOR, SKIP, NORM = tl.constexpr(control.FACTOR), tl.constexpr(control.SKIP), tl.constexpr(control.NORM)
+
+ADAM = tl.constexpr(int(Rule.ADAM))
 
 MOMENTUM, NESTEROV = tl.constexpr(int(Flag.MOMENTUM)), tl.constexpr(int(Flag.NESTEROV))
 MAXIMIZE, DECOUPLED = tl.constexpr(int(Flag.MAXIMIZE)), tl.constexpr(int(Flag.DECOUPLED))

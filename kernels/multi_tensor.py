@@ -16,12 +16,13 @@ import triton.language as tl
 from .layout import (
     COEFFICIENT_WIDTH,
     COEFFICIENTS,
+    FACTOR,
     FIRST_STEP,
     FLAGS,
-    GRAD,
     NUMEL,
     PARAM,
     SCALED,
+    SKIP,
     STATE0,
     STATE1,
     STATE2,
@@ -34,9 +35,10 @@ def step_chunk(
     rule: tl.constexpr,
     chunk_map,  # int64 [programs]
     table,  # int64 [tensors][WIDTH]
+    grads,  # int64 [tensors]: addresses
     coefficients,  # opmath [coefficient rows][COEFFICIENT_WIDTH]
     CHUNK,  # a multiple of 16
-    control,  # what gradients are multiplied by; looked at with SCALED
+    control,  # float64 [3]: factor, skip, norm; looked at with SCALED
     BUCKET_FLAGS: tl.constexpr,
     STATES: tl.constexpr,  # how many state tensors the rule has
     PARAM_DTYPE: tl.constexpr,  # of parameters and gradients
@@ -46,10 +48,11 @@ def step_chunk(
 ):
     """Apply ``rule`` to this program's chunk."""
     word = tl.load(chunk_map + tl.program_id(0))
-    row = table + (word & 0xFFFFFFFF) * WIDTH
+    tensor = word & 0xFFFFFFFF
+    row = table + tensor * WIDTH
     begin = (word >> 32) * CHUNK  # 64-bit: a tensor may have more than 2^31 elements
     param = tl.load(row + PARAM)
-    grad = tl.load(row + GRAD)
+    grad = tl.load(grads + tensor)
     addresses = param | grad
     state0 = param
     state1 = param
@@ -72,11 +75,11 @@ def step_chunk(
     )
     scalars = coefficient_row(coefficients + tl.load(row + COEFFICIENTS) * COEFFICIENT_WIDTH)
     first_step = (tl.load(row + FLAGS) & FIRST_STEP) != 0
-    factor = scalars[0]  # unused
-    if BUCKET_FLAGS & SCALED:
-        factor = tl.load(control).to(scalars[0].dtype)
-
     count = tl.minimum(tl.load(row + NUMEL) - begin, CHUNK).to(tl.int32)
+    factor = 1.0
+    if BUCKET_FLAGS & SCALED:
+        factor = tl.load(control + FACTOR).to(scalars[0].dtype)
+        count = tl.where(tl.load(control + SKIP) == 0, count, 0)
     in_vectors = tl.where((addresses & 15) == 0, count // 8 * 8, 0)
     step_range(rule, pointers, scalars, factor, first_step, 0, in_vectors, BUCKET_FLAGS, STATES, BLOCK)
     step_range(rule, pointers, scalars, factor, first_step, in_vectors, count, BUCKET_FLAGS, STATES, TAIL_BLOCK)

@@ -1,7 +1,6 @@
-"""The norm of all gradients, and the factor that clips them to it, without a word to the host.
+"""The norm of all gradients, up to one partial sum per chunk, which ``fused_l2_control`` adds up in one program.
 
-``fused_l2_measure_grads`` leaves one partial sum per chunk, ``fused_l2_clip`` adds them up in one program. No atomics: every
-addition has its place in an order that csrc/kernels.h writes down, so the C++ library gives the same bits.
+No atomics: every addition has its place in an order that csrc/kernels.h writes down, so the C++ library gives the same bits.
 """
 
 from __future__ import annotations
@@ -9,15 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layout import GRAD, LANES, NUMEL, WIDTH
+from .layout import LANES, NUMEL, WIDTH
 from .multi_tensor import typed_pointer
-from .update_rules import divide
 
 
 @triton.jit
 def fused_l2_measure_grads(
     chunk_map,  # int64 [.]
     table,  # int64 [tensors][WIDTH]
+    grads,  # int64 [tensors]
     partials,  # float64 [.]
     CHUNK,  # a multiple of LANES
     FIRST,  # the first program's position in chunk_map and partials
@@ -26,11 +25,11 @@ def fused_l2_measure_grads(
 ):
     position = FIRST + tl.program_id(0)
     word = tl.load(chunk_map + position)
-    row = table + (word & 0xFFFFFFFF) * WIDTH
+    tensor = word & 0xFFFFFFFF
     begin = (word >> 32) * CHUNK
-    address = tl.load(row + GRAD)
+    address = tl.load(grads + tensor)
     grad = typed_pointer(address, DTYPE) + begin
-    count = tl.minimum(tl.load(row + NUMEL) - begin, CHUNK).to(tl.int32)
+    count = tl.minimum(tl.load(table + tensor * WIDTH + NUMEL) - begin, CHUNK).to(tl.int32)
     in_vectors = tl.where((address & 15) == 0, count // 8 * 8, 0)
 
     lanes = tl.arange(0, LANES)
@@ -43,35 +42,6 @@ def fused_l2_measure_grads(
         at = start + lanes
         sums = accumulate(sums, tl.load(grad + at, mask=(at >= in_vectors) & (at < count), other=0.0), LARGEST)
     tl.store(partials + position + tl.arange(0, 1), pairwise(sums, LARGEST))
-
-
-@triton.jit
-def fused_l2_clip(
-    partials,  # float64 [COUNT]
-    control,  # float64 [2]: the factor, the norm
-    COUNT,
-    max_norm: tl.float64,
-    LARGEST: tl.constexpr,
-    OPMATH: tl.constexpr,
-):
-    """factor = min(max_norm / (norm + 1e-6), 1), in torch.nn.utils.clip_grad_norm_'s own operations."""
-    lanes = tl.arange(0, LANES)
-    sums = tl.full((LANES,), 0.0, tl.float64)
-    for start in range(0, COUNT, LANES):
-        at = start + lanes
-        value = tl.load(partials + at, mask=at < COUNT, other=0.0)
-        sums = larger(sums, value) if LARGEST else sums + value
-    norm = pairwise(sums, LARGEST)
-    if not LARGEST:
-        norm = tl.sqrt(norm)
-    norm = norm.to(OPMATH)
-    limit = tl.full((1,), max_norm, tl.float64).to(OPMATH)
-    shifted = norm + 1e-6
-    factor = divide(tl.full((1,), 1.0, OPMATH), shifted) * limit
-    factor = tl.where(factor > 1, 1.0, factor)  # NaN stays NaN
-    at = tl.arange(0, 1)
-    tl.store(control + at, factor.to(tl.float64))
-    tl.store(control + 1 + at, norm.to(tl.float64))
 
 
 @triton.jit

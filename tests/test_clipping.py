@@ -145,15 +145,15 @@ def test_nonfinite_norms(name, bad, norm_type):
     assert_unchanged(before, optimizer)
 
     optimizer, params = prepared(skip_if_nonfinite=True)
-    assert optimizer.step_was_skipped is False
+    assert not optimizer.step_was_skipped
     before = snapshot(optimizer)
     optimizer.step()
-    assert optimizer.step_was_skipped is True
+    assert optimizer.step_was_skipped
     assert not math.isfinite(float(optimizer.grad_norm))
     assert_unchanged(before, optimizer)
     set_grads(params, 2)
     optimizer.step()
-    assert optimizer.step_was_skipped is False
+    assert not optimizer.step_was_skipped
 
 
 @each

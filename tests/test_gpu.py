@@ -140,7 +140,9 @@ def test_same_bits_as_the_cpu_engine_after_1000_steps(name):
     assert_same_state(optimizers[0], on_device, optimizers[1], on_cpu)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.11", reason="torch's fused SGD computed in float64 before 2.11")
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="torch's fused SGD computed in float64 before 2.11"
+)
 @pytest.mark.parametrize("options", SGD_VARIANTS, ids=label)
 def test_sgd_has_the_bits_of_torch_fused(options):
     """Except where torch's own binary differs from its source: maximize and momentum without weight decay."""
@@ -393,21 +395,6 @@ def test_capabilities_name_the_gpu():
     told = fused_l2.capabilities()["cuda"]
     assert told.engine.startswith("Triton (")
     assert torch.cuda.get_device_name() in told.reason
-
-
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
-@pytest.mark.parametrize("steps_before", [0, 1])
-def test_capturing_is_refused(steps_before):
-    params = moved(make_params(SIZES))
-    optimizer = make("AdamW", params)
-    set_grads_on_device(params, 0)
-    for _ in range(steps_before):
-        optimizer.step()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="cannot be captured"):
-        optimizer.step()
-    optimizer.step()
-    assert steps_on_device(optimizer)
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])

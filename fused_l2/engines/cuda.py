@@ -1,34 +1,25 @@
-"""The CUDA engine: Triton kernels, one launch per bucket.
+"""The CUDA engine: Triton kernels, one launch per bucket. Here: the device, its kernels, and copies to it.
 
-The tensor table, the chunk map and the coefficient rows of a bucket lie in one piece of device memory that keeps its address.
-A step uploads what changed of them in one asynchronous copy and launches one kernel, both on the current stream of the device.
-The host never waits for the device.
+:mod:`fused_l2.engines.device_tables` has what lies in device memory.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .. import coefficients
-from ..tensor_table import Rule, TensorTable, chunk_map, norm_chunk
+from ..tensor_table import Rule
 
 if TYPE_CHECKING:
-    from ..kernels.launch import ClipKernel, Kernel, MeasureKernel
+    from ..kernels.launch import CoefficientsKernel, ControlKernel, Kernel, MeasureKernel, WriteKernel
 
 OLDEST_TRITON = (3, 6)
-CAPTURING = (
-    "fused_l2: step() cannot be captured into a CUDA graph with the host's step counts and hyperparameters: a replay would "
-    "repeat this step's. Call step() outside of the graph."
-)
 
 
 class Device:
@@ -51,11 +42,26 @@ class Device:
         with self.current():
             return MeasureKernel(dtype, largest)
 
-    def clip_kernel(self, largest: bool, opmath: torch.dtype) -> ClipKernel:
-        from ..kernels.launch import ClipKernel
+    def control_kernel(self, largest: bool, opmath: torch.dtype) -> ControlKernel:
+        from ..kernels.launch import ControlKernel
 
         with self.current():
-            return ClipKernel(largest, opmath)
+            return ControlKernel(largest, opmath)
+
+    def coefficients_kernel(self, rule: Rule, flags: int, opmath: torch.dtype) -> CoefficientsKernel:
+        from ..kernels.launch import CoefficientsKernel
+
+        with self.current():
+            return CoefficientsKernel(rule, flags, opmath)
+
+    def write_kernel(self) -> WriteKernel:
+        from ..kernels.launch import WriteKernel
+
+        with self.current():
+            return WriteKernel()
+
+    def is_capturing(self) -> bool:
+        return is_capturing()
 
     def current(self) -> AbstractContextManager[Any]:
         """Makes this the current device, if it is not: launches and events go to the current one."""
@@ -70,6 +76,14 @@ class Device:
 
     def memory(self, words: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(words, dtype=dtype, device=self.device)
+
+    def scalar(self, value: Tensor) -> Tensor:
+        """One float32 on this device, of a tensor on any."""
+        return value.detach().reshape(()).to(device=self.device, dtype=torch.float32, non_blocking=True)
+
+    def read(self, tensor: Tensor) -> list[float]:
+        """The numbers of a tensor on this device. Waits for it."""
+        return [float(x) for x in tensor.tolist()]
 
     def used_by_current_stream(self, memory: Tensor) -> None:
         """Tell the allocator that the current stream uses this memory, too, and has to be done before others get it."""
@@ -116,127 +130,6 @@ class UploadRing:
         self._device.upload(self._target[:words], pinned[:words])
         event.record()
         self._in_flight.append((event, pinned, view))
-
-
-class DeviceTable:
-    """A bucket's tables on the device, and the kernel that steps it."""
-
-    def __init__(self, device: Device, kernel: Kernel, table: TensorTable) -> None:
-        self._device, self._table = device, table
-        self._typecode = "d" if kernel.opmath is torch.float64 else "f"
-        numels = table.numels()
-        chunk = _chunk_size(sum(numels), device.multiprocessors)
-        chunks = chunk_map(numels, chunk)
-
-        # Coefficient rows first, which change every step, then the tensor table, then the chunk map, which never changes.
-        coefficient_words = coefficients.WIDTH * len(table.steps) * kernel.opmath.itemsize // 8
-        changing = coefficient_words + len(table.rows)
-        changing += changing % 2  # kernels are told that what they are given is aligned to 16 bytes
-        with device.current():
-            self._memory = device.memory(changing + len(chunks))
-            self._streams = {device.stream()}
-            if chunks:
-                # Through pinned memory of torch's, which is not reused before the copy is made.
-                staged = device.pinned(len(chunks))
-                staged.copy_(torch.frombuffer(chunks, dtype=torch.int64))
-                device.upload(self._memory[changing:], staged)
-        address = self._memory.data_ptr()
-        self._ring = UploadRing(device, self._memory, changing)
-        self._launch: Callable[[int, int], None] | None = None
-        self.table_address = address + 8 * coefficient_words
-        if chunks:
-            self._launch = kernel.launcher(len(chunks), address + 8 * changing, self.table_address, address, chunk)
-        self._scalars = b""  # what was uploaded last
-        self._rows = b""
-
-    def upload(self, stream: int) -> None:
-        """Upload what changed, on the current stream of the device, which must be the current one."""
-        if self._launch is None:  # nothing but empty tensors
-            return
-        if stream not in self._streams:
-            self._device.used_by_current_stream(self._memory)
-            self._streams.add(stream)
-        scalars, rows = array(self._typecode, self._table.scalars).tobytes(), self._table.rows.tobytes()
-        if rows != self._rows:
-            self._ring.upload(scalars, rows)
-        elif scalars != self._scalars:
-            self._ring.upload(scalars)
-        self._scalars, self._rows = scalars, rows
-
-    def step(self, stream: int, control: int) -> None:
-        """Launch, after :meth:`upload`. ``control`` is the address of what gradients are multiplied by, or 0."""
-        if self._launch is not None:
-            self._launch(stream, control)
-
-
-class Clipper:
-    """Measures all gradients of a device's buckets, and makes the factor that clips them, without a word to the host."""
-
-    def __init__(
-        self,
-        device: Device,
-        tables: Sequence[DeviceTable],
-        hosts: Sequence[TensorTable],
-        dtypes: Sequence[torch.dtype],
-        largest: bool,
-    ) -> None:
-        self._device, self._largest = device, largest
-        numels = [host.numels() for host in hosts]
-        chunk = norm_chunk(sum(map(sum, numels)))
-        maps = [chunk_map(n, chunk) for n in numels]
-        self._count = sum(map(len, maps))
-        with device.current():
-            self._maps = device.memory(max(self._count, 1))
-            self._partials = device.memory(max(self._count, 1), torch.float64)
-            self._streams = {device.stream()}
-            if self._count:
-                staged = device.pinned(self._count)
-                staged.copy_(torch.tensor([word for words in maps for word in words], dtype=torch.int64, device="cpu"))
-                device.upload(self._maps, staged)
-        self._measure, first = [], 0
-        for table, words, dtype in zip(tables, maps, dtypes, strict=True):
-            if words:
-                at, out = self._maps.data_ptr(), self._partials.data_ptr()
-                kernel = device.measure_kernel(dtype, largest)
-                self._measure.append(kernel.launcher(len(words), at, table.table_address, out, chunk, first))
-                first += len(words)
-        self._clip: dict[torch.dtype, Callable[[int, int, float], None]] = {}
-
-    def clip(self, stream: int, max_norm: float, opmath: torch.dtype) -> Tensor:
-        """A new tensor [factor, norm], written when the stream gets there. The tables must have been uploaded."""
-        if opmath not in self._clip:
-            kernel = self._device.clip_kernel(self._largest, opmath)
-            self._clip[opmath] = kernel.launcher(self._partials.data_ptr(), self._count)
-        self._launch_measures(stream)
-        control = self._device.memory(2, torch.float64)
-        self._clip[opmath](stream, control.data_ptr(), max_norm)
-        return control
-
-    def measure(self, stream: int) -> Tensor:
-        """The sum of squares, or the largest value, for adding up over devices."""
-        self._launch_measures(stream)
-        if self._count == 0:
-            return torch.zeros((), dtype=torch.float64, device=self._partials.device)
-        return self._partials.max() if self._largest else self._partials.sum()
-
-    def _launch_measures(self, stream: int) -> None:
-        if stream not in self._streams:
-            for memory in (self._maps, self._partials):
-                self._device.used_by_current_stream(memory)
-            self._streams.add(stream)
-        for measure in self._measure:
-            measure(stream)
-
-
-def _chunk_size(elements: int, multiprocessors: int) -> int:
-    """How many elements a program steps: a power of two that gives each multiprocessor some programs to choose from, and not
-    more programs than a chunk map of a megabyte holds. By estimate, not by measurement."""
-    chunk = 1024
-    while chunk < 8192 and elements > 2 * chunk * 16 * multiprocessors:
-        chunk *= 2
-    while elements > chunk << 17:
-        chunk *= 2
-    return chunk
 
 
 def is_capturing() -> bool:

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 import triton
-from fused_l2.kernels.launch import DTYPES, options, specialization
-from fused_l2.kernels.norms import fused_l2_clip, fused_l2_measure_grads
+from fused_l2.kernels.coefficients import fused_l2_coefficients
+from fused_l2.kernels.control import fused_l2_control
+from fused_l2.kernels.launch import DTYPES, THREADS, WORDS, options, specialization
+from fused_l2.kernels.norms import fused_l2_measure_grads
+from fused_l2.kernels.write import fused_l2_write
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -33,6 +36,7 @@ def compile_for(
     arguments = {
         "chunk_map": "*i64",
         "table": "*i64",
+        "grads": "*i64",
         "coefficients": _POINTERS[what.opmath],
         "CHUNK": "i32",
         "control": "*fp64",
@@ -43,24 +47,42 @@ def compile_for(
 @functools.cache
 def compile_measure(arch: int, dtype: torch.dtype, largest: bool) -> Any:
     """The kernel that measures gradients."""
-    arguments = {"chunk_map": "*i64", "table": "*i64", "partials": "*fp64", "CHUNK": "i32", "FIRST": "i32"}
+    pointers = {"chunk_map": "*i64", "table": "*i64", "grads": "*i64", "partials": "*fp64"}
+    arguments = {**pointers, "CHUNK": "i32", "FIRST": "i32"}
     return _compile(arch, fused_l2_measure_grads, arguments, {"LARGEST": largest, "DTYPE": DTYPES[dtype]})
 
 
 @functools.cache
-def compile_clip(arch: int, largest: bool, opmath: torch.dtype) -> Any:
-    """The kernel that makes the factor."""
-    arguments = {"partials": "*fp64", "control": "*fp64", "COUNT": "i32", "max_norm": "fp64"}
-    return _compile(arch, fused_l2_clip, arguments, {"LARGEST": largest, "OPMATH": DTYPES[opmath]})
+def compile_control(arch: int, largest: bool, opmath: torch.dtype) -> Any:
+    """The kernel that decides about a step."""
+    arguments = {"partials": "*fp64", "control": "*fp64", "grad_scale": "i64", "found_inf": "i64", "COUNT": "i32"}
+    arguments |= {"skips_nonfinite": "i32", "max_norm": "fp64"}
+    return _compile(arch, fused_l2_control, arguments, {"LARGEST": largest, "OPMATH": DTYPES[opmath]})
 
 
-def _compile(arch: int | str, function: Any, arguments: dict[str, str], constants: dict[str, Any]) -> Any:
+@functools.cache
+def compile_coefficients(arch: int, rule: Rule, flags: int, opmath: torch.dtype) -> Any:
+    """The kernel that computes coefficient rows."""
+    arguments = {"groups": "*i64", "counters": "*i64", "numbers": "*fp64", "sources": "*i64"}
+    arguments |= {"coefficients": _POINTERS[opmath], "control": "*fp64", "COUNT": "i32"}
+    constants = {"RULE": int(rule), "BUCKET_FLAGS": int(flags), "BLOCK": THREADS}
+    return _compile(arch, fused_l2_coefficients, arguments, constants)
+
+
+@functools.cache
+def compile_write(arch: int) -> Any:
+    """The kernel that writes its arguments."""
+    arguments: dict[str, Any] = {"target": "*i64", "COUNT": "i32", "words": ("i64",) * WORDS}
+    return _compile(arch, fused_l2_write, arguments, {})
+
+
+def _compile(arch: int | str, function: Any, arguments: dict[str, Any], constants: dict[str, Any]) -> Any:
     target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
     names = list(function.arg_names)
     signature = {name: arguments.get(name, "constexpr") for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
     # What the runtime finds out by looking at the arguments: addresses and chunk sizes are multiples of 16.
-    divisible = [name for name, kind in arguments.items() if kind.startswith("*") or name == "CHUNK"]
+    divisible = [name for name, kind in arguments.items() if str(kind).startswith("*") or name == "CHUNK"]
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     return triton.compile(ASTSource(function, signature, values, hints), target=target, options=options(target.warp_size))
 

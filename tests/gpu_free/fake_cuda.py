@@ -18,8 +18,11 @@ from typing import Any
 
 import pytest
 import torch
-from fused_l2.kernels.launch import DTYPES, specialization
-from fused_l2.kernels.norms import fused_l2_clip, fused_l2_measure_grads
+from fused_l2.kernels.coefficients import fused_l2_coefficients
+from fused_l2.kernels.control import fused_l2_control
+from fused_l2.kernels.launch import DTYPES, THREADS, WORDS, specialization
+from fused_l2.kernels.norms import fused_l2_measure_grads
+from fused_l2.kernels.write import fused_l2_write
 from torch import Tensor
 
 from fused_l2 import engines
@@ -36,13 +39,20 @@ Signature = tuple[Rule, int, torch.dtype, torch.dtype]  # rule, flags, dtypes of
 Run = Callable[[Any, Sequence[Tensor], int, Sequence[int]], None]
 
 
+_COMPILE = {
+    "measure": aot.compile_measure,
+    "control": aot.compile_control,
+    "coefficients": aot.compile_coefficients,
+    "write": aot.compile_write,
+}
+
+
 def emulated(arch: int) -> Run:
     """Runs what is compiled for this architecture in the PTX emulator."""
 
     def run(which: Any, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
-        compiled = {"measure": aot.compile_measure, "clip": aot.compile_clip}.get(which[0], aot.compile_for)(
-            arch, *(which[1:] if isinstance(which[0], str) else which)
-        )
+        compile_it = _COMPILE.get(which[0])
+        compiled = compile_it(arch, *which[1:]) if compile_it else aot.compile_for(arch, *which)
         emulator = Emulator(compiled.asm["ptx"], compiled.metadata.shared)
         for i, tensor in enumerate(tensors):
             emulator.register(tensor, f"tensor {i} of shape {tuple(tensor.shape)}, {tensor.dtype}")
@@ -60,16 +70,23 @@ def interpreted_kernel(which: Any, tensors: Sequence[Tensor], programs: int, arg
         return torch.frombuffer((ctypes.c_uint8 * 8).from_address(address), dtype=dtype)
 
     int64, float64 = torch.int64, torch.float64
+    kinds: list[Any]
     if which[0] == "measure":
         function, constants = fused_l2_measure_grads, {"LARGEST": which[2], "DTYPE": DTYPES[which[1]]}
-        kinds: list[Any] = [int64, int64, float64, None, None]
-    elif which[0] == "clip":
-        function, constants = fused_l2_clip, {"LARGEST": which[1], "OPMATH": DTYPES[which[2]]}
-        kinds = [float64, float64, None, None]
-        arguments = [*arguments[:3], struct.unpack("<d", struct.pack("<q", arguments[3]))[0]]
+        kinds = [int64, int64, int64, float64, None, None]
+    elif which[0] == "control":
+        function, constants = fused_l2_control, {"LARGEST": which[1], "OPMATH": DTYPES[which[2]]}
+        kinds = [float64, float64, None, None, None, None, None]
+        arguments = [*arguments[:-1], struct.unpack("<d", struct.pack("<q", arguments[-1]))[0]]
+    elif which[0] == "coefficients":
+        function, constants = fused_l2_coefficients, {"RULE": int(which[1]), "BUCKET_FLAGS": which[2], "BLOCK": THREADS}
+        kinds = [int64, int64, float64, int64, which[3], float64, None]
+    elif which[0] == "write":
+        function, constants, kinds = fused_l2_write, {}, [int64, None, None]
+        arguments = [*arguments[:2], tuple(arguments[2:])]
     else:
         function, constants, opmath = specialization(*which)
-        kinds = [int64, int64, opmath, None, float64]
+        kinds = [int64, int64, int64, opmath, None, float64]
     given = [value if kind is None else at(value, kind) for value, kind in zip(arguments, kinds, strict=True)]
     with repaired():
         interpreted(function)[(programs,)](*given, **constants)
@@ -104,32 +121,44 @@ class FakeEvent:
 
 
 class FakeKernel:
-    """Stands for ``fused_l2.kernels.launch.Kernel``, ``MeasureKernel`` and ``ClipKernel``."""
+    """Stands for the kernels of ``fused_l2.kernels.launch``."""
 
-    def __init__(self, device: FakeDevice, which: Any) -> None:
+    def __init__(self, device: FakeDevice, *which: Any) -> None:
         self._device, self._which = device, which
         self.opmath = None if isinstance(which[0], str) else specialization(*which).opmath
 
     def launcher(self, *known: int) -> Callable[..., None]:
-        if self._which[0] == "clip":
-            partials, count = known
+        kind = self._which[0]
 
-            def clip(stream: int, control: int, max_norm: float) -> None:
-                bits = struct.unpack("<q", struct.pack("<d", max_norm))[0]
-                self._launch(1, stream, (partials, control, count, bits), aligned=(partials, control))
+        def step(stream: int, grads: int, coefficients: int, control: int) -> None:
+            programs, chunk_map, table, chunk = known
+            self._launch(programs, stream, (chunk_map, table, grads, coefficients, chunk, control), 4)
 
-            return clip
-        programs, *arguments = known
-        assert programs > 0
+        def measure(stream: int, grads: int) -> None:
+            programs, chunk_map, table, partials, chunk, first = known
+            self._launch(programs, stream, (chunk_map, table, grads, partials, chunk, first), 4)
 
-        def launch(stream: int, *control: int) -> None:
-            self._launch(programs, stream, (*arguments, *control), aligned=arguments)
+        def control(stream: int, out: int, scale: int, found_inf: int, count: int, skips: bool, max_norm: float) -> None:
+            bits = struct.unpack("<q", struct.pack("<d", max_norm))[0]
+            self._launch(1, stream, (*known, out, scale, found_inf, count, int(skips), bits), 2)
 
-        return launch
+        def coefficients(stream: int, numbers: int, sources: int, control: int) -> None:
+            groups, counters, out, count = known
+            programs = -(-count // THREADS)
+            self._launch(programs, stream, (groups, counters, numbers, sources, out, control, count), 5)
 
-    def _launch(self, programs: int, stream: int, arguments: tuple[int, ...], aligned: Sequence[int]) -> None:
+        return {"measure": measure, "control": control, "coefficients": coefficients}.get(kind, step)
+
+    def write(self, stream: int, target: int, words: Sequence[int]) -> None:
+        for begin in range(0, len(words), WORDS):
+            part = tuple(words[begin : begin + WORDS])
+            arguments = (target + 8 * begin, len(part), *part, *(0,) * (WORDS - len(part)))
+            self._launch(1, stream, arguments, 1)
+
+    def _launch(self, programs: int, stream: int, arguments: tuple[int, ...], aligned: int) -> None:
         device = self._device
-        assert all(value % 16 == 0 for value in aligned[:3]), "the compiler is told so"
+        assert programs > 0
+        assert all(value % 16 == 0 for value in arguments[:aligned]), "the compiler is told so"
         assert device.is_current, "launched while another device was the current one"
         assert stream == device.stream()
         if not isinstance(self._which[0], str):
@@ -150,10 +179,12 @@ class FakeDevice(cuda.Device):
         self.active = True  # while it is in place
         self.eager = False  # work is done at once
         self.is_current, self.capturing = True, False
+        self.graph: list[Callable[[], Any]] = []  # what was captured last
         self.launches: list[int] = []
         self.uploads: list[int] = []
         self.compiled: list[Signature] = []
         self.pinned_buffers = 0
+        self.waits = 0  # how often the host waited for the device
         self.told: list[int] = []  # streams the allocator was told of
         self.memories: list[Tensor] = []
         self.accessible: Callable[[], Sequence[Tensor]] = lambda: ()
@@ -170,7 +201,21 @@ class FakeDevice(cuda.Device):
             patch.setattr(cuda, "_kernels", {})
             yield
 
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """What is launched within is recorded, not done; :meth:`replay` does it."""
+        self.capturing, self.graph = True, []
+        yield
+        self.capturing = False
+
+    def replay(self) -> None:
+        for work in self.graph:
+            self.enqueue(work)
+
     def enqueue(self, work: Callable[[], Any]) -> None:
+        if self.capturing:
+            self.graph.append(work)
+            return
         self.streams[self.on].queue.append(work)
         if self.eager:
             self.synchronize()
@@ -183,13 +228,26 @@ class FakeDevice(cuda.Device):
 
     def kernel(self, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> Any:
         self.compiled.append((rule, flags, param, state))
-        return FakeKernel(self, self.compiled[-1])
+        return self._kernel(rule, flags, param, state)
 
     def measure_kernel(self, dtype: torch.dtype, largest: bool) -> Any:
-        return FakeKernel(self, ("measure", dtype, largest))
+        return self._kernel("measure", dtype, largest)
 
-    def clip_kernel(self, largest: bool, opmath: torch.dtype) -> Any:
-        return FakeKernel(self, ("clip", largest, opmath))
+    def control_kernel(self, largest: bool, opmath: torch.dtype) -> Any:
+        return self._kernel("control", largest, opmath)
+
+    def coefficients_kernel(self, rule: Rule, flags: int, opmath: torch.dtype) -> Any:
+        return self._kernel("coefficients", rule, flags, opmath)
+
+    def write_kernel(self) -> Any:
+        return self._kernel("write")
+
+    def _kernel(self, *which: Any) -> FakeKernel:
+        assert not self.capturing, "compiling and loading is not allowed while a stream is captured"
+        return FakeKernel(self, *which)
+
+    def is_capturing(self) -> bool:
+        return self.capturing
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -207,7 +265,18 @@ class FakeDevice(cuda.Device):
     def used_by_current_stream(self, memory: Tensor) -> None:
         self.told.append(self.on)
 
+    def read(self, tensor: Tensor) -> list[float]:
+        assert not self.capturing
+        self.waits += 1
+        self.synchronize()
+        return [1.0, 0.0, 0.0] if self.run is nothing else tensor.tolist()
+
+    def scalar(self, value: Tensor) -> Tensor:
+        self.memories.append(value.detach().reshape(()).float())
+        return self.memories[-1]
+
     def pinned(self, words: int) -> Tensor:
+        assert not self.capturing, "the copy would read this memory at every replay (T36)"
         self.pinned_buffers += 1
         return torch.full((words,), -1, dtype=torch.int64)
 
@@ -226,7 +295,9 @@ def tensors_of(optimizer: Any) -> list[Tensor]:
         for p in group["params"]:
             state = optimizer.state.get(p, {})
             found += [p.detach(), *([] if p.grad is None else [p.grad])]
-            found += [t for name, t in state.items() if isinstance(t, Tensor) and name != "step"]
+            found += [t for t in state.values() if isinstance(t, Tensor)]
+        found += [v for v in group.values() if isinstance(v, Tensor)]
+        found += [v for v in group.get("betas", ()) if isinstance(v, Tensor)]
     for part, _ in optimizer._plan._parts if optimizer._plan else ():
         found += part._copies
         control = getattr(part, "_control", None)

@@ -424,6 +424,10 @@ def _convert(emulator: Emulator, i: Instruction) -> Any:
         return _narrowed(value, to)
     if (to, source, modifiers) == ("f32", "f64", ["rn"]):
         return value.astype("f4")
+    if (to, modifiers) == ("f64", ["rn"]) and source in ("u32", "s32"):  # exact
+        return value.astype("f8")
+    if (to, source, modifiers) == ("s32", "f32", ["rzi"]):
+        return np.trunc(np.clip(np.nan_to_num(value.astype("f8"), nan=0.0), -(2.0**31), 2.0**31 - 1)).astype("i4")
     if to[0] in "us" and source[0] in "us" and not modifiers:
         return value.astype(_TYPES[to])
     raise NotImplementedError(i.text)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import triton
-from fused_l2.kernels.launch import ClipKernel, Kernel, MeasureKernel
+from fused_l2.kernels.launch import WORDS, CoefficientsKernel, ControlKernel, Kernel, MeasureKernel, WriteKernel
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -95,13 +95,23 @@ class StubDevice(FakeDevice):
     def measure_kernel(self, dtype: torch.dtype, largest: bool) -> Any:
         return MeasureKernel(dtype, largest)
 
-    def clip_kernel(self, largest: bool, opmath: torch.dtype) -> Any:
-        return ClipKernel(largest, opmath)
+    def control_kernel(self, largest: bool, opmath: torch.dtype) -> Any:
+        return ControlKernel(largest, opmath)
+
+    def coefficients_kernel(self, rule: Rule, flags: int, opmath: torch.dtype) -> Any:
+        return CoefficientsKernel(rule, flags, opmath)
+
+    def write_kernel(self) -> Any:
+        return WriteKernel()
 
 
-STEP = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64)  # the arguments of a step
-MEASURE = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32, ctypes.c_int32)
-CLIP = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32, ctypes.c_double)
+# The arguments of each kernel.
+_P, _I = ctypes.c_uint64, ctypes.c_int32
+STEP = (_P, _P, _P, _P, _I, _P)
+MEASURE = (_P, _P, _P, _P, _I, _I)
+CONTROL = (_P, _P, _P, _P, _I, _I, ctypes.c_double)
+COEFFICIENTS = (_P, _P, _P, _P, _P, _P, _I)
+WRITE = (_P, _I, *(ctypes.c_int64,) * WORDS)
 
 
 def arguments_of(stub: Any, launch: Callable[[], None], *kinds: Any) -> list[tuple[int, int, int, tuple[Any, ...]]]:

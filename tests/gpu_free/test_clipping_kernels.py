@@ -145,10 +145,10 @@ def test_the_measuring_kernel_checks_out_at_every_edge():
                 lanes[i % LANES] += g * g
             while len(lanes) > 1:
                 lanes = [lanes[2 * k] + lanes[2 * k + 1] for k in range(len(lanes) // 2)]
-            table = torch.tensor([[0, grad.data_ptr(), 0, 0, 0, 0, count, 0, 0]])
+            table, grads = torch.tensor([[0, 0, 0, 0, 0, 0, count, 0, 0]]), torch.tensor([grad.data_ptr()])
             words, partials = torch.tensor(chunk_map([count], 16384)), torch.full((3,), -1.0, dtype=torch.float64)
             emulator = Emulator(compiled.asm["ptx"], compiled.metadata.shared)
-            for name, tensor in (("grad", grad), ("table", table), ("map", words), ("partials", partials)):
+            for name, tensor in (("grad", grad), ("grads", grads), ("table", table), ("map", words), ("partials", partials)):
                 emulator.register(tensor, name)
-            emulator.run(1, [words.data_ptr(), table.data_ptr(), partials.data_ptr(), 16384, 0])
+            emulator.run(1, [words.data_ptr(), table.data_ptr(), grads.data_ptr(), partials.data_ptr(), 16384, 0])
             assert partials.tolist() == [lanes[0], -1.0, -1.0]

@@ -21,7 +21,7 @@ from fused_l2.tensor_table import Flag, Rule
 from . import aot
 from .fake_cuda import tensors_of
 from .ptx_emulator import Emulator
-from .stub_driver import CLIP, MEASURE, STEP, StubDevice, arguments_of, stub_driver, why_unavailable
+from .stub_driver import CONTROL, MEASURE, STEP, StubDevice, arguments_of, stub_driver, why_unavailable
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
 SIZES = (5, 0, 1030, 64)
@@ -79,7 +79,7 @@ def test_what_reaches_the_driver_steps_the_tensors(stub):
     (launch,) = arguments_of(stub, optimizer.step, STEP)
     programs, threads, stream, arguments = launch
     assert (programs, threads, stream) == (4, 128, 0)  # 1 + 0 + 2 + 1 chunks of 1024
-    assert arguments[3] == 1024
+    assert arguments[4] == 1024
     device.synchronize()  # the uploads; the launches went into the stub
     emulator = Emulator(aot.compile_for(90, Rule.ADAM, int(Flag.DECOUPLED)).asm["ptx"])
     for tensor in (*device.memories, *tensors_of(optimizer)):
@@ -113,9 +113,9 @@ def test_a_clipped_step_is_three_launches(stub):
     optimizer = fused_l2.AdamW(params, max_grad_norm=0.3)
     set_grads(params, 0)
     optimizer.step()
-    measure, clip, step = arguments_of(stub, optimizer.step, MEASURE, CLIP, STEP)
+    measure, control, step = arguments_of(stub, optimizer.step, MEASURE, CONTROL, STEP)
     assert measure[0] == 3  # one chunk for each tensor that is not empty
-    assert (clip[0], step[0]) == (1, 4)
-    assert measure[3][3:] == (16384, 0)
-    assert measure[3][1] == step[3][1]  # one table
-    assert clip[3] == (measure[3][2], step[3][4], 3, 0.3)
+    assert (control[0], step[0]) == (1, 4)
+    assert measure[3][4:] == (16384, 0)
+    assert measure[3][1:3] == step[3][1:3]  # one table, the same gradients
+    assert control[3] == (measure[3][3], step[3][5], 0, 0, 3, 0, 0.3)

@@ -187,7 +187,8 @@ class Launch:
         for m in memory:
             start = -(m.data_ptr() // 4) % 4 + offset
             self.tensors.append(m[start : start + n])
-        self.row = torch.tensor([[*[t.data_ptr() for t in self.tensors], 0, 0, n, 0, 0]])
+        param, grad, *states = (t.data_ptr() for t in self.tensors)
+        self.row, self.grads = torch.tensor([[param, 0, *states, 0, 0, n, 0, 0]]), torch.tensor([grad])
         scalars = coefficients.adam(0.1, 0.9, 0.999, 1e-8, 0.1, True, 1)
         self.scalars, self.map = torch.tensor(scalars), torch.tensor(chunk_map([n], 1024))
 
@@ -195,10 +196,10 @@ class Launch:
         emulator = Emulator(ptx)
         for name, tensor in zip(("param", "grad", "exp_avg", "exp_avg_sq"), self.tensors, strict=True):
             emulator.register(tensor, name)
-        for name, tensor in (("table", self.row), ("coefficients", self.scalars), ("map", self.map)):
+        arguments = {"map": self.map, "table": self.row, "grads": self.grads, "coefficients": self.scalars}
+        for name, tensor in arguments.items():
             emulator.register(tensor, name)
-        addresses = [self.map.data_ptr(), self.row.data_ptr(), self.scalars.data_ptr(), 1024]
-        emulator.run(len(self.map), addresses)
+        emulator.run(len(self.map), [*(t.data_ptr() for t in arguments.values()), 1024])
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +242,7 @@ def test_each_missing_mask_is_noticed(ptx):
 def test_a_row_number_beyond_the_table_is_noticed(ptx):
     launch = Launch(100)
     launch.map[0] = 1
-    with pytest.raises(InvalidAccess, match="'table'"):
+    with pytest.raises(InvalidAccess, match="'table'|'grads'"):
         launch.run(ptx)
 
 

@@ -1,0 +1,238 @@
+"""What the CUDA engine keeps in device memory, and the launches that read it.
+
+A step uploads what changed in one asynchronous copy and launches one kernel per bucket, all on the device's current stream.
+The host never waits for the device. While a stream is being captured into a CUDA graph nothing is copied from the host: what a
+copy would bring travels as the arguments of a kernel, into memory of the graph's own.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import coefficients
+from ..control import Control, Prologue
+from ..tensor_table import GRAD, WIDTH, Rule, TensorTable, chunk_map, norm_chunk
+from .cuda import Device, UploadRing
+
+if TYPE_CHECKING:
+    from ..kernels.launch import Kernel
+
+
+class Rows(NamedTuple):
+    """For a bucket whose coefficient rows are computed on the device: which of the bucket's groups each tensor is in, and the
+    address of its step counter, or 0."""
+
+    groups: Sequence[int]
+    counters: Sequence[int]
+
+
+# The hyperparameters of a bucket's groups: values, and where they are on the device instead (see kernels/coefficients.py).
+Numbers = Sequence[tuple[Sequence[float], Sequence[int]]]
+
+
+class DeviceTable:
+    """A bucket's tables on the device, and the kernel that steps it. With ``rows``, coefficient rows are computed there, one
+    per tensor; otherwise the host uploads its own, one per (param group, step count).
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        kernel: Kernel,
+        table: TensorTable,
+        rule: Rule,
+        flags: int,
+        rows: Rows | None = None,
+    ) -> None:
+        self._device, self._table = device, table
+        self._typecode = "d" if kernel.opmath is torch.float64 else "f"
+        numels = table.numels()
+        chunk = _chunk_size(sum(numels), device.multiprocessors)
+        chunks = chunk_map(numels, chunk)
+        self._on_device = rows is not None
+        self._groups = 0 if rows is None else max(rows.groups) + 1
+
+        # What changes comes first, and what changes most often first of all: hyperparameters or coefficient rows, the
+        # gradients' addresses, the tensor table.
+        row_bytes = coefficients.WIDTH * kernel.opmath.itemsize
+        head = 16 * coefficients.NUMBERS * self._groups if self._on_device else row_bytes * len(table.steps)
+        changing = [head, 8 * table.count, 8 * len(table.rows)]
+        fixed = [8 * table.count, 8 * table.count, row_bytes * table.count] if self._on_device else [0, 0, 0]
+        ends = list(accumulate(_padded(size) for size in (*changing, *fixed, 8 * len(chunks))))
+        starts = [0, *ends]
+        with device.current():
+            self._memory = device.memory(ends[-1] // 8)
+            self._streams = {device.stream()}
+            words = array("q", bytes(ends[-1] - starts[3]))
+            if rows is not None:
+                words[: table.count] = array("q", rows.groups)
+                start = (starts[4] - starts[3]) // 8
+                words[start : start + table.count] = array("q", rows.counters)
+            start = (starts[6] - starts[3]) // 8
+            words[start : start + len(chunks)] = chunks
+            if words:
+                # Through pinned memory of torch's, which is not reused before the copy is made.
+                staged = device.pinned(len(words))
+                staged.copy_(torch.frombuffer(words, dtype=torch.int64))
+                device.upload(self._memory[starts[3] // 8 :], staged)
+        address = self._memory.data_ptr()
+        self._at = [address + start for start in starts]
+        self._head, self._grads = self._at[0], self._at[1]  # of the coming step
+        self._coefficients = self._at[5]
+        self.table_address = self._at[2]
+        self._ring = UploadRing(device, self._memory, starts[3] // 8)
+        self._sent: list[bytes] = [b"", b"", b""]
+        self._captured: list[Tensor] = []
+        self._compute: Callable[[int, int, int, int], None] | None = None
+        if self._on_device:
+            compute = device.coefficients_kernel(rule, flags, kernel.opmath)
+            self._compute = compute.launcher(self._at[3], self._at[4], self._at[5], table.count)
+        # For a capture, within which nothing can be compiled. Adam with steps counted on the host cannot be captured.
+        self._write = device.write_kernel() if self._on_device or rule is Rule.SGD else None
+        self._launch: Callable[[int, int, int, int], None] | None = None
+        if chunks:
+            self._launch = kernel.launcher(len(chunks), self._at[6], self.table_address, chunk)
+
+    def upload(self, stream: int, numbers: Numbers) -> None:
+        """Make what changed known to the device, on its current stream; the device must be the current one."""
+        if self._launch is None and self._compute is None:  # nothing but empty tensors
+            return
+        if stream not in self._streams:
+            self._device.used_by_current_stream(self._memory)
+            self._streams.add(stream)
+        if self._on_device:
+            head = b"".join(array("d", values).tobytes() for values, _ in numbers)
+            head += b"".join(array("q", sources).tobytes() for _, sources in numbers)
+        else:
+            head = array(self._typecode, self._table.scalars).tobytes()
+        grads = self._table.rows[GRAD::WIDTH].tobytes()
+        if self._device.is_capturing():
+            self._upload_captured(stream, _filled(head), grads)
+            return
+        self._head, self._grads = self._at[0], self._at[1]
+        parts = [_filled(head), _filled(grads), _filled(self._table.static_rows)]
+        for last in (2, 1, 0):
+            if parts[last] != self._sent[last]:
+                self._ring.upload(*parts[: last + 1])
+                break
+        self._sent = parts
+
+    def _upload_captured(self, stream: int, head: bytes, grads: bytes) -> None:
+        assert self._write is not None  # else the capture was refused
+        words = array("q", head + _filled(grads))
+        memory = self._device.memory(len(words))
+        self._captured.append(memory)
+        self._write.write(stream, memory.data_ptr(), words)
+        self._head, self._grads = memory.data_ptr(), memory.data_ptr() + len(head)
+
+    @property
+    def grads_address(self) -> int:
+        return self._grads
+
+    def step(self, stream: int, control: int) -> None:
+        """Launch, after :meth:`upload`. ``control`` is the address of a control, or 0."""
+        coefficients_at = self._head
+        if self._compute is not None:
+            sources = self._head + 8 * coefficients.NUMBERS * self._groups
+            self._compute(stream, self._head, sources, control)
+            coefficients_at = self._coefficients
+        if self._launch is not None:
+            self._launch(stream, self._grads, coefficients_at, control)
+
+
+class Measurer:
+    """Measures all gradients of a device's buckets, and decides about the step, without a word to the host."""
+
+    def __init__(
+        self, device: Device, tables: Sequence[DeviceTable], hosts: Sequence[TensorTable], dtypes: Sequence[torch.dtype]
+    ) -> None:
+        self._device, self._tables, self._dtypes = device, tables, dtypes
+        numels = [host.numels() for host in hosts]
+        self._chunk = norm_chunk(sum(map(sum, numels)))
+        self._chunk_maps = [chunk_map(n, self._chunk) for n in numels]
+        self._count = sum(map(len, self._chunk_maps))
+        words = array("q", [word for words in self._chunk_maps for word in words])
+        with device.current():
+            self._maps = device.memory(max(self._count, 1))
+            self._partials = device.memory(max(self._count, 1), torch.float64)
+            self._streams = {device.stream()}
+            if words:
+                staged = device.pinned(self._count)
+                staged.copy_(torch.frombuffer(words, dtype=torch.int64))
+                device.upload(self._maps, staged)
+        self._measures: dict[bool, list[tuple[DeviceTable, Callable[[int, int], None]]]] = {}
+        self._controls: dict[tuple[bool, torch.dtype], Callable[..., None]] = {}
+
+    def prepare(self, largest: bool, measures: bool, dtype: torch.dtype) -> None:
+        """Compile and load what :meth:`control` will launch."""
+        if measures and largest not in self._measures:
+            self._measures[largest], first = [], 0
+            for table, words, of in zip(self._tables, self._chunk_maps, self._dtypes, strict=True):
+                if words:
+                    kernel = self._device.measure_kernel(of, largest)
+                    at, out = self._maps.data_ptr(), self._partials.data_ptr()
+                    launch = kernel.launcher(len(words), at, table.table_address, out, self._chunk, first)
+                    self._measures[largest].append((table, launch))
+                    first += len(words)
+        if (largest, dtype) not in self._controls:
+            kernel = self._device.control_kernel(largest, dtype)
+            self._controls[largest, dtype] = kernel.launcher(self._partials.data_ptr())
+
+    def control(self, stream: int, prologue: Prologue, dtype: torch.dtype) -> Tensor:
+        """A new control, written when the stream gets there. The tables must have been uploaded."""
+        measures = prologue.clipping is not None
+        self.prepare(prologue.largest, measures, dtype)
+        if measures:
+            self._measure(stream, prologue.largest)
+        control = self._device.memory(len(Control._fields), torch.float64)
+        given = [self._scalar(t) for t in (prologue.grad_scale, prologue.found_inf)]
+        addresses = [0 if t is None else t.data_ptr() for t in given]
+        count = self._count if measures else 0
+        launch = self._controls[prologue.largest, dtype]
+        launch(stream, control.data_ptr(), *addresses, count, prologue.skips_nonfinite, prologue.max_norm)
+        return control
+
+    def _scalar(self, given: Tensor | None) -> Tensor | None:
+        return None if given is None else self._device.scalar(given)
+
+    def measure(self, stream: int, largest: bool) -> Tensor:
+        """The sum of squares, or the largest value, for adding up over devices."""
+        self.prepare(largest, True, torch.float32)
+        self._measure(stream, largest)
+        if self._count == 0:
+            return torch.zeros((), dtype=torch.float64, device=self._partials.device)
+        return self._partials.max() if largest else self._partials.sum()
+
+    def _measure(self, stream: int, largest: bool) -> None:
+        if stream not in self._streams:
+            for memory in (self._maps, self._partials):
+                self._device.used_by_current_stream(memory)
+            self._streams.add(stream)
+        for table, launch in self._measures[largest]:
+            launch(stream, table.grads_address)
+
+
+def _chunk_size(elements: int, multiprocessors: int) -> int:
+    """How many elements a program steps: a power of two that gives each multiprocessor some programs to choose from, and not
+    more programs than a chunk map of a megabyte holds. By estimate, not by measurement."""
+    chunk = 1024
+    while chunk < 8192 and elements > 2 * chunk * 16 * multiprocessors:
+        chunk *= 2
+    while elements > chunk << 17:
+        chunk *= 2
+    return chunk
+
+
+def _padded(size: int) -> int:
+    """Kernels are told that what they are given is aligned to 16 bytes."""
+    return -(-size // 16) * 16
+
+
+def _filled(part: bytes) -> bytes:
+    return part + bytes(_padded(len(part)) - len(part))

@@ -1,0 +1,114 @@
+"""The coefficient rows of a step, computed on the device: for step counts and hyperparameters that the host does not know.
+
+``fused_l2/coefficients.py`` has the same expressions for the host, and the bits agree once they are rounded to float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .layout import ADAM, COEFFICIENT_WIDTH, DECOUPLED, NUMBERS, SCALED, SKIP
+
+
+@triton.jit
+def fused_l2_coefficients(
+    groups,  # int64 [COUNT]: the row of `numbers` of each tensor
+    counters,  # int64 [COUNT]: addresses of step counters, float32
+    numbers,  # float64 [.][NUMBERS]: hyperparameters
+    sources,  # int64 [.][NUMBERS]: where they are on the device instead, or 0. The lowest bit is set if a float64 is there.
+    coefficients,  # opmath [COUNT][COEFFICIENT_WIDTH]
+    control,  # looked at with SCALED
+    COUNT,
+    RULE: tl.constexpr,
+    BUCKET_FLAGS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row and one count per tensor. A skipped step counts nothing."""
+    tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = tensor < COUNT
+    first = tl.load(groups + tensor, mask=inside, other=0) * NUMBERS
+    out = coefficients + tensor * COEFFICIENT_WIDTH
+    if RULE == ADAM:
+        lr = number(numbers, sources, first, inside)
+        beta1 = number(numbers, sources, first + 1, inside)
+        beta2 = number(numbers, sources, first + 2, inside)
+        eps = number(numbers, sources, first + 3, inside)
+        weight_decay = number(numbers, sources, first + 4, inside)
+        counter = tl.load(counters + tensor, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+        steps = tl.load(counter, mask=inside, other=0.0)
+        count = steps.to(tl.int32) + 1
+        bias_correction1 = 1 - power(beta1, count)
+        bias_correction2 = 1 - power(beta2, count)
+        put(out, 0, weight_decay, inside)
+        put(out, 1, decay_factor(lr, weight_decay, BUCKET_FLAGS), inside)
+        put(out, 2, 1 - beta1, inside)
+        put(out, 3, beta2, inside)
+        put(out, 4, 1 - beta2, inside)
+        put(out, 5, tl.sqrt(bias_correction2), inside)
+        put(out, 6, eps, inside)
+        put(out, 7, lr / bias_correction1 * -1.0, inside)
+        is_made = inside
+        if BUCKET_FLAGS & SCALED:
+            is_made = inside & (tl.load(control + SKIP) == 0)
+        tl.store(counter, steps + 1, mask=is_made)
+    else:
+        lr = number(numbers, sources, first, inside)
+        momentum = number(numbers, sources, first + 1, inside)
+        dampening = number(numbers, sources, first + 2, inside)
+        weight_decay = number(numbers, sources, first + 3, inside)
+        put(out, 0, weight_decay, inside)
+        put(out, 1, decay_factor(lr, weight_decay, BUCKET_FLAGS), inside)
+        put(out, 2, momentum, inside)
+        put(out, 3, 1 - dampening, inside)
+        put(out, 4, lr * -1.0, inside)
+
+
+@triton.jit
+def decay_factor(lr, weight_decay, BUCKET_FLAGS: tl.constexpr):
+    if BUCKET_FLAGS & DECOUPLED:
+        return tl.where(weight_decay != 0, 1 - lr * weight_decay, 1.0)
+    else:
+        return lr * 0 + 1
+
+
+@triton.jit
+def number(numbers, sources, at, inside):
+    """A hyperparameter: from its own tensor where it has one."""
+    source = tl.load(sources + at, mask=inside, other=0)
+    is_wide = (source & 1) != 0
+    narrow = tl.load(source.to(tl.pointer_type(tl.float32)), mask=(source != 0) & (is_wide == 0), other=0.0)
+    wide = tl.load((source & -2).to(tl.pointer_type(tl.float64)), mask=is_wide, other=0.0)
+    held = tl.load(numbers + at, mask=inside, other=0.0)
+    return tl.where(source == 0, held, tl.where(is_wide, wide, narrow.to(tl.float64)))
+
+
+@triton.jit
+def put(row, column: tl.constexpr, value, inside):
+    tl.store(row + column, value.to(row.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def power(base, exponent):
+    """base^exponent for exponents below 2^24, by squaring, in pairs of float64 (Dekker 1971): what comes of it is rounded once,
+    as by a correctly rounded pow."""
+    high = base * 0 + 1
+    low = base * 0
+    square = base
+    square_low = base * 0
+    for _ in range(24):
+        is_odd = (exponent & 1) != 0
+        next_high, next_low = product(high, low, square, square_low)
+        high = tl.where(is_odd, next_high, high)
+        low = tl.where(is_odd, next_low, low)
+        square, square_low = product(square, square_low, square, square_low)
+        exponent = exponent >> 1
+    return high
+
+
+@triton.jit
+def product(a, a_low, b, b_low):
+    high = a * b
+    low = tl.fma(a, b, high * -1.0) + (a * b_low + a_low * b)
+    total = high + low
+    return total, low - (total - high)
