@@ -32,6 +32,7 @@ from fused_l2.buckets import CudaPart
 from fused_l2.engines import cuda
 
 DEVICE = "cuda"
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 SIZES = (*AWKWARD_SIZES, 1024, 1025, 8192, 100_003, 0)
@@ -140,9 +141,7 @@ def test_same_bits_as_the_cpu_engine_after_1000_steps(name):
     assert_same_state(optimizers[0], on_device, optimizers[1], on_cpu)
 
 
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="torch's fused SGD computed in float64 before 2.11"
-)
+@pytest.mark.skipif(TORCH < (2, 11), reason="torch's fused SGD computed in float64 before 2.11")
 @pytest.mark.parametrize("options", SGD_VARIANTS, ids=label)
 def test_sgd_has_the_bits_of_torch_fused(options):
     """Except where torch's own binary differs from its source: maximize and momentum without weight decay."""

@@ -242,7 +242,7 @@ def test_each_missing_mask_is_noticed(ptx):
 def test_a_row_number_beyond_the_table_is_noticed(ptx):
     launch = Launch(100)
     launch.map[0] = 1
-    with pytest.raises(InvalidAccess, match="'table'|'grads'"):
+    with pytest.raises(InvalidAccess, match=r"'table'|'grads'"):
         launch.run(ptx)
 
 
