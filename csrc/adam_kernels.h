@@ -5,19 +5,23 @@
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
+template <class V, class P, class S, Decay decay> void adam_piece(const Piece& piece, const double* row) {
+  if (piece.bucket->flags & flag::amsgrad) return Sweep<V, P, S, Adam<V, decay, true>>::run(piece, row);
+  Sweep<V, P, S, Adam<V, decay, false>>::run(piece, row);
+}
+
 void adam(const Piece& piece) {
   const Bucket& bucket = *piece.bucket;
   const double* row = bucket.coefficients + piece.row[column::coefficients] * kCoefficients;
-  const bool amsgrad = bucket.flags & flag::amsgrad;
-  const bool coupled = !(bucket.flags & flag::decoupled) && row[adam_coefficient::weight_decay] != 0;
   with_dtypes(bucket, [&](auto vector, auto param, auto state) {
     using V = decltype(vector);
     using P = decltype(param);
     using S = decltype(state);
-    if (coupled && amsgrad) return Sweep<V, P, S, Adam<V, true, true>>::run(piece, row);
-    if (coupled) return Sweep<V, P, S, Adam<V, true, false>>::run(piece, row);
-    if (amsgrad) return Sweep<V, P, S, Adam<V, false, true>>::run(piece, row);
-    Sweep<V, P, S, Adam<V, false, false>>::run(piece, row);
+    const bool coupled = row[adam_coefficient::weight_decay] != 0;
+    if (!(bucket.flags & flag::decoupled) && coupled) return adam_piece<V, P, S, Decay::coupled>(piece, row);
+    if (bucket.flags & flag::decoupled && bucket.flags & flag::cautious)
+      return adam_piece<V, P, S, Decay::cautious>(piece, row);
+    adam_piece<V, P, S, Decay::decoupled>(piece, row);
   });
 }
 

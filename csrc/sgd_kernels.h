@@ -29,6 +29,8 @@ void sgd(const Piece& piece) {
     using P = decltype(param);
     using S = decltype(state);
     if (row[sgd_coefficient::weight_decay] == 0) return sgd_piece<V, P, S, Decay::none>(piece, row);
+    if (bucket.flags & flag::decoupled && bucket.flags & flag::cautious)
+      return sgd_piece<V, P, S, Decay::cautious>(piece, row);
     if (bucket.flags & flag::decoupled) return sgd_piece<V, P, S, Decay::decoupled>(piece, row);
     sgd_piece<V, P, S, Decay::coupled>(piece, row);
   });

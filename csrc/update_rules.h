@@ -4,8 +4,8 @@
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
-enum class Decay { none, coupled, decoupled };      // what weight decay does in this row
-enum class Momentum { none, first_step, running };  // of SGD: is there a buffer, does it hold anything yet
+enum class Decay { none, coupled, decoupled, cautious };  // what weight decay does in this row
+enum class Momentum { none, first_step, running };        // of SGD: is there a buffer, does it hold anything yet
 
 // What happens to every gradient before its rule sees it.
 template <class V> struct GradientTransform {
@@ -42,13 +42,14 @@ template <class V, Decay decay_kind, Momentum momentum_kind, bool nesterov> stru
   FUSED_L2_INLINE void operator()(V& param, V grad, V* state) const {
     grad = transform(grad);
     if constexpr (decay_kind == Decay::coupled) grad = fma(param, weight_decay, grad);
-    if constexpr (decay_kind == Decay::decoupled) param = param * decay;
     V update = grad;
     if constexpr (momentum_kind != Momentum::none) {
       V& buffer = state[0];
       buffer = momentum_kind == Momentum::first_step ? grad : fma(grad, one_minus_dampening, buffer * momentum);
       update = nesterov ? fma(buffer, momentum, grad) : buffer;
     }
+    if constexpr (decay_kind == Decay::decoupled) param = param * decay;
+    if constexpr (decay_kind == Decay::cautious) param = where_agree(update, param, param * decay, param);
     param = fma(update, neg_lr, param);
   }
 };
@@ -78,7 +79,7 @@ template <class V> struct ConstantDivisor {
   }
 };
 
-template <class V, bool coupled, bool amsgrad> struct Adam {
+template <class V, Decay decay_kind, bool amsgrad> struct Adam {
   using T = typename V::T;
   static constexpr int states = amsgrad ? 3 : 2;
   static constexpr bool reads_states = true;
@@ -105,11 +106,12 @@ template <class V, bool coupled, bool amsgrad> struct Adam {
   FUSED_L2_INLINE void operator()(V& param, V grad, V* state) const {
     V &exp_avg = state[0], &exp_avg_sq = state[1];
     grad = transform(grad);
-    if constexpr (coupled) grad = fma(param, weight_decay, grad);
-    else param = param * decay;  // 1 where there is none
+    if constexpr (decay_kind == Decay::coupled) grad = fma(param, weight_decay, grad);
+    if constexpr (decay_kind == Decay::decoupled) param = param * decay;  // 1 where there is none
     const V difference = grad - exp_avg;
     if (!FUSED_L2_LIKELY(!lerp_from_end)) exp_avg = grad;
     exp_avg = fma(lerp_weight, difference, exp_avg);
+    if constexpr (decay_kind == Decay::cautious) param = where_agree(exp_avg, param, param * decay, param);
     exp_avg_sq = fma(one_minus_beta2 * grad, grad, exp_avg_sq * beta2);
     V second_moment = exp_avg_sq;
     if constexpr (amsgrad) second_moment = state[2] = maximum(state[2], exp_avg_sq);

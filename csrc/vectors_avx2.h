@@ -29,6 +29,13 @@ FUSED_L2_INLINE F32 negate(F32 a) { return {_mm256_xor_ps(a.v, _mm256_set1_ps(-0
 FUSED_L2_INLINE F32 maximum(F32 a, F32 b) {
   return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
 }
+// a where u and p have the same sign (a zero has both), else b. Their product could underflow; NaN agrees with nothing.
+FUSED_L2_INLINE F32 where_agree(F32 u, F32 p, F32 a, F32 b) {
+  const auto zero = _mm256_setzero_ps();
+  const auto up = _mm256_and_ps(_mm256_cmp_ps(u.v, zero, _CMP_GE_OQ), _mm256_cmp_ps(p.v, zero, _CMP_GE_OQ));
+  const auto down = _mm256_and_ps(_mm256_cmp_ps(u.v, zero, _CMP_LE_OQ), _mm256_cmp_ps(p.v, zero, _CMP_LE_OQ));
+  return {_mm256_blendv_ps(b.v, a.v, _mm256_or_ps(up, down))};
+}
 FUSED_L2_INLINE bool all_finite(F32 a) {
   const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v);
   return _mm256_movemask_ps(_mm256_cmp_ps(magnitude, _mm256_set1_ps(3.402823466e38f), _CMP_LE_OQ)) == 0xff;
@@ -44,6 +51,12 @@ FUSED_L2_INLINE F64 sqrt(F64 a) { return {_mm256_sqrt_pd(a.v)}; }
 FUSED_L2_INLINE F64 negate(F64 a) { return {_mm256_xor_pd(a.v, _mm256_set1_pd(-0.0))}; }
 FUSED_L2_INLINE F64 maximum(F64 a, F64 b) {
   return {_mm256_blendv_pd(_mm256_max_pd(a.v, b.v), a.v, _mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q))};
+}
+FUSED_L2_INLINE F64 where_agree(F64 u, F64 p, F64 a, F64 b) {
+  const auto zero = _mm256_setzero_pd();
+  const auto up = _mm256_and_pd(_mm256_cmp_pd(u.v, zero, _CMP_GE_OQ), _mm256_cmp_pd(p.v, zero, _CMP_GE_OQ));
+  const auto down = _mm256_and_pd(_mm256_cmp_pd(u.v, zero, _CMP_LE_OQ), _mm256_cmp_pd(p.v, zero, _CMP_LE_OQ));
+  return {_mm256_blendv_pd(b.v, a.v, _mm256_or_pd(up, down))};
 }
 FUSED_L2_INLINE bool all_finite(F64) { return false; }
 

@@ -29,6 +29,13 @@ FUSED_L2_INLINE F32 negate(F32 a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0
 FUSED_L2_INLINE F32 maximum(F32 a, F32 b) {
   return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
 }
+// a where u and p have the same sign (a zero has both), else b. Their product could underflow; NaN agrees with nothing.
+FUSED_L2_INLINE F32 where_agree(F32 u, F32 p, F32 a, F32 b) {
+  const auto zero = _mm512_setzero_ps();
+  const auto up = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(u.v, zero, _CMP_GE_OQ), p.v, zero, _CMP_GE_OQ);
+  const auto down = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(u.v, zero, _CMP_LE_OQ), p.v, zero, _CMP_LE_OQ);
+  return {_mm512_mask_mov_ps(b.v, up | down, a.v)};
+}
 FUSED_L2_INLINE bool all_finite(F32 a) {
   constexpr int quiet_nan = 0x01, plus_inf = 0x08, minus_inf = 0x10, signaling_nan = 0x80;
   return _mm512_fpclass_ps_mask(a.v, quiet_nan | plus_inf | minus_inf | signaling_nan) == 0;
@@ -44,6 +51,12 @@ FUSED_L2_INLINE F64 sqrt(F64 a) { return {_mm512_sqrt_pd(a.v)}; }
 FUSED_L2_INLINE F64 negate(F64 a) { return {_mm512_xor_pd(a.v, _mm512_set1_pd(-0.0))}; }
 FUSED_L2_INLINE F64 maximum(F64 a, F64 b) {
   return {_mm512_mask_mov_pd(_mm512_max_pd(a.v, b.v), _mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
+}
+FUSED_L2_INLINE F64 where_agree(F64 u, F64 p, F64 a, F64 b) {
+  const auto zero = _mm512_setzero_pd();
+  const auto up = _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(u.v, zero, _CMP_GE_OQ), p.v, zero, _CMP_GE_OQ);
+  const auto down = _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(u.v, zero, _CMP_LE_OQ), p.v, zero, _CMP_LE_OQ);
+  return {_mm512_mask_mov_pd(b.v, up | down, a.v)};
 }
 FUSED_L2_INLINE bool all_finite(F64) { return false; }
 

@@ -39,6 +39,13 @@ template <class V> FUSED_L2_INLINE V fma(V a, V b, V c) {
 template <class V> FUSED_L2_INLINE V negate(V a) {
   return V::make([&](int i) { return -a.lane[i]; });
 }
+// a where u and p have the same sign (a zero has both), else b. Their product could underflow; NaN agrees with nothing.
+template <class V> FUSED_L2_INLINE V where_agree(V u, V p, V a, V b) {
+  return V::make([&](int i) {
+    const bool agree = (u.lane[i] >= 0 && p.lane[i] >= 0) || (u.lane[i] <= 0 && p.lane[i] <= 0);
+    return agree ? a.lane[i] : b.lane[i];
+  });
+}
 // c - a * b
 template <class V> FUSED_L2_INLINE V negated_fma(V a, V b, V c) { return fma(negate(a), b, c); }
 template <class V> FUSED_L2_INLINE V sqrt(V a) {

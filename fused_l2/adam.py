@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import coefficients
 from .control import make_clipping
+from .decay_options import make_decay_options
 from .optimizer import FusedOptimizer, at_least_zero, number
 from .tensor_table import Flag, Rule
 
@@ -51,6 +52,14 @@ class Adam(FusedOptimizer):
             See :attr:`step_was_skipped`.
         amp_scaling: let ``torch.amp.GradScaler.step`` leave unscaling, and skipping after an overflow, to the step itself: one
             pass less over the gradients, and no wait for the device.
+        decay_rule, max_lr, cautious: other rules of decay, for all param groups or (a list for decay_rule) for each::
+
+                decay_rule="fully_decoupled":  w = (1 - lr / max_lr * weight_decay) * w     (Loshchilov & Hutter 2019)
+                decay_rule="corrected":        w = (1 - lr^2 / max_lr * weight_decay) * w   (AdamC, SGDC: Defazio 2025)
+                cautious=True:                 decay only where update and w have the same sign   (Chen et al. 2025)
+
+            With coupled decay only SGD's "corrected" exists: d = g + lr / max_lr * weight_decay * w. ``max_lr`` is the largest
+            lr of the schedule; None: each group's lr when it was added. See docs/weight-decay.md.
 
     Raises:
         ValueError, TypeError: if a hyperparameter is out of its range or not a number.
@@ -78,9 +87,13 @@ class Adam(FusedOptimizer):
         error_if_nonfinite: bool = False,
         skip_if_nonfinite: bool = False,
         amp_scaling: bool = False,
+        decay_rule: str | Sequence[str] = "plain",
+        max_lr: float | None = None,
+        cautious: bool = False,
     ) -> None:
         self._clipping = make_clipping(max_grad_norm, norm_type, error_if_nonfinite, skip_if_nonfinite)
         self._step_supports_amp_scaling = bool(amp_scaling)
+        self._decay_options = make_decay_options(decay_rule, max_lr, cautious)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -103,7 +116,7 @@ class Adam(FusedOptimizer):
 
     def _checked_numbers(self, values: tuple[Any, ...], group: int | None) -> tuple[float, ...]:
         where = "" if group is None else f" of param group {group}"
-        lr, betas, eps, weight_decay, *_ = values
+        lr, betas, eps, weight_decay, _, _, decoupled = values
         if isinstance(betas, (str, bytes)) or not hasattr(betas, "__len__") or len(betas) != 2:
             raise TypeError(f"betas must be a pair of numbers{where}, got {betas!r}")
         beta1, beta2 = (number(beta, f"beta parameter at index {i}", where) for i, beta in enumerate(betas))
@@ -116,6 +129,7 @@ class Adam(FusedOptimizer):
             beta2,
             at_least_zero(eps, "epsilon value", where),
             at_least_zero(weight_decay, "weight_decay value", where),
+            *self._decay_numbers(group, bool(decoupled), where),
         )
 
     def _counts_on_device(self) -> bool:
@@ -125,6 +139,8 @@ class Adam(FusedOptimizer):
     def _flags(self, values: tuple[Any, ...]) -> int:
         *_, amsgrad, maximize, decoupled = values
         flags = int(Flag.DECOUPLED) if decoupled else 0
+        if self._decay_options.cautious:
+            flags |= Flag.CAUTIOUS
         if amsgrad:
             flags |= Flag.AMSGRAD
         if maximize:
@@ -137,8 +153,9 @@ class Adam(FusedOptimizer):
 
     @staticmethod
     def _coefficient_row(numbers: tuple[float, ...], flags: int, step: float) -> tuple[float, ...]:
-        lr, beta1, beta2, eps, weight_decay = numbers
-        return coefficients.adam(lr, beta1, beta2, eps, weight_decay, bool(flags & Flag.DECOUPLED), step)
+        lr, beta1, beta2, eps, weight_decay, max_lr, rule = numbers
+        decoupled = bool(flags & Flag.DECOUPLED)
+        return coefficients.adam(lr, beta1, beta2, eps, weight_decay, decoupled, step, max_lr, int(rule))
 
 
 class AdamW(Adam):
@@ -167,6 +184,14 @@ class AdamW(Adam):
             See :attr:`step_was_skipped`.
         amp_scaling: let ``torch.amp.GradScaler.step`` leave unscaling, and skipping after an overflow, to the step itself: one
             pass less over the gradients, and no wait for the device.
+        decay_rule, max_lr, cautious: other rules of decay, for all param groups or (a list for decay_rule) for each::
+
+                decay_rule="fully_decoupled":  w = (1 - lr / max_lr * weight_decay) * w     (Loshchilov & Hutter 2019)
+                decay_rule="corrected":        w = (1 - lr^2 / max_lr * weight_decay) * w   (AdamC, SGDC: Defazio 2025)
+                cautious=True:                 decay only where update and w have the same sign   (Chen et al. 2025)
+
+            With coupled decay only SGD's "corrected" exists: d = g + lr / max_lr * weight_decay * w. ``max_lr`` is the largest
+            lr of the schedule; None: each group's lr when it was added. See docs/weight-decay.md.
 
     Raises:
         ValueError, TypeError: if a hyperparameter is out of its range or not a number.
@@ -191,6 +216,9 @@ class AdamW(Adam):
         error_if_nonfinite: bool = False,
         skip_if_nonfinite: bool = False,
         amp_scaling: bool = False,
+        decay_rule: str | Sequence[str] = "plain",
+        max_lr: float | None = None,
+        cautious: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -210,6 +238,9 @@ class AdamW(Adam):
             error_if_nonfinite=error_if_nonfinite,
             skip_if_nonfinite=skip_if_nonfinite,
             amp_scaling=amp_scaling,
+            decay_rule=decay_rule,
+            max_lr=max_lr,
+            cautious=cautious,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,7 +15,9 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
+from .coefficients import DecayRule
 from .control import NORM, SKIP, Clipping, Control, Prologue, make_clipping
+from .decay_options import DecayOptions, make_decay_options
 from .plan import Plan
 from .state import OptimizerState, tell_of_changes
 from .tensor_table import Rule
@@ -42,10 +44,11 @@ class FusedOptimizer(Optimizer):
 
     _rule: ClassVar[Rule]
     # Attributes of ours that are no param-group keys; they travel with pickle and deepcopy.
-    _options: ClassVar[tuple[str, ...]] = ("_clipping", "_step_supports_amp_scaling")
+    _options: ClassVar[tuple[str, ...]] = ("_clipping", "_step_supports_amp_scaling", "_decay_options", "_first_lrs")
     _plan: Plan | None = None
     _clipping: Clipping | None = None
     _step_supports_amp_scaling = False  # torch's name: where it is set, GradScaler leaves unscaling and skipping to step()
+    _decay_options = DecayOptions()
     _control: Tensor | Control | None = None  # of the last step
     _norm_dtype = torch.float32
 
@@ -54,7 +57,13 @@ class FusedOptimizer(Optimizer):
             raise ValueError(_NOT_DIFFERENTIABLE)
         if defaults["fused"] and defaults["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")  # torch's own words
+        self._first_lrs: list[float] = []  # each group's lr when it was added
         super().__init__(params, defaults)
+        rules = self._decay_options.rules
+        if isinstance(rules, tuple) and len(rules) != len(self.param_groups):
+            raise ValueError(
+                f"decay_rule has {len(rules)} entries for {len(self.param_groups)} param groups; give one for each"
+            )
         self.state = OptimizerState()
         self._captured: list[Plan] = []  # what CUDA graphs read
 
@@ -210,6 +219,66 @@ class FusedOptimizer(Optimizer):
         self._step_supports_amp_scaling = bool(supported)
         self.drop_plan()
 
+    @property
+    def decay_rule(self) -> str | list[str]:
+        """How the strength of decay follows the learning rate: for all param groups, or for each."""
+        return self._decay_options.names()
+
+    @decay_rule.setter
+    def decay_rule(self, rule: str | Sequence[str]) -> None:
+        self._set_decay_options(make_decay_options(rule, self.max_lr, self.cautious))
+
+    @property
+    def max_lr(self) -> float | None:
+        """The largest learning rate of the schedule, for ``decay_rule``; None: each group's lr when it was added."""
+        return self._decay_options.max_lr
+
+    @max_lr.setter
+    def max_lr(self, max_lr: float | None) -> None:
+        self._set_decay_options(make_decay_options(self.decay_rule, max_lr, self.cautious))
+
+    @property
+    def cautious(self) -> bool:
+        """Whether weights are decayed only where decay and update go the same way."""
+        return self._decay_options.cautious
+
+    @cautious.setter
+    def cautious(self, cautious: bool) -> None:
+        self._set_decay_options(make_decay_options(self.decay_rule, self.max_lr, cautious))
+
+    def _set_decay_options(self, options: DecayOptions) -> None:
+        before, self._decay_options = self._decay_options, options
+        try:
+            for i, group in enumerate(self.param_groups):
+                self._checked_numbers(self._read_hyperparameters(group), i)
+        except Exception:
+            self._decay_options = before
+            raise
+        self.drop_plan()
+
+    def _decay_numbers(self, group: int | None, decoupled: bool, where: str) -> tuple[float, float]:
+        """``max_lr`` and the rule of a group, as the coefficients need them.
+
+        Raises:
+            ValueError: if the rule does not go with this kind of decay, or has no lr to compare with.
+        """
+        options = self._decay_options
+        rule = options.rule_of(group or 0)
+        remedy = "pass decoupled_weight_decay=True, or use AdamW"
+        if options.cautious and not decoupled:
+            raise ValueError(f"cautious=True needs decoupled weight decay{where}: {remedy}")
+        if rule is DecayRule.PLAIN or group is None:
+            return 1.0, float(rule)
+        if not decoupled and (rule is DecayRule.FULLY_DECOUPLED or self._rule is Rule.ADAM):
+            raise ValueError(f"decay_rule={rule.name.lower()!r} needs decoupled weight decay{where}: {remedy}")
+        max_lr = self._first_lrs[group] if options.max_lr is None else options.max_lr
+        if not max_lr > 0:
+            raise ValueError(
+                f"decay_rule={rule.name.lower()!r} compares lr with the largest lr of its schedule, and the lr{where} began at "
+                f"{max_lr}: pass max_lr="
+            )
+        return max_lr, float(rule)
+
     def drop_plan(self) -> None:
         """Forget what was prepared for the next step; it will be prepared again. Frees references to states."""
         self._plan = None
@@ -219,8 +288,9 @@ class FusedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group`` does, after checking its hyperparameters."""
         if isinstance(param_group, dict):
-            values = self._read_hyperparameters({**self.defaults, **param_group})
-            self._checked_numbers(values, len(self.param_groups))
+            given = {**self.defaults, **param_group}
+            self._first_lrs[len(self.param_groups) :] = [number(given["lr"], "learning rate")]
+            self._checked_numbers(self._read_hyperparameters(given), len(self.param_groups))
             if param_group.get("differentiable"):
                 raise ValueError(_NOT_DIFFERENTIABLE)
         super().add_param_group(param_group)

@@ -71,16 +71,14 @@ def sgd(
     p, g, *wide_states = _widened(param, grad, *states)
     weight_decay, decay, momentum, one_minus_dampening, neg_lr = (_scalar(x, p) for x in row)
     d = -g if flags & Flag.MAXIMIZE else g
-    if row[0] != 0:
-        if flags & Flag.DECOUPLED:
-            p = p * decay
-        else:
-            d = fma(p, weight_decay, d)
+    if row[0] != 0 and not flags & Flag.DECOUPLED:
+        d = fma(p, weight_decay, d)
     update, new_states = d, []
     if flags & Flag.MOMENTUM:
         buffer = d if first_step else fma(d, one_minus_dampening, wide_states[0] * momentum)
         update = fma(buffer, momentum, d) if flags & Flag.NESTEROV else buffer
         new_states = [buffer]
+    p = _decayed(p, decay, update, flags)
     return _narrowed(fma(update, neg_lr, p), param), [_narrowed(new, old) for new, old in zip(new_states, states, strict=True)]
 
 
@@ -95,20 +93,26 @@ def adam(
     )
     if flags & Flag.MAXIMIZE:
         g = -g
-    if row[0] != 0:
-        if flags & Flag.DECOUPLED:
-            p = p * decay
-        else:
-            g = fma(p, weight_decay, g)
+    if row[0] != 0 and not flags & Flag.DECOUPLED:
+        g = fma(p, weight_decay, g)
     nearer_to_old = bool((one_minus_beta1 < 0.5).all())  # torch.lerp starts from the nearer end
     m = fma(one_minus_beta1, g - m, m) if nearer_to_old else fma(one_minus_beta1 - 1, g - m, g)
     v = fma(one_minus_beta2 * g, g, v * beta2)
     new_states = [m, v]
     if flags & Flag.AMSGRAD:
         new_states.append(torch.maximum(largest[0], v))
+    p = _decayed(p, decay, m, flags)
     denominator = sqrt(new_states[-1]) / bias_correction2_sqrt + eps
     p = p + (neg_step_size * m) / denominator
     return _narrowed(p, param), [_narrowed(new, old) for new, old in zip(new_states, states, strict=True)]
+
+
+def _decayed(p: Tensor, decay: Tensor, update: Tensor, flags: int) -> Tensor:
+    """Decoupled decay (``decay`` is 1 where there is none); cautious: where ``update``, to be subtracted, has p's sign."""
+    if not flags & Flag.DECOUPLED:
+        return p
+    agree = ((update >= 0) & (p >= 0)) | ((update <= 0) & (p <= 0))
+    return torch.where(agree, p * decay, p) if flags & Flag.CAUTIOUS else p * decay
 
 
 def sqrt(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import coefficients
 from .control import make_clipping
+from .decay_options import make_decay_options
 from .optimizer import FusedOptimizer, at_least_zero, number
 from .tensor_table import Flag, Rule
 
@@ -49,6 +50,14 @@ class SGD(FusedOptimizer):
             See :attr:`step_was_skipped`.
         amp_scaling: let ``torch.amp.GradScaler.step`` leave unscaling, and skipping after an overflow, to the step itself: one
             pass less over the gradients, and no wait for the device.
+        decay_rule, max_lr, cautious: other rules of decay, for all param groups or (a list for decay_rule) for each::
+
+                decay_rule="fully_decoupled":  w = (1 - lr / max_lr * weight_decay) * w     (Loshchilov & Hutter 2019)
+                decay_rule="corrected":        w = (1 - lr^2 / max_lr * weight_decay) * w   (AdamC, SGDC: Defazio 2025)
+                cautious=True:                 decay only where update and w have the same sign   (Chen et al. 2025)
+
+            With coupled decay only SGD's "corrected" exists: d = g + lr / max_lr * weight_decay * w. ``max_lr`` is the largest
+            lr of the schedule; None: each group's lr when it was added. See docs/weight-decay.md.
 
     Raises:
         ValueError, TypeError: if a hyperparameter is out of its range or not a number.
@@ -76,9 +85,13 @@ class SGD(FusedOptimizer):
         error_if_nonfinite: bool = False,
         skip_if_nonfinite: bool = False,
         amp_scaling: bool = False,
+        decay_rule: str | Sequence[str] = "plain",
+        max_lr: float | None = None,
+        cautious: bool = False,
     ) -> None:
         self._clipping = make_clipping(max_grad_norm, norm_type, error_if_nonfinite, skip_if_nonfinite)
         self._step_supports_amp_scaling = bool(amp_scaling)
+        self._decay_options = make_decay_options(decay_rule, max_lr, cautious)
         self._decoupled = decoupled_weight_decay
         defaults = {
             "lr": lr,
@@ -101,8 +114,12 @@ class SGD(FusedOptimizer):
 
     @decoupled_weight_decay.setter
     def decoupled_weight_decay(self, decoupled: bool) -> None:
-        self._decoupled = decoupled
-        self.drop_plan()
+        before, self._decoupled = self._decoupled, decoupled
+        try:
+            self._set_decay_options(self._decay_options)
+        except ValueError:
+            self._decoupled = before
+            raise
 
     @staticmethod
     def _read_hyperparameters(group: dict[str, Any]) -> tuple[Any, ...]:
@@ -116,6 +133,7 @@ class SGD(FusedOptimizer):
             at_least_zero(momentum, "momentum value", where),
             number(dampening, "dampening", where),
             at_least_zero(weight_decay, "weight_decay value", where),
+            *self._decay_numbers(group, self._decoupled, where),
         )
         if nesterov and (checked[1] <= 0 or checked[2] != 0):
             raise ValueError(
@@ -127,6 +145,8 @@ class SGD(FusedOptimizer):
     def _flags(self, values: tuple[Any, ...]) -> int:
         _, momentum, _, _, nesterov, maximize = values
         flags = int(Flag.DECOUPLED) if self._decoupled else 0
+        if self._decay_options.cautious:
+            flags |= Flag.CAUTIOUS
         if momentum != 0:
             flags |= Flag.MOMENTUM
         if nesterov:
@@ -141,5 +161,5 @@ class SGD(FusedOptimizer):
 
     @staticmethod
     def _coefficient_row(numbers: tuple[float, ...], flags: int, step: float) -> tuple[float, ...]:
-        lr, momentum, dampening, weight_decay = numbers
-        return coefficients.sgd(lr, momentum, dampening, weight_decay, bool(flags & Flag.DECOUPLED))
+        lr, momentum, dampening, weight_decay, max_lr, rule = numbers
+        return coefficients.sgd(lr, momentum, dampening, weight_decay, bool(flags & Flag.DECOUPLED), max_lr, int(rule))

@@ -46,6 +46,7 @@ class Flag(IntEnum):
     DECOUPLED = 8
     AMSGRAD = 16
     SCALED = 32  # gradients are multiplied by a factor as they are loaded
+    CAUTIOUS = 64  # decoupled decay only where it and the update go the same way
 
 
 class RowFlag(IntEnum):

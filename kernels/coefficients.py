@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layout import ADAM, COEFFICIENT_WIDTH, DECOUPLED, NUMBERS, SCALED, SKIP
+from .layout import ADAM, COEFFICIENT_WIDTH, CORRECTED, DECOUPLED, FULLY_DECOUPLED, NUMBERS, SCALED, SKIP
 
 
 @triton.jit
@@ -41,7 +41,9 @@ def fused_l2_coefficients(
         bias_correction1 = 1 - power(beta1, count)
         bias_correction2 = 1 - power(beta2, count)
         put(out, 0, weight_decay, inside)
-        put(out, 1, decay_factor(lr, weight_decay, BUCKET_FLAGS), inside)
+        max_lr = number(numbers, sources, first + 5, inside)
+        rule = number(numbers, sources, first + 6, inside)
+        put(out, 1, decay_factor(lr, weight_decay, max_lr, rule, BUCKET_FLAGS), inside)
         put(out, 2, 1 - beta1, inside)
         put(out, 3, beta2, inside)
         put(out, 4, 1 - beta2, inside)
@@ -57,17 +59,21 @@ def fused_l2_coefficients(
         momentum = number(numbers, sources, first + 1, inside)
         dampening = number(numbers, sources, first + 2, inside)
         weight_decay = number(numbers, sources, first + 3, inside)
-        put(out, 0, weight_decay, inside)
-        put(out, 1, decay_factor(lr, weight_decay, BUCKET_FLAGS), inside)
+        max_lr = number(numbers, sources, first + 4, inside)
+        rule = number(numbers, sources, first + 5, inside)
+        put(out, 0, tl.where(rule == CORRECTED, lr / max_lr * weight_decay, weight_decay), inside)
+        put(out, 1, decay_factor(lr, weight_decay, max_lr, rule, BUCKET_FLAGS), inside)
         put(out, 2, momentum, inside)
         put(out, 3, 1 - dampening, inside)
         put(out, 4, lr * -1.0, inside)
 
 
 @triton.jit
-def decay_factor(lr, weight_decay, BUCKET_FLAGS: tl.constexpr):
+def decay_factor(lr, weight_decay, max_lr, rule, BUCKET_FLAGS: tl.constexpr):
     if BUCKET_FLAGS & DECOUPLED:
-        return tl.where(weight_decay != 0, 1 - lr * weight_decay, 1.0)
+        share = lr / max_lr
+        rate = tl.where(rule == FULLY_DECOUPLED, share, tl.where(rule == CORRECTED, lr * share, lr))
+        return tl.where(weight_decay != 0, 1 - rate * weight_decay, 1.0)
     else:
         return lr * 0 + 1
 

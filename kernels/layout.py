@@ -16,8 +16,11 @@ COEFFICIENT_WIDTH, NUMBERS = tl.constexpr(coefficients.WIDTH), tl.constexpr(coef
 FACTOR, SKIP, NORM = tl.constexpr(control.FACTOR), tl.constexpr(control.SKIP), tl.constexpr(control.NORM)
 
 ADAM = tl.constexpr(int(Rule.ADAM))
+FULLY_DECOUPLED = tl.constexpr(int(coefficients.DecayRule.FULLY_DECOUPLED))
+CORRECTED = tl.constexpr(int(coefficients.DecayRule.CORRECTED))
 
 MOMENTUM, NESTEROV = tl.constexpr(int(Flag.MOMENTUM)), tl.constexpr(int(Flag.NESTEROV))
 MAXIMIZE, DECOUPLED = tl.constexpr(int(Flag.MAXIMIZE)), tl.constexpr(int(Flag.DECOUPLED))
 AMSGRAD, SCALED = tl.constexpr(int(Flag.AMSGRAD)), tl.constexpr(int(Flag.SCALED))
+CAUTIOUS = tl.constexpr(int(Flag.CAUTIOUS))
 FIRST_STEP = tl.constexpr(int(RowFlag.FIRST_STEP))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layout import AMSGRAD, DECOUPLED, MAXIMIZE, MOMENTUM, NESTEROV
+from .layout import AMSGRAD, CAUTIOUS, DECOUPLED, MAXIMIZE, MOMENTUM, NESTEROV
 
 
 @triton.jit
@@ -20,9 +20,7 @@ def sgd(param, grad, buffer, unused1, unused2, row, first_step, FLAGS: tl.conste
     weight_decay, decay, momentum, one_minus_dampening, neg_lr, _5, _6, _7 = row
     if FLAGS & MAXIMIZE:
         grad = grad * -1.0  # not -grad, which triton 3.6 compiles to 0 - grad: the wrong zero
-    if FLAGS & DECOUPLED:
-        param = param * decay  # 1 where there is none
-    else:
+    if not FLAGS & DECOUPLED:
         grad = tl.where(weight_decay != 0, tl.fma(param, weight_decay, grad), grad)
     update = grad
     if FLAGS & MOMENTUM:
@@ -30,6 +28,7 @@ def sgd(param, grad, buffer, unused1, unused2, row, first_step, FLAGS: tl.conste
         update = buffer
         if FLAGS & NESTEROV:
             update = tl.fma(buffer, momentum, grad)
+    param = decayed(param, decay, update, FLAGS)
     return tl.fma(update, neg_lr, param), buffer, unused1, unused2
 
 
@@ -38,9 +37,7 @@ def adam(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, row, first_step, FLAG
     weight_decay, decay, one_minus_beta1, beta2, one_minus_beta2, bias_correction2_sqrt, eps, neg_step_size = row
     if FLAGS & MAXIMIZE:
         grad = grad * -1.0  # not -grad, which triton 3.6 compiles to 0 - grad: the wrong zero
-    if FLAGS & DECOUPLED:
-        param = param * decay  # 1 where there is none
-    else:
+    if not FLAGS & DECOUPLED:
         grad = tl.where(weight_decay != 0, tl.fma(param, weight_decay, grad), grad)
     # torch.lerp starts from the nearer end
     from_end = one_minus_beta1 >= 0.5
@@ -53,8 +50,21 @@ def adam(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, row, first_step, FLAG
         newer = (exp_avg_sq >= max_exp_avg_sq) | (exp_avg_sq != exp_avg_sq)
         max_exp_avg_sq = tl.where(newer, exp_avg_sq, max_exp_avg_sq)
         second_moment = max_exp_avg_sq
+    param = decayed(param, decay, exp_avg, FLAGS)
     denominator = divide(square_root(second_moment), bias_correction2_sqrt) + eps
     return param + divide(neg_step_size * exp_avg, denominator), exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+@triton.jit
+def decayed(param, decay, update, FLAGS: tl.constexpr):
+    """Decoupled decay; ``decay`` is 1 where there is none. ``update`` has the sign of what will be subtracted."""
+    if FLAGS & CAUTIOUS:  # a product of the two could underflow
+        agree = ((update >= 0) & (param >= 0)) | ((update <= 0) & (param <= 0))
+        return tl.where(agree, param * decay, param)
+    elif FLAGS & DECOUPLED:
+        return param * decay
+    else:
+        return param
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from conftest import needs_library
 
 import fused_l2
 from fused_l2 import coefficients, reference
+from fused_l2.coefficients import DecayRule
 from fused_l2.engines import torch_ops
 from fused_l2.tensor_table import Flag, Rule
 
@@ -110,14 +111,15 @@ def test_adam(signature, decay, amsgrad, maximize, beta1, capability):
 @pytest.mark.parametrize("signature", SIGNATURES, ids=id_of)
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_plain_pytorch_engine_sgd(signature, nesterov, decoupled):
+@pytest.mark.parametrize("rule", DecayRule)
+def test_plain_pytorch_engine_sgd(signature, nesterov, decoupled, rule):
     dtype, state_dtype = signature
     flags = Flag.MOMENTUM | (Flag.NESTEROV if nesterov else 0) | (Flag.DECOUPLED if decoupled else 0)
     numbers = (0.1, 0.9, 0.0, 0.05)
     p, g, b = (tensor(1003, d, s, special=False) for d, s in ((dtype, 1), (dtype, 2), (state_dtype, 3)))
-    expected, expected_states = reference.sgd(p, g, [b], coefficients.sgd(*numbers, decoupled), flags, False)
+    expected, expected_states = reference.sgd(p, g, [b], coefficients.sgd(*numbers, decoupled, 0.25, rule), flags, False)
     kept = g.clone()
-    torch_ops.step(Rule.SGD, flags, numbers, False, [p], [g], [[b]], [], False)
+    torch_ops.step(Rule.SGD, flags, (*numbers, 0.25, rule), False, [p], [g], [[b]], [], False)
     assert_same_bits([p, b], [expected, *expected_states])
     assert_same_bits(g, kept, "T52: the gradient")
 
@@ -125,15 +127,17 @@ def test_plain_pytorch_engine_sgd(signature, nesterov, decoupled):
 @pytest.mark.parametrize("signature", SIGNATURES, ids=id_of)
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_plain_pytorch_engine_adam(signature, decoupled, amsgrad, exact_sqrt):
+@pytest.mark.parametrize("rule", DecayRule)
+def test_plain_pytorch_engine_adam(signature, decoupled, amsgrad, rule, exact_sqrt):
+    rule = rule if decoupled else DecayRule.PLAIN
     dtype, state_dtype = signature
     flags = (Flag.AMSGRAD if amsgrad else 0) | (Flag.DECOUPLED if decoupled else 0)
     numbers = (0.1, 0.9, 0.99, 1e-8, 0.05)
     p, g = (tensor(1003, dtype, s, special=False) for s in (1, 2))
     state = [tensor(1003, state_dtype, 3 + k, positive=k > 0, special=False) for k in range(3 if amsgrad else 2)]
-    expected, expected_states = reference.adam(p, g, state, coefficients.adam(*numbers, decoupled, 7), flags)
+    expected, expected_states = reference.adam(p, g, state, coefficients.adam(*numbers, decoupled, 7, 0.25, rule), flags)
     counter = torch.tensor(6.0)
-    torch_ops.step(Rule.ADAM, flags, numbers, False, [p], [g], [[t] for t in state], [counter], False)
+    torch_ops.step(Rule.ADAM, flags, (*numbers, 0.25, rule), False, [p], [g], [[t] for t in state], [counter], False)
     assert_same_bits([p, *state], [expected, *expected_states])
     assert counter.item() == 7
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+from .. import coefficients
 from ..tensor_table import Flag, Rule
 
 
@@ -53,6 +54,26 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
+def _decoupled(
+    params: list[Tensor], flags: int, lr: float, weight_decay: float, max_lr: float, rule: float
+) -> tuple[float, list[Tensor]]:
+    """Decay decoupled weights, or keep copies of them to decay cautiously once the update is known."""
+    decay = coefficients.decay_factor(lr, weight_decay, max_lr, int(rule)) if flags & Flag.DECOUPLED else 1.0
+    if flags & Flag.CAUTIOUS:
+        return decay, [param.clone() for param in params]
+    if decay != 1:
+        for param in params:
+            param.mul_(decay)
+    return decay, []
+
+
+def _decay_cautiously(params: list[Tensor], old: list[Tensor], decay: float) -> None:
+    for param, before in zip(params, old, strict=False):
+        update = before - param
+        agree = ((update >= 0) & (before >= 0)) | ((update <= 0) & (before <= 0))
+        param.add_(torch.where(agree, before * (decay - 1), torch.zeros_like(before)))
+
+
 def _sgd(
     flags: int,
     numbers: tuple[float, ...],
@@ -61,11 +82,9 @@ def _sgd(
     states: list[list[Tensor]],
     first_step: bool,
 ) -> None:
-    lr, momentum, dampening, weight_decay = numbers
-    if flags & Flag.DECOUPLED and weight_decay != 0:
-        for param in params:
-            param.mul_(1 - lr * weight_decay)
-        weight_decay = 0.0
+    lr, momentum, dampening, weight_decay, max_lr, rule = numbers
+    decay, old = _decoupled(params, flags, lr, weight_decay, max_lr, rule)
+    weight_decay = 0.0 if flags & Flag.DECOUPLED else coefficients.coupled_decay(lr, weight_decay, max_lr, int(rule))
     own = states[0] if states else []
     buffers: list[Tensor | None] = [None] * len(params) if first_step or not own else [*own]
     nesterov = bool(flags & Flag.NESTEROV)
@@ -82,6 +101,7 @@ def _sgd(
         nesterov=nesterov,
         maximize=bool(flags & Flag.MAXIMIZE),
     )
+    _decay_cautiously(params, old, decay)
     if first_step:
         for buffer, made in zip(own, buffers, strict=False):
             assert made is not None
@@ -97,7 +117,11 @@ def _adam(
     states: list[list[Tensor]],
     counters: list[Tensor],
 ) -> None:
-    lr, beta1, beta2, eps, weight_decay = numbers
+    lr, beta1, beta2, eps, weight_decay, max_lr, rule = numbers
+    decay, old = 1.0, list[Tensor]()
+    if rule or flags & Flag.CAUTIOUS:  # else torch decays by itself
+        decay, old = _decoupled(params, flags, lr, weight_decay, max_lr, rule)
+        weight_decay = 0.0
     adam(
         params,
         grads,
@@ -115,3 +139,4 @@ def _adam(
         eps=eps,
         maximize=bool(flags & Flag.MAXIMIZE),
     )
+    _decay_cautiously(params, old, decay)

@@ -271,8 +271,21 @@ def rows_on_device(run: Any, rule: Rule, flags: int, numbers: list[tuple[float, 
     return out
 
 
-ADAM = [(1e-3, 0.9, 0.999, 1e-8, 0.1), (0.3, 0.0, 0.9999, 1e-6, 0.0), (6e-4, 0.9, 0.95, 1e-8, 0.01)]
-SGD = [(0.1, 0.9, 0.0, 1e-4), (0.3, 0.5, 0.3, 0.0)]
+# lr, betas, eps, weight decay, the largest lr, the decay rule
+ADAM = [
+    (1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0, 0),
+    (0.3, 0.0, 0.9999, 1e-6, 0.0, 1.0, 0),
+    (6e-4, 0.9, 0.95, 1e-8, 0.01, 1e-3, 1),
+    (7e-4, 0.8, 0.95, 1e-8, 0.01, 1e-3, 2),
+]
+SGD = [(0.1, 0.9, 0.0, 1e-4, 0.3, 2), (0.3, 0.5, 0.3, 0.0, 1.0, 0)]
+
+
+def adam_row(numbers: tuple[float, ...], decoupled: bool, step: float) -> tuple[float, ...]:
+    *first, max_lr, rule = numbers
+    return coefficients.adam(*first, decoupled, step, max_lr, int(rule))
+
+
 LONG = [*range(600), 999, 1023, 4095, 9999, 99_999, 1_000_000, 2**24 - 2]
 
 
@@ -281,7 +294,7 @@ LONG = [*range(600), 999, 1023, 4095, 9999, 99_999, 1_000_000, 2**24 - 2]
 def test_rows_from_the_compiled_kernel_are_the_host_s(arch, flags):
     """In float32 bit for bit. In float64 the host's pow is an ulp off at times, and 1 - beta^t magnifies that."""
     steps = [float(s) for s in LONG for _ in ADAM]
-    expected = [coefficients.adam(*ADAM[i % len(ADAM)], bool(flags & Flag.DECOUPLED), s + 1) for i, s in enumerate(steps)]
+    expected = [adam_row(ADAM[i % len(ADAM)], bool(flags & Flag.DECOUPLED), s + 1) for i, s in enumerate(steps)]
     rows = rows_on_device(emulated(arch), Rule.ADAM, int(flags), ADAM, steps, torch.float32)
     assert_same_bits(rows, torch.tensor(expected, dtype=torch.float64).float())
     wide = rows_on_device(emulated(arch), Rule.ADAM, int(flags), ADAM, steps, torch.float64)
@@ -296,7 +309,7 @@ def test_rows_from_the_compiled_kernel_are_the_host_s(arch, flags):
 
 def test_rows_from_the_interpreted_kernel_and_of_sgd():
     steps = [float(s) for s in (0, 1, 2, 10, 1000) for _ in ADAM]
-    expected = [coefficients.adam(*ADAM[i % len(ADAM)], True, s + 1) for i, s in enumerate(steps)]
+    expected = [adam_row(ADAM[i % len(ADAM)], True, s + 1) for i, s in enumerate(steps)]
     rows = rows_on_device(interpreted_kernel, Rule.ADAM, int(Flag.DECOUPLED), ADAM, steps, torch.float32)
     assert_same_bits(rows, torch.tensor(expected, dtype=torch.float64).float())
 
@@ -306,7 +319,7 @@ def test_rows_of_sgd(flags):
     compiled = aot.compile_coefficients(90, Rule.SGD, int(flags), torch.float32)
     groups, unused = torch.tensor([0, 1, 0]), torch.zeros(3, dtype=torch.int64)
     values = torch.zeros(2, coefficients.NUMBERS, dtype=torch.float64)
-    values[:, :4] = torch.tensor(SGD, dtype=torch.float64)
+    values[:, :6] = torch.tensor(SGD, dtype=torch.float64)
     sources, out = torch.zeros(2, coefficients.NUMBERS, dtype=torch.int64), torch.zeros(3, coefficients.WIDTH)
     momentum = torch.tensor(0.75)
     sources[0, 1] = momentum.data_ptr()
@@ -315,6 +328,6 @@ def test_rows_of_sgd(flags):
     for tensor in (*tensors, momentum):
         emulator.register(tensor, "tensor")
     emulator.run(1, [*(t.data_ptr() for t in tensors), 0, 3])
-    numbers = [(0.1, 0.75, 0.0, 1e-4), SGD[1], (0.1, 0.75, 0.0, 1e-4)]
-    expected = [coefficients.sgd(*row, bool(flags)) for row in numbers]
+    changed = (SGD[0][0], 0.75, *SGD[0][2:])
+    expected = [coefficients.sgd(*first, bool(flags), max_lr, int(rule)) for *first, max_lr, rule in (changed, SGD[1], changed)]
     assert_same_bits(out[:, :5].contiguous(), torch.tensor(expected, dtype=torch.float64).float())

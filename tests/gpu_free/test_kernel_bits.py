@@ -202,12 +202,12 @@ def test_T23_offsets_beyond_2_to_the_31_elements(run):
     tensors = [padded(torch.rand(count), 0) for _ in range(4)]
     row = coefficients.adam(0.1, 0.9, 0.999, 1e-8, 0.1, True, 1)
     param, (exp_avg, exp_avg_sq) = reference.adam(tensors[0], tensors[1], tensors[2:], row, Flag.DECOUPLED)
-    addresses = [t.data_ptr() - 4 * first for t in tensors]
-    table = torch.tensor([[*addresses, 0, 0, first + count, 0, 0]])
+    param_at, grad_at, *states_at = (t.data_ptr() - 4 * first for t in tensors)
+    table, grads = torch.tensor([[param_at, 0, *states_at, 0, 0, first + count, 0, 0]]), torch.tensor([grad_at])
     words = torch.tensor([number << 32 for number in (first // chunk, first // chunk + 1)])
     scalars = torch.tensor(row)
     signature = (Rule.ADAM, int(Flag.DECOUPLED), torch.float32, torch.float32)
-    arguments = (words.data_ptr(), table.data_ptr(), scalars.data_ptr(), chunk, 0)
-    run(signature, [*tensors, table, words, scalars], len(words), arguments)
+    arguments = (words.data_ptr(), table.data_ptr(), grads.data_ptr(), scalars.data_ptr(), chunk, 0)
+    run(signature, [*tensors, table, grads, words, scalars], len(words), arguments)
     assert_same_bits([tensors[0], *tensors[2:]], [param, exp_avg, exp_avg_sq])
     assert all(map(poison_is_intact, tensors))
