@@ -43,13 +43,13 @@ def id_of(signature) -> str:
 
 @needs_library
 @pytest.mark.parametrize("signature", SIGNATURES, ids=id_of)
-@pytest.mark.parametrize("decay", ["none", "coupled", "decoupled"])
+@pytest.mark.parametrize("decay", ["none", "coupled", "decoupled", "cautious"])
 @pytest.mark.parametrize("momentum", ["none", "first", "running", "nesterov-first", "nesterov"])
 @pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
 def test_sgd(signature, decay, momentum, maximize, capability):
     dtype, state_dtype = signature
     lr, mu, dampening, wd = 0.1, 0.9 if momentum != "none" else 0.0, 0.0 if "nesterov" in momentum else 0.3, 0.05
-    wd = wd if decay != "none" else 0.0
+    wd, decoupled = wd if decay != "none" else 0.0, decay in ("decoupled", "cautious")
     params, expected_params, expected_states = [], [], []
     first = "first" in momentum
     for i, n in enumerate(AWKWARD_SIZES):
@@ -57,10 +57,11 @@ def test_sgd(signature, decay, momentum, maximize, capability):
         p.grad = tensor(n, dtype, 3 * i + 1)
         params.append(p)
     made = fused_l2.SGD(
-        params, lr, mu, dampening, wd, "nesterov" in momentum, maximize=maximize, decoupled_weight_decay=decay == "decoupled"
-    )
+        params, lr, mu, dampening, wd, "nesterov" in momentum, maximize=maximize, decoupled_weight_decay=decoupled,
+        cautious=decay == "cautious",
+    )  # fmt: skip
     flags = made._flags(made._read_hyperparameters(made.param_groups[0]))
-    row = coefficients.sgd(lr, mu, dampening, wd, decay == "decoupled")
+    row = coefficients.sgd(lr, mu, dampening, wd, decoupled)
     for i, p in enumerate(params):
         state = [tensor(p.numel(), state_dtype, 3 * i + 2)] if mu else []
         if mu and not first:
@@ -77,7 +78,7 @@ def test_sgd(signature, decay, momentum, maximize, capability):
 
 @needs_library
 @pytest.mark.parametrize("signature", SIGNATURES, ids=id_of)
-@pytest.mark.parametrize("decay", ["none", "coupled", "decoupled"])
+@pytest.mark.parametrize("decay", ["none", "coupled", "decoupled", "cautious"])
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
 @pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
 @pytest.mark.parametrize("beta1", [0.9, 0.4])
@@ -85,16 +86,18 @@ def test_adam(signature, decay, amsgrad, maximize, beta1, capability):
     dtype, state_dtype = signature
     lr, beta2, eps, wd, step = 0.1, 0.99, 1e-8, 0.05 if decay != "none" else 0.0, 7
     params, expected_params, expected_states = [], [], []
+    decoupled = decay in ("decoupled", "cautious")
     names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if amsgrad else 2]
     for i, n in enumerate(AWKWARD_SIZES):
         p = torch.nn.Parameter(tensor(n, dtype, 5 * i))
         p.grad = tensor(n, dtype, 5 * i + 1)
         params.append(p)
     made = fused_l2.Adam(
-        params, lr, (beta1, beta2), eps, wd, amsgrad, maximize=maximize, decoupled_weight_decay=decay == "decoupled"
-    )
+        params, lr, (beta1, beta2), eps, wd, amsgrad, maximize=maximize, decoupled_weight_decay=decoupled,
+        cautious=decay == "cautious",
+    )  # fmt: skip
     flags = made._flags(made._read_hyperparameters(made.param_groups[0]))
-    row = coefficients.adam(lr, beta1, beta2, eps, wd, decay == "decoupled", step)
+    row = coefficients.adam(lr, beta1, beta2, eps, wd, decoupled, step)
     for i, p in enumerate(params):
         state = [tensor(p.numel(), state_dtype, 5 * i + 2 + k, positive=k > 0) for k in range(len(names))]
         made.state[p]["step"] = torch.tensor(float(step - 1))

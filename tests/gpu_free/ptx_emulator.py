@@ -178,6 +178,9 @@ class Emulator:
         if i.name == "mov" and "{" in i.text:
             self._move_parts(i, lanes)
             return
+        if i.name == "setp" and i.suffixes[-1].endswith("x2"):
+            self._compare_pair(i, lanes)
+            return
         if i.name not in _OPERATIONS:
             raise NotImplementedError(i.text)
         self._write(i.operands[0], _OPERATIONS[i.name](self, i), lanes)
@@ -200,7 +203,7 @@ class Emulator:
         if type_ == "pred":
             return bits != 0
         if type_ == "bf16":
-            return (bits.astype("u4") << np.uint32(16)).view("f4")
+            return _widened(bits, type_)
         if type_ == "f32x2":
             return bits.view("f4").reshape(-1, 2)
         if bits.itemsize != _SIZES[type_]:
@@ -232,6 +235,14 @@ class Emulator:
             names = _names(source)
             parts = [np.broadcast_to(self.read(n, f"b{8 * size // len(names)}"), self._lanes) for n in names]
             self._write(target, np.stack(parts, axis=1).view(f"u{size}").reshape(-1), lanes)
+
+    def _compare_pair(self, i: Instruction, lanes: np.ndarray) -> None:
+        """setp of two 16-bit numbers in one register: the first predicate belongs to the lower half."""
+        comparison, type_ = i.suffixes
+        halves = [np.ascontiguousarray(self.read(operand, "b32")).view("u2").reshape(-1, 2) for operand in i.operands[1:]]
+        for k, name in enumerate(i.operands[0].split("|")):
+            a, b = (_widened(np.ascontiguousarray(h[:, k]), type_.removesuffix("x2")) for h in halves)
+            self._write(name, _COMPARISONS[comparison](a, b), lanes)
 
     # Memory.
 
@@ -293,6 +304,11 @@ class Emulator:
         for k, name in enumerate(names):
             values = np.broadcast_to(self.read(name, f"b{8 * size}"), self._lanes)[lanes]
             self._shared.view(f"u{size}")[address // size + k] = values
+
+
+def _widened(bits: np.ndarray, type_: str) -> np.ndarray:
+    """The numbers that 16 bits stand for."""
+    return (bits.astype("u4") << np.uint32(16)).view("f4") if type_ == "bf16" else bits.astype("u2").view("f2")
 
 
 def _names(operand: str) -> list[str]:

@@ -19,13 +19,14 @@ from fused_l2.tensor_table import Flag, Rule
 
 from .fake_cuda import FakeDevice, emulated, interpreted_kernel, tensors_of
 
+DECAYS = (0, Flag.DECOUPLED, Flag.DECOUPLED | Flag.CAUTIOUS)
 SGD_FLAGS = [
     momentum | maximize | decoupled
     for momentum, maximize, decoupled in itertools.product(
-        (0, Flag.MOMENTUM, Flag.MOMENTUM | Flag.NESTEROV), (0, Flag.MAXIMIZE), (0, Flag.DECOUPLED)
+        (0, Flag.MOMENTUM, Flag.MOMENTUM | Flag.NESTEROV), (0, Flag.MAXIMIZE), DECAYS
     )
 ]
-ADAM_FLAGS = [sum(f) for f in itertools.product((0, Flag.DECOUPLED), (0, Flag.MAXIMIZE), (0, Flag.AMSGRAD))]
+ADAM_FLAGS = [sum(f) for f in itertools.product(DECAYS, (0, Flag.MAXIMIZE), (0, Flag.AMSGRAD))]
 RULES = [*((Rule.SGD, int(f)) for f in SGD_FLAGS), *((Rule.ADAM, int(f)) for f in ADAM_FLAGS)]
 DTYPES = [
     (torch.float32, torch.float32),
@@ -91,7 +92,7 @@ def make_optimizer(rule: Rule, flags: int, params: list[Any], state_dtype: torch
         groups[2] |= {"momentum": momentum / 2, "dampening": dampening / 2}
         optimizer: Any = fused_l2.SGD(
             groups, lr=0.1, momentum=momentum, dampening=dampening if momentum else 0.0, weight_decay=0.1, nesterov=nesterov,
-            maximize=maximize, decoupled_weight_decay=decoupled,
+            maximize=maximize, decoupled_weight_decay=decoupled, cautious=bool(flags & Flag.CAUTIOUS),
         )  # fmt: skip
         names = ["momentum_buffer"] if momentum else []
     else:
@@ -99,7 +100,7 @@ def make_optimizer(rule: Rule, flags: int, params: list[Any], state_dtype: torch
         groups[2] |= {"betas": (0.3, 0.9)}  # 1 - beta1 >= 0.5
         optimizer = fused_l2.Adam(
             groups, lr=0.01, weight_decay=0.1, amsgrad=bool(flags & Flag.AMSGRAD), maximize=maximize,
-            decoupled_weight_decay=decoupled,
+            decoupled_weight_decay=decoupled, cautious=bool(flags & Flag.CAUTIOUS),
         )  # fmt: skip
         names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if flags & Flag.AMSGRAD else [])]
     if state_dtype is not params[0].dtype:  # as after loading float32 states

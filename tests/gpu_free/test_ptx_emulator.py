@@ -79,6 +79,15 @@ def test_pairs_of_float32():
     assert compute(pair + "mov.b64 {%r8, %r9}, %rd1;") == f32(-2.0)
 
 
+def test_comparisons_of_pairs():
+    """1 and NaN against 1 and 2, the first one in the lower half, which belongs to the first predicate."""
+    for type_, one, two, nan in (("f16x2", 0x3C00, 0x4000, 0x7E00), ("bf16x2", 0x3F80, 0x4000, 0x7FC0)):
+        pairs = f"mov.b32 %r1, {nan << 16 | one};\nmov.b32 %r2, {two << 16 | one};\n"
+        for comparison, expected in (("ge", 1), ("neu", 2), ("nan", 2), ("lt", 0)):
+            body = f"setp.{comparison}.{type_} %p1|%p2, %r1, %r2;\nselp.b32 %r3, 1, 0, %p1;\nselp.b32 %r4, 2, 0, %p2;\n"
+            assert compute(pairs + body + "or.b32 %r9, %r3, %r4;") == expected, (type_, comparison)
+
+
 def test_conversions():
     rounded = {1.0: 0x3F80, 1 + 2**-8: 0x3F80, 1 + 3 * 2**-8: 0x3F82, float("nan"): 0x7FFF, float("inf"): 0x7F80}
     for value, bits in rounded.items():  # ties to even
