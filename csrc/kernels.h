@@ -26,8 +26,12 @@ inline double pairwise_sum(double* sums, int lanes) {
   return sums[0];
 }
 
-// Over `count` elements, in float64: the sum of x^2, and the largest |x| (NaN if there is one).
 using Norm = double (*)(const void* x, int64_t element_type, int64_t count);
+// Steps a chunk with `update` (null: a skipped step), and writes `statistic::count` numbers about it.
+using StepMeasured = void (*)(const Piece& chunk, PieceFunction update, double* out);
+extern const PerCapability<StepMeasured> step_measured_kernels;
+
+// Over `count` elements, in float64: the sum of x^2, and the largest |x| (NaN if there is one).
 extern const PerCapability<Norm> sum_of_squares_kernels, largest_kernels;
 
 }  // namespace fused_l2

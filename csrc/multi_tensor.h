@@ -5,23 +5,46 @@
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
+// What a step with flag::statistics adds up, of the whole vectors of a piece. Order and rounding differ from one
+// instruction set to another in the last digits of float64.
+template <class V> struct Measured {
+  using Sum = std::conditional_t<std::is_same_v<V, F32>, SquaresF32, SquaresF64>;
+  Sum grads, params, updates;
+  FUSED_L2_INLINE Measured() {}  // written out, so that it is compiled for the instruction set
+};
+struct Unmeasured {};
+
 // Two vectors are in flight at a time; the end of a tensor, shorter than two vectors, passes through a buffer of that
 // size and the same code, so that no element's result depends on where it stands.
 template <class V, class P, class S, class Rule> struct Sweep {
   static constexpr int width = V::width, block = 2 * width, states = Rule::states;
   // Any order of lanes does as long as all streams share it, so it takes one storage type.
   static constexpr bool interleaved = std::is_same_v<P, S> || states == 0;
+  template <class M> static constexpr bool measures = !std::is_same_v<M, Unmeasured>;
 
-  static FUSED_L2_INLINE void step(const Rule& rule, P* param, const P* grad, S* const* state) {
+  template <class M>
+  static FUSED_L2_INLINE void step(const Rule& rule, P* param, const P* grad, S* const* state, M& measured) {
     V p[2], g[2], s[2][states + 1];
     load2<V, interleaved>(param, p[0], p[1]);
     load2<V, interleaved>(grad, g[0], g[1]);
     if constexpr (Rule::reads_states)
       for (int k = 0; k < states; ++k) load2<V, interleaved>(state[k], s[0][k], s[1][k]);
+    [[maybe_unused]] const V before[2] = {p[0], p[1]};
+    if constexpr (measures<M>) {
+      measured.grads.add(g[0]);
+      measured.grads.add(g[1]);
+      measured.params.add(p[0]);
+      measured.params.add(p[1]);
+    }
     rule(p[0], g[0], s[0]);
     rule(p[1], g[1], s[1]);
     store2<interleaved>(param, p[0], p[1]);
     for (int k = 0; k < states; ++k) store2<interleaved>(state[k], s[0][k], s[1][k]);
+    if constexpr (measures<M>) {
+      if constexpr (sizeof(P) < sizeof(typename V::T)) load2<V, interleaved>(param, p[0], p[1]);  // as rounded
+      measured.updates.add(p[0] - before[0]);
+      measured.updates.add(p[1] - before[1]);
+    }
   }
 
   template <class T> static FUSED_L2_INLINE void prefetch(const T* p) {
@@ -34,9 +57,11 @@ template <class V, class P, class S, class Rule> struct Sweep {
   }
 
   // Its own function, so that nothing but this loop is live in it and the rule's constants stay in registers.
+  template <class M>
   static FUSED_L2_NOINLINE void step_blocks(const Rule& constants, P* param, const P* grad, S* const* states_begin,
-                                            int64_t blocks, bool ahead) {
+                                            int64_t blocks, bool ahead, M& out) {
     const Rule rule = constants;
+    M measured = out;
     S* state[states + 1];
     for (int k = 0; k < states; ++k) state[k] = states_begin[k];
     for (; blocks > 0; --blocks) {
@@ -45,11 +70,12 @@ template <class V, class P, class S, class Rule> struct Sweep {
         prefetch(grad);
         for (int k = 0; k < states; ++k) prefetch(state[k]);
       }
-      step(rule, param, grad, state);
+      step(rule, param, grad, state, measured);
       param += block;
       grad += block;
       for (int k = 0; k < states; ++k) state[k] += block;
     }
+    out = measured;
   }
 
   static void run(const Piece& piece, const double* coefficients) {
@@ -59,7 +85,16 @@ template <class V, class P, class S, class Rule> struct Sweep {
     S* state[states + 1];
     for (int k = 0; k < states; ++k) state[k] = address<S>(piece.row[column::state0 + k]) + piece.begin;
     const int64_t blocks = piece.count / block, stepped = blocks * block;
-    if (blocks > 0) step_blocks(rule, param, grad, state, blocks, piece.prefetch);
+    Unmeasured unmeasured;
+    if (piece.measured != nullptr) {
+      Measured<V> sums;
+      step_blocks(rule, param, grad, state, blocks, piece.prefetch, sums);
+      piece.measured[statistic::grads] += sums.grads.total();
+      piece.measured[statistic::params] += sums.params.total();
+      piece.measured[statistic::updates] += sums.updates.total();
+    } else if (blocks > 0) {
+      step_blocks(rule, param, grad, state, blocks, piece.prefetch, unmeasured);
+    }
 
     const size_t tail = static_cast<size_t>(piece.count - stepped);
     if (tail == 0) return;
@@ -72,7 +107,16 @@ template <class V, class P, class S, class Rule> struct Sweep {
       if (Rule::reads_states) std::memcpy(state_tail[k], state[k] + stepped, tail * sizeof(S));
       state_at[k] = state_tail[k];
     }
-    step_blocks(rule, param_tail, grad_tail, state_at, 1, false);
+    step_blocks(rule, param_tail, grad_tail, state_at, 1, false, unmeasured);
+    if (piece.measured != nullptr) {
+      for (size_t i = 0; i < tail; ++i) {
+        const double g = widen(grad_tail[i]), before = widen(param[stepped + static_cast<int64_t>(i)]);
+        const double change = static_cast<double>(widen(param_tail[i])) - before;
+        piece.measured[statistic::grads] += g * g;
+        piece.measured[statistic::params] += before * before;
+        piece.measured[statistic::updates] += change * change;
+      }
+    }
     std::memcpy(param + stepped, param_tail, tail * sizeof(P));
     for (int k = 0; k < states; ++k) std::memcpy(state[k] + stepped, state_tail[k], tail * sizeof(S));
   }

@@ -2,21 +2,29 @@
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
+// f(lane, i) for 0 <= i < count, in an inner loop of a fixed length, which compilers make vectors of.
+template <class F> FUSED_L2_INLINE void for_each_lane(int64_t count, F&& f) {
+  for (int64_t begin = 0; begin < count; begin += kLanes) {
+    const int64_t here = std::min<int64_t>(kLanes, count - begin);
+    int64_t lane = 0;
+    for (; lane + 16 <= here; lane += 16)
+      for (int k = 0; k < 16; ++k) f(lane + k, begin + lane + k);
+    for (; lane < here; ++lane) f(lane, begin + lane);
+  }
+}
+
+template <class S> void add_squares(double* sums, const S* x, int64_t count) {
+  for_each_lane(count, [&](int64_t lane, int64_t i) {
+    const double value = widen(x[i]);
+    sums[lane] += value * value;
+  });
+}
+
 template <class S> double sum_of_squares_of(const S* x, int64_t count) {
   alignas(64) double sums[kLanes];
   const int lanes = lanes_for(count);
   std::fill(sums, sums + lanes, 0.0);
-  for (int64_t begin = 0; begin < count; begin += kLanes) {
-    const int64_t here = std::min<int64_t>(kLanes, count - begin);
-    int64_t lane = 0;
-    const auto add = [&](int64_t k) {
-      const double value = widen(x[begin + k]);
-      sums[k] += value * value;
-    };
-    for (; lane + 16 <= here; lane += 16)  // a fixed number of times, which compilers make vectors of
-      for (int k = 0; k < 16; ++k) add(lane + k);
-    for (; lane < here; ++lane) add(lane);
-  }
+  add_squares(sums, x, count);
   return pairwise_sum(sums, lanes);
 }
 
@@ -49,3 +57,5 @@ double largest(const void* x, int64_t element_type, int64_t count) {
 
 }  // namespace FUSED_L2_NAMESPACE
 }  // namespace fused_l2
+
+#include "statistics_kernels.h"

@@ -10,8 +10,6 @@
 namespace fused_l2 {
 namespace {
 
-// Below this many elements a step is shorter than waking a thread.
-constexpr int64_t kSerialElements = 32768;
 // What a thread takes at a time: small enough to even out the ends, large enough that streams run.
 constexpr int64_t kChunk = 16384;
 // Cuts inside a tensor fall on multiples of this, so that threads share no cache line of an aligned tensor.

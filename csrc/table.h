@@ -20,9 +20,13 @@ namespace fused_l2 {
 #define FUSED_L2_RULES(X) X(sgd) X(adam)
 #define FUSED_L2_DTYPES(X) X(float32) X(float64) X(bfloat16) X(float16)
 // Flags of a bucket: the shape of the computation. Values are powers of two in this order.
-#define FUSED_L2_FLAGS(X) X(momentum) X(nesterov) X(maximize) X(decoupled) X(amsgrad) X(scaled) X(cautious)
+#define FUSED_L2_FLAGS(X) \
+  X(momentum) X(nesterov) X(maximize) X(decoupled) X(amsgrad) X(scaled) X(cautious) X(statistics)
 // Flags of a row.
 #define FUSED_L2_ROW_FLAGS(X) X(first_step)
+// What a step with flag::statistics leaves of each chunk, as float64: sums of g^2, of w^2 before the step, of the
+// update^2, and how many gradients are not finite.
+#define FUSED_L2_STATISTICS(X) X(grads) X(params) X(updates) X(nonfinite)
 
 #define FUSED_L2_ENUMERATOR(name) name,
 namespace column {
@@ -52,6 +56,9 @@ enum : int64_t {
 }  // namespace flag
 namespace row_flag {
 enum : int64_t { first_step = 1 };
+}
+namespace statistic {
+enum : int { FUSED_L2_STATISTICS(FUSED_L2_ENUMERATOR) count };
 }
 #undef FUSED_L2_ENUMERATOR
 
@@ -84,7 +91,7 @@ inline const char* layout() {
   return "columns " FUSED_L2_COLUMNS(FUSED_L2_SPELL) "bucket " FUSED_L2_BUCKET(FUSED_L2_SPELL) "sgd " FUSED_L2_SGD(
       FUSED_L2_SPELL) "adam " FUSED_L2_ADAM(FUSED_L2_SPELL) "rules " FUSED_L2_RULES(FUSED_L2_SPELL) "dtypes "
       FUSED_L2_DTYPES(FUSED_L2_SPELL) "flags " FUSED_L2_FLAGS(FUSED_L2_SPELL) "row_flags " FUSED_L2_ROW_FLAGS(
-          FUSED_L2_SPELL);
+          FUSED_L2_SPELL) "statistics " FUSED_L2_STATISTICS(FUSED_L2_SPELL);
 #undef FUSED_L2_SPELL
 }
 

@@ -60,6 +60,27 @@ FUSED_L2_INLINE F64 where_agree(F64 u, F64 p, F64 a, F64 b) {
 }
 FUSED_L2_INLINE bool all_finite(F64) { return false; }
 
+// Sums of squares in float64, of the lanes of a vector.
+struct SquaresF64 {
+  __m256d sums;
+  FUSED_L2_INLINE SquaresF64() : sums(_mm256_setzero_pd()) {}
+  FUSED_L2_INLINE void add(F64 a) { sums = _mm256_fmadd_pd(a.v, a.v, sums); }
+  double total() const {
+    alignas(32) double lane[4];
+    _mm256_store_pd(lane, sums);
+    return (lane[0] + lane[1]) + (lane[2] + lane[3]);
+  }
+};
+struct SquaresF32 {
+  SquaresF64 low, high;
+  FUSED_L2_INLINE SquaresF32() {}
+  FUSED_L2_INLINE void add(F32 a) {
+    low.add({_mm256_cvtps_pd(_mm256_castps256_ps128(a.v))});
+    high.add({_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))});
+  }
+  double total() const { return low.total() + high.total(); }
+};
+
 // bfloat16: the upper half of a float. Round to nearest even in integers; a NaN keeps its upper bits and is made quiet.
 FUSED_L2_INLINE __m256i rounded_bf16(__m256 x) {  // the result stands in the upper halves
   const __m256i u = _mm256_castps_si256(x);

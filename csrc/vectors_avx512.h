@@ -60,6 +60,24 @@ FUSED_L2_INLINE F64 where_agree(F64 u, F64 p, F64 a, F64 b) {
 }
 FUSED_L2_INLINE bool all_finite(F64) { return false; }
 
+// Sums of squares in float64, of the lanes of a vector.
+struct SquaresF32 {
+  __m512d low, high;
+  FUSED_L2_INLINE SquaresF32() : low(_mm512_setzero_pd()), high(_mm512_setzero_pd()) {}
+  FUSED_L2_INLINE void add(F32 a) {
+    const __m512d x = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), y = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
+    low = _mm512_fmadd_pd(x, x, low);
+    high = _mm512_fmadd_pd(y, y, high);
+  }
+  double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
+};
+struct SquaresF64 {
+  __m512d sums;
+  FUSED_L2_INLINE SquaresF64() : sums(_mm512_setzero_pd()) {}
+  FUSED_L2_INLINE void add(F64 a) { sums = _mm512_fmadd_pd(a.v, a.v, sums); }
+  double total() const { return _mm512_reduce_add_pd(sums); }
+};
+
 // bfloat16: the upper half of a float. Round to nearest even in integers: add 0x7fff, and 1 more if the half is odd.
 FUSED_L2_INLINE __m512i rounded_bf16_unless_nan(__m512 x) {  // the result stands in the upper halves
   const __m512i u = _mm512_castps_si512(x);

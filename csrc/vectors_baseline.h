@@ -33,6 +33,21 @@ template <class T_, int N> struct Lanes {
 using F32 = Lanes<float, 4>;
 using F64 = Lanes<double, 2>;
 
+// Sums of squares in float64, of the lanes of a vector.
+template <class V> struct Squares {
+  double lane[V::width] = {};
+  FUSED_L2_INLINE void add(V a) {
+    for (int i = 0; i < V::width; ++i) lane[i] += static_cast<double>(a.lane[i]) * static_cast<double>(a.lane[i]);
+  }
+  double total() const {
+    double sum = 0;
+    for (double x : lane) sum += x;
+    return sum;
+  }
+};
+using SquaresF32 = Squares<F32>;
+using SquaresF64 = Squares<F64>;
+
 template <class V> FUSED_L2_INLINE V fma(V a, V b, V c) {
   return V::make([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
 }

@@ -15,5 +15,6 @@ from ._version import __version__
 from .adam import Adam, AdamW
 from .engines import capabilities
 from .sgd import SGD
+from .statistics import Statistics
 
-__all__ = ["SGD", "Adam", "AdamW", "__version__", "capabilities", "weight_decay"]
+__all__ = ["SGD", "Adam", "AdamW", "Statistics", "__version__", "capabilities", "weight_decay"]

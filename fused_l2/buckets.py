@@ -17,7 +17,21 @@ from .control import FACTOR, Clipping, Control, Prologue, on_host
 from .engines import cpu, cuda
 from .engines.device_tables import DeviceTable, Measurer, Rows
 from .entries import Entry, needs_copy
-from .tensor_table import COEFFICIENTS, GRAD, NUMEL, STEP, WIDTH, RowFlag, Rule, TensorTable, address_of, norm_chunk
+from .statistics import Record
+from .tensor_table import (
+    COEFFICIENTS,
+    GRAD,
+    NUMEL,
+    STATISTICS,
+    STEP,
+    WIDTH,
+    Flag,
+    RowFlag,
+    Rule,
+    TensorTable,
+    address_of,
+    norm_chunk,
+)
 from .watch import Watch, gradient_guard, make_watch
 
 _data_ptr = Tensor.data_ptr
@@ -86,6 +100,8 @@ class Bucket:
 class Part:
     """The entries of a plan that one device steps, with an engine of ours."""
 
+    record: Record | None = None  # with statistics
+
     def __init__(self, rule: Rule, entries: list[Entry], on_device: bool = False) -> None:
         self._library = cpu.library()
         by_signature: dict[tuple[Any, ...], list[int]] = {}
@@ -95,6 +111,7 @@ class Part:
         self.buckets = [Bucket(rule, [entries[i] for i in at], self._factor, on_device) for at in by_signature.values()]
         # Which gradients belong to which bucket, in the order of its rows; not needed where there is one bucket.
         self._positions = list(by_signature.values()) if len(self.buckets) > 1 else []
+        self._order = [i for at in by_signature.values() for i in at]
         self._bucket_rows = array("q", [value for b in self.buckets for value in b.row])
         self._address, self._count = address_of(self._bucket_rows), len(self.buckets)
 
@@ -157,6 +174,10 @@ class Part:
         """Do the coming step as ``control`` says. A part on the host is not launched if that is not at all."""
         raise NotImplementedError
 
+    def measure_skipped(self) -> None:
+        """Make the statistics of a step that is left out."""
+        raise NotImplementedError
+
     def launch(self) -> None:
         """Step all entries, on the gradients of the last :meth:`refresh`."""
         if self._step():
@@ -176,6 +197,11 @@ class CpuPart(Part):
     def __init__(self, rule: Rule, entries: list[Entry]) -> None:
         super().__init__(rule, entries)
         self._chunk = norm_chunk(sum(e.param.numel() for e in entries))
+        self._statistics = bool(entries[0].flags & Flag.STATISTICS)
+        if self._statistics:
+            chunks = [-(-n // self._chunk) for b in self.buckets for n in b.table.numels()]
+            self._partials = torch.zeros(sum(chunks), len(STATISTICS), dtype=torch.float64, device="cpu")
+            self.record = Record([self._partials], chunks, self._order)
 
     def _measured(self, largest: bool) -> float:
         assert self._library is not None
@@ -192,8 +218,18 @@ class CpuPart(Part):
 
     def _step(self) -> bool:
         assert self._library is not None  # else plain PyTorch steps CPU tensors
-        self._library.step(self._address, self._count)
+        if self._statistics:
+            self._step_measured(skip=False)
+        else:
+            self._library.step(self._address, self._count)
         return True
+
+    def _step_measured(self, skip: bool) -> None:
+        assert self._library is not None
+        self._library.step_measured(self._address, self._count, self._chunk, skip, self._partials.data_ptr())
+
+    def measure_skipped(self) -> None:
+        self._step_measured(skip=True)
 
 
 class CudaPart(Part):
@@ -211,6 +247,9 @@ class CudaPart(Part):
         self._measurer: Measurer | None = None
         self._control: Tensor | None = None
         self._is_uploaded = False
+        if entries[0].flags & Flag.STATISTICS:
+            chunks = [n for table in self._tables for n in table.chunks_of]
+            self.record = Record([table.partials for table in self._tables], chunks, self._order)
 
     def prepare(self, clipping: Clipping | None, dtype: torch.dtype) -> None:
         """Compile what precedes a step, which cannot be done while a stream is captured."""
@@ -233,6 +272,9 @@ class CudaPart(Part):
             self._is_uploaded = False
             with self._device.current():
                 self._upload()
+
+    def measure_skipped(self) -> None:
+        self._launch_tables()  # the control says that nothing is to be changed
 
     def _upload(self) -> int:
         stream = self._device.stream()
@@ -261,13 +303,16 @@ class CudaPart(Part):
             control = torch.tensor(control, dtype=torch.float64, device="cpu")
         self._control = control.to(self._params[0].device, non_blocking=True)
 
-    def _step(self) -> bool:
+    def _launch_tables(self) -> None:
         control = 0 if self._control is None else self._control.data_ptr()
         with self._device.current():
             stream = self._upload()
             for table in self._tables:
                 table.step(stream, control)
         self._control = None
+
+    def _step(self) -> bool:
+        self._launch_tables()
         if self._device.is_capturing():
             return False
         if self._library is not None:

@@ -87,17 +87,19 @@ class Prologue(NamedTuple):
 
 
 class Control(NamedTuple):
-    """What came of it, where the host computed it. On a device it is a float64 tensor of these three.
+    """What came of it, where the host computed it. On a device it is a float64 tensor of these.
 
-    Gradients are multiplied by ``factor``; nothing may change if ``skip`` is not 0; ``norm`` is of the unscaled gradients.
+    Gradients are multiplied by ``factor``; nothing may change if ``skip`` is not 0; ``norm`` is of the unscaled gradients,
+    which are ``inv_scale`` times the given ones.
     """
 
     factor: float
     skip: float
     norm: float
+    inv_scale: float
 
 
-FACTOR, SKIP, NORM = range(len(Control._fields))
+FACTOR, SKIP, NORM, INV_SCALE = range(len(Control._fields))
 
 
 def on_host(measured: float, prologue: Prologue, dtype: torch.dtype) -> Control:
@@ -121,7 +123,7 @@ def on_host(measured: float, prologue: Prologue, dtype: torch.dtype) -> Control:
         skip = float(prologue.found_inf) != 0
     if prologue.skips_nonfinite:
         skip |= not math.isfinite(norm)
-    return Control((1.0 if factor > 1 else factor) * inv_scale, float(skip), norm)
+    return Control((1.0 if factor > 1 else factor) * inv_scale, float(skip), norm, inv_scale)
 
 
 def combined(measured: Sequence[Tensor], prologue: Prologue, dtype: torch.dtype) -> Tensor | Control:
@@ -136,16 +138,15 @@ def combined(measured: Sequence[Tensor], prologue: Prologue, dtype: torch.dtype)
         return t.detach().reshape(()).to(device=first, dtype=torch.float32, non_blocking=True)
 
     norm = total if prologue.largest else total.sqrt()
+    inv_scale = torch.ones((), dtype=torch.float64, device=first)
     if prologue.grad_scale is not None:
         inv_scale = here(prologue.grad_scale).double().reciprocal().float().double()
         norm = norm * inv_scale
     norm = norm.to(dtype)
-    factor = ((norm + 1e-6).reciprocal() * prologue.max_norm).clamp(max=1.0).double()
-    if prologue.grad_scale is not None:
-        factor = factor * inv_scale
+    factor = ((norm + 1e-6).reciprocal() * prologue.max_norm).clamp(max=1.0).double() * inv_scale
     skip = torch.zeros((), dtype=torch.bool, device=first)
     if prologue.found_inf is not None:
         skip = here(prologue.found_inf) != 0
     if prologue.skips_nonfinite:
         skip = skip | ~norm.isfinite()
-    return torch.stack([factor, skip.double(), norm.double()])
+    return torch.stack([factor, skip.double(), norm.double(), inv_scale])

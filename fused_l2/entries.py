@@ -21,7 +21,8 @@ class Entry:
     """
 
     param: Tensor
-    name: str
+    name: str  # in messages
+    label: str  # in statistics
     group: int
     flags: int
     state: dict[str, Any]
@@ -97,7 +98,9 @@ def make_entry(
             raise RuntimeError(f"{name}: its state 'step' is NaN. Set it to the number of steps made.")
         if counter is not state.get("step"):
             new_state["step"] = counter
-    return Entry(param, name, group_index, flags, state, new_state, state_names, first_step)
+    names = group.get("param_names")
+    label = str(names[position]) if names else f"{group_index}.{position}"
+    return Entry(param, name, label, group_index, flags, state, new_state, state_names, first_step)
 
 
 def check_param(param: Tensor, name: str) -> None:

@@ -16,10 +16,11 @@ from torch.optim.optimizer import (
 )
 
 from .coefficients import DecayRule
-from .control import NORM, SKIP, Clipping, Control, Prologue, make_clipping
+from .control import INV_SCALE, NORM, SKIP, Clipping, Control, Prologue, make_clipping
 from .decay_options import DecayOptions, make_decay_options
 from .plan import Plan
 from .state import OptimizerState, tell_of_changes
+from .statistics import Recorded, Statistics
 from .tensor_table import Rule
 
 _T = TypeVar("_T")
@@ -44,11 +45,19 @@ class FusedOptimizer(Optimizer):
 
     _rule: ClassVar[Rule]
     # Attributes of ours that are no param-group keys; they travel with pickle and deepcopy.
-    _options: ClassVar[tuple[str, ...]] = ("_clipping", "_step_supports_amp_scaling", "_decay_options", "_first_lrs")
+    _options: ClassVar[tuple[str, ...]] = (
+        "_clipping",
+        "_step_supports_amp_scaling",
+        "_decay_options",
+        "_first_lrs",
+        "_statistics",
+    )
     _plan: Plan | None = None
     _clipping: Clipping | None = None
     _step_supports_amp_scaling = False  # torch's name: where it is set, GradScaler leaves unscaling and skipping to step()
     _decay_options = DecayOptions()
+    _statistics = False
+    _recorded: Recorded | None = None  # what the last step's statistics are made of
     _control: Tensor | Control | None = None  # of the last step
     _norm_dtype = torch.float32
 
@@ -129,6 +138,10 @@ class FusedOptimizer(Optimizer):
             if plan is not self._plan:
                 self._adopt(plan)
             plan.launch(self)
+        elif self._statistics:
+            plan.measure_skipped()
+        if self._statistics:
+            self._remember(plan)
         return loss
 
     _observed_step = Optimizer.profile_hook_step(_step)
@@ -151,6 +164,26 @@ class FusedOptimizer(Optimizer):
         self._plan = plan
         tell_of_changes(self)
 
+    def _remember(self, plan: Plan) -> None:
+        inv_scale = 1.0 if self._control is None or not self._has_prologue() else self._control[INV_SCALE]
+        decays = [group["weight_decay"] for group in self.param_groups]
+        # A tensor may be written to before somebody asks.
+        self._recorded = plan.recorded([d.detach().clone() if isinstance(d, Tensor) else d for d in decays], inv_scale)
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """Figures of the last step, see :class:`fused_l2.Statistics`; None without ``statistics=True`` or before a step.
+
+        They are put together when this is read, into new tensors, without waiting for the device. Setting it to True or False
+        switches them on and off.
+        """
+        return None if self._recorded is None else self._recorded.statistics()
+
+    @statistics.setter
+    def statistics(self, wanted: bool) -> None:
+        self._statistics, self._recorded = bool(wanted), None
+        self.drop_plan()
+
     def _has_prologue(self) -> bool:
         return self._clipping is not None or self._step_supports_amp_scaling
 
@@ -169,6 +202,7 @@ class FusedOptimizer(Optimizer):
         if raises or plan.host_must_know or isinstance(control, Control):
             known = plan.read(control)
             if known.skip:
+                plan.use(control)
                 return False
             if clipping is not None and raises and not math.isfinite(known.norm):
                 raise RuntimeError(

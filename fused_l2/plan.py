@@ -22,6 +22,7 @@ from .engines import cuda, torch_ops
 from .entries import Entry, check_grad, make_entry
 from .hyperparameters import DeviceValues, is_on_device, sources
 from .state import OptimizerState, ParamState
+from .statistics import Recorded, row_of
 from .tensor_table import Flag, Rule
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ class Plan:
         self._has_sources = any(map(any, self._sources))
         # Where the host cannot know whether a step was made, or what with, the device counts and computes.
         self._on_device = optimizer._counts_on_device() or self._has_sources
-        self._scaled = int(Flag.SCALED) if optimizer._has_prologue() else 0
-        self._flags = [optimizer._flags(v) | self._scaled for v in read]
+        self._scaled = optimizer._has_prologue()
+        self._around = (Flag.SCALED if self._scaled else 0) | (Flag.STATISTICS if optimizer._statistics else 0)
+        self._flags = [optimizer._flags(v) | self._around for v in read]
         self._dynamic = [_may_change_in_place(v) for v in self._hyperparameters]
         self._coefficients_due = True
 
@@ -75,6 +77,9 @@ class Plan:
         self._host_steps = bool(self._others) or len(self._cuda_parts) < len(self._parts)
         self._host_needs_values = self._has_sources and self._host_steps
         self._others_factor: Tensor | float | None = None
+        self._others_rows: list[Tensor] = []
+        in_order = [e for _, belongs in self._parts for e in compress(entries, belongs)] + self._others
+        self._measured_entries = [e.group for e in in_order], [e.label for e in in_order]
         self._is_committed = False
 
     @property
@@ -195,7 +200,7 @@ class Plan:
         for i, values in changed:
             read = self._device_values.read(values, again=self._host_needs_values) if self._has_sources else values
             where = sources(values, f" of param group {i}")
-            if (any(where) and not self._has_sources) or optimizer._flags(read) | self._scaled != self._flags[i]:
+            if (any(where) and not self._has_sources) or optimizer._flags(read) | self._around != self._flags[i]:
                 return False
             checked.append((i, values, optimizer._checked_numbers(read, i), where))
         for i, values, numbers, where in checked:
@@ -244,8 +249,20 @@ class Plan:
             part.use(control)
         self._others_factor = control[FACTOR]
 
+    def measure_skipped(self) -> None:
+        """Make the statistics of a step that is left out."""
+        for part, _ in self._parts:
+            part.measure_skipped()
+        self._others_rows = [row_of(e.grad, e.param, e.param) for e in self._others]
+
+    def recorded(self, weight_decays: list[float | Tensor], inv_scale: float | Tensor) -> Recorded:
+        """What the last step left of its tensors."""
+        records = [part.record for part, _ in self._parts if part.record is not None]
+        return Recorded(records, self._others_rows, *self._measured_entries, weight_decays, inv_scale)
+
     def launch(self, optimizer: FusedOptimizer) -> None:
         """Step every tensor of the plan."""
+        befores = [e.param.detach().clone() for e in self._others] if self._around & Flag.STATISTICS else []
         for part, _ in self._parts:
             part.launch()
         # SGD's do not depend on the step count, and what the device computes the host need not.
@@ -253,6 +270,7 @@ class Plan:
         self._keep_captured(optimizer)
         if self._others:
             self._launch_others(optimizer)
+        self._others_rows = [row_of(e.grad, b, e.param) for e, b in zip(self._others, befores, strict=False)]
 
     @torch.no_grad()
     def _launch_others(self, optimizer: FusedOptimizer) -> None:

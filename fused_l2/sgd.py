@@ -58,6 +58,7 @@ class SGD(FusedOptimizer):
 
             With coupled decay only SGD's "corrected" exists: d = g + lr / max_lr * weight_decay * w. ``max_lr`` is the largest
             lr of the schedule; None: each group's lr when it was added. See docs/weight-decay.md.
+        statistics: add up norms, the penalty and more during the step. See :attr:`statistics`.
 
     Raises:
         ValueError, TypeError: if a hyperparameter is out of its range or not a number.
@@ -88,9 +89,11 @@ class SGD(FusedOptimizer):
         decay_rule: str | Sequence[str] = "plain",
         max_lr: float | None = None,
         cautious: bool = False,
+        statistics: bool = False,
     ) -> None:
         self._clipping = make_clipping(max_grad_norm, norm_type, error_if_nonfinite, skip_if_nonfinite)
         self._step_supports_amp_scaling = bool(amp_scaling)
+        self._statistics = bool(statistics)
         self._decay_options = make_decay_options(decay_rule, max_lr, cautious)
         self._decoupled = decoupled_weight_decay
         defaults = {

@@ -23,6 +23,10 @@ WIDTH = len(COLUMNS)
 
 BUCKET = ("rule", "flags", "param_dtype", "state_dtype", "rows", "table", "coefficients", "steps", "factor")
 
+# What a step with Flag.STATISTICS leaves of each chunk: sums of g^2, of w^2 before the step, of the update^2, and how many
+# gradients are not finite.
+STATISTICS = ("grads", "params", "updates", "nonfinite")
+
 # Sums over a chunk are made in this many lanes: csrc/kernels.h says how, and why.
 LANES = 512
 
@@ -47,6 +51,7 @@ class Flag(IntEnum):
     AMSGRAD = 16
     SCALED = 32  # gradients are multiplied by a factor as they are loaded
     CAUTIOUS = 64  # decoupled decay only where it and the update go the same way
+    STATISTICS = 128  # chunks are measured as they are stepped
 
 
 class RowFlag(IntEnum):
@@ -66,6 +71,7 @@ def layout() -> str:
         ("dtypes", [str(dtype).removeprefix("torch.") for dtype in DTYPES]),
         ("flags", [flag.name.lower() for flag in Flag]),
         ("row_flags", [flag.name.lower() for flag in RowFlag]),
+        ("statistics", STATISTICS),
     )
     return "".join(f"{word} " for title, names in parts for word in (title, *names))
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layout import FACTOR, LANES, NORM, SKIP
-from .norms import larger, pairwise
+from .layout import FACTOR, INV_SCALE, LANES, NORM, SKIP
+from .sums import larger, pairwise
 from .update_rules import divide
 
 
 @triton.jit
 def fused_l2_control(
     partials,  # float64 [COUNT]: what fused_l2_measure_grads left
-    control,  # float64 [3]: factor, skip, norm
+    control,  # float64: factor, skip, norm, inv_scale
     grad_scale,  # address of a float32, or 0
     found_inf,  # address of a float32, or 0
     COUNT,
@@ -50,3 +50,4 @@ def fused_l2_control(
     tl.store(control + FACTOR + at, factor.to(tl.float64) * inv_scale)
     tl.store(control + SKIP + at, skip.to(tl.float64))
     tl.store(control + NORM + at, norm.to(tl.float64))
+    tl.store(control + INV_SCALE + at, inv_scale)

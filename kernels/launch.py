@@ -91,15 +91,17 @@ class Kernel:
 
     def __init__(self, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> None:
         function, self._constants, self.opmath = specialization(rule, flags, param, state)
-        arguments = (torch.int64, torch.int64, torch.int64, self.opmath, 16, torch.float64)
+        arguments = (torch.int64, torch.int64, torch.int64, self.opmath, 16, torch.float64, torch.float64)
         self._compiled = compiled(function, arguments, self._constants)
 
-    def launcher(self, programs: int, chunk_map: int, table: int, chunk: int) -> Callable[[int, int, int, int], None]:
+    def launcher(
+        self, programs: int, chunk_map: int, table: int, chunk: int, partials: int
+    ) -> Callable[[int, int, int, int], None]:
         """What launches this many programs on a stream, given the gradients' addresses, coefficient rows and control."""
         run, constants = self._compiled[(programs, 1, 1)], tuple(self._constants.values())
 
         def launch(stream: int, grads: int, coefficients: int, control: int) -> None:
-            run(chunk_map, table, grads, coefficients, chunk, control, *constants, stream=stream)
+            run(chunk_map, table, grads, coefficients, chunk, control, partials, *constants, stream=stream)
 
         return launch
 

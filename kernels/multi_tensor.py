@@ -17,6 +17,7 @@ from .layout import (
     COEFFICIENT_WIDTH,
     COEFFICIENTS,
     FACTOR,
+    FIGURES,
     FIRST_STEP,
     FLAGS,
     NUMEL,
@@ -26,8 +27,10 @@ from .layout import (
     STATE0,
     STATE1,
     STATE2,
+    STATISTICS,
     WIDTH,
 )
+from .sums import pairwise
 
 
 @triton.jit
@@ -38,7 +41,8 @@ def step_chunk(
     grads,  # int64 [tensors]: addresses
     coefficients,  # opmath [coefficient rows][COEFFICIENT_WIDTH]
     CHUNK,  # a multiple of 16
-    control,  # float64 [3]: factor, skip, norm; looked at with SCALED
+    control,  # float64: factor, skip, ...; looked at with SCALED
+    partials,  # float64 [programs][FIGURES]; written with STATISTICS
     BUCKET_FLAGS: tl.constexpr,
     STATES: tl.constexpr,  # how many state tensors the rule has
     PARAM_DTYPE: tl.constexpr,  # of parameters and gradients
@@ -77,12 +81,26 @@ def step_chunk(
     first_step = (tl.load(row + FLAGS) & FIRST_STEP) != 0
     count = tl.minimum(tl.load(row + NUMEL) - begin, CHUNK).to(tl.int32)
     factor = 1.0
+    is_made = True
     if BUCKET_FLAGS & SCALED:
         factor = tl.load(control + FACTOR).to(scalars[0].dtype)
-        count = tl.where(tl.load(control + SKIP) == 0, count, 0)
+        is_made = tl.load(control + SKIP) == 0
+        if not BUCKET_FLAGS & STATISTICS:
+            count = tl.where(is_made, count, 0)
     in_vectors = tl.where((addresses & 15) == 0, count // 8 * 8, 0)
-    step_range(rule, pointers, scalars, factor, first_step, 0, in_vectors, BUCKET_FLAGS, STATES, BLOCK)
-    step_range(rule, pointers, scalars, factor, first_step, in_vectors, count, BUCKET_FLAGS, STATES, TAIL_BLOCK)
+    a = step_range(rule, pointers, scalars, factor, is_made, first_step, 0, in_vectors, BUCKET_FLAGS, STATES, BLOCK)
+    b = step_range(rule, pointers, scalars, factor, is_made, first_step, in_vectors, count, BUCKET_FLAGS, STATES, TAIL_BLOCK)
+    if BUCKET_FLAGS & STATISTICS:
+        out = partials + tl.program_id(0) * FIGURES
+        at = tl.arange(0, 1)
+        tl.store(out + at, a[0] + b[0])
+        tl.store(out + 1 + at, a[1] + b[1])
+        tl.store(out + 2 + at, a[2] + b[2])
+        # Gradients are looked at once more only if their sum is not finite. Of float64 ones finite ones overflow, too.
+        tl.debug_barrier()
+        total = tl.load(out)
+        suspects = tl.where(total - total == 0, 0, count)
+        tl.store(out + 3 + at, count_nonfinite(pointers[1], suspects, TAIL_BLOCK))
 
 
 @triton.jit
@@ -91,6 +109,7 @@ def step_range(
     pointers,
     scalars,
     factor,
+    is_made,
     first_step,
     begin,
     end,
@@ -98,15 +117,27 @@ def step_range(
     STATES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Apply ``rule`` to the elements from ``begin`` to ``end``, a block at a time."""
+    """Apply ``rule`` to the elements from ``begin`` to ``end``, a block at a time. With STATISTICS a step that is not made is
+    measured all the same; returned are the sums of the squares of gradients, parameters before the step, and updates."""
     param_at, grad_at, state0_at, state1_at, state2_at = pointers
     OPMATH: tl.constexpr = scalars[0].dtype
     lanes = tl.arange(0, BLOCK)
+    if BUCKET_FLAGS & STATISTICS:
+        grads = tl.full((BLOCK,), 0.0, tl.float64)
+        params = tl.full((BLOCK,), 0.0, tl.float64)
+        updates = tl.full((BLOCK,), 0.0, tl.float64)
     for start in range(begin, end, BLOCK):
         at = start + lanes
         inside = at < end
+        written = inside
         param = tl.load(param_at + at, mask=inside).to(OPMATH)
         grad = tl.load(grad_at + at, mask=inside).to(OPMATH)
+        if BUCKET_FLAGS & STATISTICS:
+            before = param
+            grads += square(grad, inside)
+            params += square(param, inside)
+            if BUCKET_FLAGS & SCALED:
+                written = at < tl.where(is_made, end, 0)
         if BUCKET_FLAGS & SCALED:
             grad = grad * factor
         state0 = param
@@ -119,13 +150,36 @@ def step_range(
         if STATES > 2:
             state2 = tl.load(state2_at + at, mask=inside).to(OPMATH)
         param, state0, state1, state2 = rule(param, grad, state0, state1, state2, scalars, first_step, BUCKET_FLAGS)
-        tl.store(param_at + at, param.to(param_at.dtype.element_ty), mask=inside)
+        stored = param.to(param_at.dtype.element_ty)
+        tl.store(param_at + at, stored, mask=written)
+        if BUCKET_FLAGS & STATISTICS:
+            updates += square(stored.to(OPMATH) - before, written)
         if STATES > 0:
-            tl.store(state0_at + at, state0.to(state0_at.dtype.element_ty), mask=inside)
+            tl.store(state0_at + at, state0.to(state0_at.dtype.element_ty), mask=written)
         if STATES > 1:
-            tl.store(state1_at + at, state1.to(state1_at.dtype.element_ty), mask=inside)
+            tl.store(state1_at + at, state1.to(state1_at.dtype.element_ty), mask=written)
         if STATES > 2:
-            tl.store(state2_at + at, state2.to(state2_at.dtype.element_ty), mask=inside)
+            tl.store(state2_at + at, state2.to(state2_at.dtype.element_ty), mask=written)
+    if BUCKET_FLAGS & STATISTICS:
+        return pairwise(grads, False), pairwise(params, False), pairwise(updates, False)
+    else:
+        return 0.0, 0.0, 0.0
+
+
+@triton.jit
+def square(x, inside):
+    wide = tl.where(inside, x, 0.0).to(tl.float64)
+    return wide * wide
+
+
+@triton.jit
+def count_nonfinite(grad_at, count, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    found = tl.full((BLOCK,), 0.0, tl.float64)
+    for start in range(0, count, BLOCK):
+        grad = tl.load(grad_at + start + lanes, mask=start + lanes < count, other=0.0).to(tl.float64)
+        found += tl.where(grad - grad == 0, 0.0, 1.0)
+    return pairwise(found, False)
 
 
 @triton.jit

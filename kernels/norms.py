@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .layout import LANES, NUMEL, WIDTH
 from .multi_tensor import typed_pointer
+from .sums import larger, pairwise
 
 
 @triton.jit
@@ -51,20 +52,3 @@ def accumulate(sums, grad, LARGEST: tl.constexpr):
         return larger(sums, tl.abs(value))
     else:
         return sums + value * value
-
-
-@triton.jit
-def larger(a, b):
-    """The larger one of two numbers that are not negative, NaN if there is one."""
-    return tl.where((b > a) | (b != b), b, a)
-
-
-@triton.jit
-def pairwise(sums, LARGEST: tl.constexpr):
-    """Neighbours combined in pairs until one is left: a tensor of one element. Halves would take four times the registers."""
-    size: tl.constexpr = sums.shape[0]
-    if size > 1:
-        left, right = tl.split(tl.reshape(sums, (size // 2, 2)))
-        return pairwise(larger(left, right) if LARGEST else left + right, LARGEST)
-    else:
-        return sums

@@ -17,6 +17,7 @@ def fused_l2_sgd(
     coefficients,
     CHUNK,
     control,
+    partials,
     FLAGS: tl.constexpr,
     STATES: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
@@ -25,6 +26,6 @@ def fused_l2_sgd(
     TAIL_BLOCK: tl.constexpr,
 ):
     step_chunk(
-        sgd, chunk_map, table, grads, coefficients, CHUNK, control,
+        sgd, chunk_map, table, grads, coefficients, CHUNK, control, partials,
         FLAGS, STATES, PARAM_DTYPE, STATE_DTYPE, BLOCK, TAIL_BLOCK,
     )  # fmt: skip

@@ -61,6 +61,8 @@ class Library:
             library.fused_l2_count.restype = None
             library.fused_l2_step.argtypes = [pointer, integer]
             library.fused_l2_step.restype = None
+            library.fused_l2_step_measured.argtypes = [pointer, integer, integer, integer, pointer]
+            library.fused_l2_step_measured.restype = None
             library.fused_l2_measure_grads.argtypes = [pointer, integer, integer, integer]
             library.fused_l2_measure_grads.restype = ctypes.c_double
             library.fused_l2_sums_of_squares.argtypes = [pointer, pointer, pointer, integer, pointer]
@@ -82,6 +84,7 @@ class Library:
         # What step() calls each time, bound once.
         self.check = self._short.fused_l2_check
         self.step = self._long.fused_l2_step
+        self.step_measured = self._long.fused_l2_step_measured
         self.measure_grads = self._long.fused_l2_measure_grads
         self.count = self._short.fused_l2_count
         self.make_watch = self._short.fused_l2_make_watch

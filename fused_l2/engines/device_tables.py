@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import coefficients
 from ..control import Control, Prologue
-from ..tensor_table import GRAD, WIDTH, Rule, TensorTable, chunk_map, norm_chunk
+from ..tensor_table import GRAD, STATISTICS, WIDTH, Flag, Rule, TensorTable, chunk_map, norm_chunk
 from .cuda import Device, UploadRing
 
 if TYPE_CHECKING:
@@ -96,8 +96,13 @@ class DeviceTable:
         # For a capture, within which nothing can be compiled. Adam with steps counted on the host cannot be captured.
         self._write = device.write_kernel() if self._on_device or rule is Rule.SGD else None
         self._launch: Callable[[int, int, int, int], None] | None = None
+        # What a step with statistics leaves of each chunk. Of their own memory: they may be looked at when this table is gone.
+        self.chunks_of = [-(-n // chunk) for n in numels]
+        measured = len(chunks) if flags & Flag.STATISTICS else 0
+        with device.current():
+            self.partials = device.memory(measured * len(STATISTICS), torch.float64).view(-1, len(STATISTICS))
         if chunks:
-            self._launch = kernel.launcher(len(chunks), self._at[6], self.table_address, chunk)
+            self._launch = kernel.launcher(len(chunks), self._at[6], self.table_address, chunk, self.partials.data_ptr())
 
     def upload(self, stream: int, numbers: Numbers) -> None:
         """Make what changed known to the device, on its current stream; the device must be the current one."""

@@ -40,6 +40,7 @@ def compile_for(
         "coefficients": _POINTERS[what.opmath],
         "CHUNK": "i32",
         "control": "*fp64",
+        "partials": "*fp64",
     }
     return _compile(arch, what.function, arguments, what.constants)
 

@@ -86,7 +86,7 @@ def interpreted_kernel(which: Any, tensors: Sequence[Tensor], programs: int, arg
         arguments = [*arguments[:2], tuple(arguments[2:])]
     else:
         function, constants, opmath = specialization(*which)
-        kinds = [int64, int64, int64, opmath, None, float64]
+        kinds = [int64, int64, int64, opmath, None, float64, float64]
     given = [value if kind is None else at(value, kind) for value, kind in zip(arguments, kinds, strict=True)]
     with repaired():
         interpreted(function)[(programs,)](*given, **constants)
@@ -131,8 +131,8 @@ class FakeKernel:
         kind = self._which[0]
 
         def step(stream: int, grads: int, coefficients: int, control: int) -> None:
-            programs, chunk_map, table, chunk = known
-            self._launch(programs, stream, (chunk_map, table, grads, coefficients, chunk, control), 4)
+            programs, chunk_map, table, chunk, partials = known
+            self._launch(programs, stream, (chunk_map, table, grads, coefficients, chunk, control, partials), 4)
 
         def measure(stream: int, grads: int) -> None:
             programs, chunk_map, table, partials, chunk, first = known
@@ -269,7 +269,7 @@ class FakeDevice(cuda.Device):
         assert not self.capturing
         self.waits += 1
         self.synchronize()
-        return [1.0, 0.0, 0.0] if self.run is nothing else tensor.tolist()
+        return [1.0, 0.0, 0.0, 1.0] if self.run is nothing else tensor.tolist()
 
     def scalar(self, value: Tensor) -> Tensor:
         self.memories.append(value.detach().reshape(()).float())

@@ -107,7 +107,7 @@ class StubDevice(FakeDevice):
 
 # The arguments of each kernel.
 _P, _I = ctypes.c_uint64, ctypes.c_int32
-STEP = (_P, _P, _P, _P, _I, _P)
+STEP = (_P, _P, _P, _P, _I, _P, _P)
 MEASURE = (_P, _P, _P, _P, _I, _I)
 CONTROL = (_P, _P, _P, _P, _I, _I, ctypes.c_double)
 COEFFICIENTS = (_P, _P, _P, _P, _P, _P, _I)

@@ -208,7 +208,7 @@ def test_T23_offsets_beyond_2_to_the_31_elements(run):
     words = torch.tensor([number << 32 for number in (first // chunk, first // chunk + 1)])
     scalars = torch.tensor(row)
     signature = (Rule.ADAM, int(Flag.DECOUPLED), torch.float32, torch.float32)
-    arguments = (words.data_ptr(), table.data_ptr(), grads.data_ptr(), scalars.data_ptr(), chunk, 0)
+    arguments = (words.data_ptr(), table.data_ptr(), grads.data_ptr(), scalars.data_ptr(), chunk, 0, 0)
     run(signature, [*tensors, table, grads, words, scalars], len(words), arguments)
     assert_same_bits([tensors[0], *tensors[2:]], [param, exp_avg, exp_avg_sq])
     assert all(map(poison_is_intact, tensors))

@@ -1,0 +1,141 @@
+"""Figures of a step, added up by the step itself as it goes over the tensors: norms, penalty, gradients that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tensor_table import STATISTICS
+
+GRADS, PARAMS, UPDATES, NONFINITE = range(len(STATISTICS))
+
+
+class Measured(NamedTuple):
+    """What a step left of each of its tensors."""
+
+    rows: Tensor  # float64 [tensors][4]: sums of g^2, w^2, update^2; the count of gradients that are not finite
+    groups: Sequence[int]
+    names: Sequence[str]
+    weight_decays: Sequence[float | Tensor]  # of each param group
+    inv_scale: float | Tensor  # what gradients are multiplied by to undo a loss scale
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Figures of one step, as 0-dim float64 tensors on the parameters' device that nobody has waited for.
+
+    Norms are 2-norms over all parameters that had a gradient. Gradients are those given, without a GradScaler's scale and
+    before clipping. Weights are those before the step, for which the loss was computed; the update is weights after minus
+    before, as stored, and zero for a skipped step.
+    """
+
+    grad_norm: Tensor
+    param_norm: Tensor
+    update_norm: Tensor
+    update_ratio: Tensor  # update_norm / param_norm
+    penalty: Tensor  # sum over param groups of weight_decay / 2 * sum w^2, which is lambda / 2n * sum w^2
+    nonfinite_grads: Tensor  # how many elements of gradients are inf or NaN
+    _measured: Measured = field(repr=False, compare=False)
+
+    def as_dict(self) -> dict[str, float]:
+        """The figures as numbers, for a logger. Waits for the device."""
+        named = [f.name for f in fields(self) if not f.name.startswith("_")]
+        return dict(zip(named, torch.stack([getattr(self, name) for name in named]).tolist(), strict=True))
+
+    def by_group(self) -> list[Statistics]:
+        """The same figures of each param group."""
+        groups = range(len(self._measured.weight_decays))
+        return [self._of([i for i, g in enumerate(self._measured.groups) if g == group]) for group in groups]
+
+    def by_tensor(self) -> dict[str, Statistics]:
+        """The same figures of each tensor that had a gradient, by its name in the param group's ``param_names``, or else by the
+        numbers of group and position: ``"0.3"``."""
+        return {name: self._of([i]) for i, name in enumerate(self._measured.names)}
+
+    def _of(self, tensors: list[int]) -> Statistics:
+        m = self._measured
+        chosen = m.rows[torch.tensor(tensors, dtype=torch.int64, device=m.rows.device)]
+        return make_statistics(
+            m._replace(rows=chosen, groups=[m.groups[i] for i in tensors], names=[m.names[i] for i in tensors])
+        )
+
+
+def make_statistics(measured: Measured) -> Statistics:
+    """The figures of all tensors together."""
+    rows = measured.rows
+    totals = rows.sum(0)
+    grad_norm, param_norm, update_norm = (totals[i].sqrt() for i in (GRADS, PARAMS, UPDATES))
+    penalty = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for group in sorted(set(measured.groups)):
+        members = [i for i, g in enumerate(measured.groups) if g == group]
+        squares = rows[members[0] : members[-1] + 1, PARAMS] if _consecutive(members) else rows[members, PARAMS]
+        decay = measured.weight_decays[group]
+        decay = decay.to(rows.device, torch.float64) if isinstance(decay, Tensor) else decay
+        penalty = penalty + squares.sum() * (decay / 2)
+    inv_scale = measured.inv_scale
+    inv_scale = inv_scale.to(rows.device) if isinstance(inv_scale, Tensor) else inv_scale
+    return Statistics(
+        grad_norm=grad_norm * inv_scale,
+        param_norm=param_norm,
+        update_norm=update_norm,
+        update_ratio=update_norm / param_norm,
+        penalty=penalty,
+        nonfinite_grads=totals[NONFINITE].clone(),
+        _measured=measured,
+    )
+
+
+def _consecutive(members: list[int]) -> bool:
+    return members[-1] - members[0] + 1 == len(members)
+
+
+class Record:
+    """Where the steps of a plan's part leave what they measure. Holds no parameters and no states."""
+
+    def __init__(self, partials: Sequence[Tensor], chunks: Sequence[int], order: Sequence[int]) -> None:
+        """``partials``: float64 [chunks][4] for each bucket. ``chunks``: how many each tensor has. ``order``: which entry of
+        the part each tensor is."""
+        self._partials, self._chunks, self._order = partials, chunks, order
+        self._on_device: tuple[Tensor, Tensor] | None = None
+
+    def rows(self) -> Tensor:
+        """Sums over each tensor, in the order of the part's entries."""
+        if self._on_device is None:
+            device = self._partials[0].device
+            where = sorted(range(len(self._order)), key=self._order.__getitem__)
+            chunks, order = (torch.tensor(x, dtype=torch.int64, device="cpu").to(device) for x in (self._chunks, where))
+            self._on_device = chunks, order
+        chunks, order = self._on_device
+        together = torch.cat(list(self._partials))
+        return torch.segment_reduce(together, "sum", lengths=chunks, axis=0, initial=0.0, unsafe=True)[order]
+
+
+class Recorded(NamedTuple):
+    """All that the statistics of a step are made of, once somebody asks."""
+
+    records: Sequence[Record]
+    others: Sequence[Tensor]  # rows of tensors stepped by plain PyTorch
+    groups: Sequence[int]
+    names: Sequence[str]
+    weight_decays: Sequence[float | Tensor]
+    inv_scale: float | Tensor
+
+    @torch.no_grad()
+    def statistics(self) -> Statistics:
+        rows = [*(record.rows() for record in self.records), *([torch.stack(list(self.others))] if self.others else [])]
+        rows = rows or [torch.zeros(0, len(STATISTICS), dtype=torch.float64, device="cpu")]
+        together = torch.cat([r.to(rows[0].device) for r in rows])
+        return make_statistics(Measured(together, self.groups, self.names, self.weight_decays, self.inv_scale))
+
+
+@torch.no_grad()
+def row_of(grad: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """The row of one tensor, in plain PyTorch."""
+    wide = [t.detach().double().reshape(-1) for t in (grad, before)]
+    update = after.detach().double().reshape(-1) - wide[1]
+    sums = [x.square().sum() for x in (*wide, update)]
+    return torch.stack([*sums, (~wide[0].isfinite()).sum().double()]).to(dtype=torch.float64)
