@@ -10,14 +10,17 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import coefficients
+from .coefficients import DecayRule
 from .control import make_clipping
-from .decay_options import make_decay_options
+from .decay import make_decay
 from .optimizer import FusedOptimizer, at_least_zero, number
 from .tensor_table import Flag, Rule
 
 _read: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(
     "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"
 )
+
+_REMEDY = "Use AdamW, or pass decoupled_weight_decay=True."
 
 
 class Adam(FusedOptimizer):
@@ -52,14 +55,7 @@ class Adam(FusedOptimizer):
             See :attr:`step_was_skipped`.
         amp_scaling: let ``torch.amp.GradScaler.step`` leave unscaling, and skipping after an overflow, to the step itself: one
             pass less over the gradients, and no wait for the device.
-        decay_rule, max_lr, cautious: other rules of decay, for all param groups or (a list for decay_rule) for each::
-
-                decay_rule="fully_decoupled":  w = (1 - lr / max_lr * weight_decay) * w     (Loshchilov & Hutter 2019)
-                decay_rule="corrected":        w = (1 - lr^2 / max_lr * weight_decay) * w   (AdamC, SGDC: Defazio 2025)
-                cautious=True:                 decay only where update and w have the same sign   (Chen et al. 2025)
-
-            With coupled decay only SGD's "corrected" exists: d = g + lr / max_lr * weight_decay * w. ``max_lr`` is the largest
-            lr of the schedule; None: each group's lr when it was added. See docs/weight-decay.md.
+        decay_rule, max_lr, cautious: see :class:`AdamW`; with decoupled decay only.
         statistics: add up norms, the penalty and more during the step. See :attr:`statistics`.
 
     Raises:
@@ -96,7 +92,7 @@ class Adam(FusedOptimizer):
         self._clipping = make_clipping(max_grad_norm, norm_type, error_if_nonfinite, skip_if_nonfinite)
         self._step_supports_amp_scaling = bool(amp_scaling)
         self._statistics = bool(statistics)
-        self._decay_options = make_decay_options(decay_rule, max_lr, cautious)
+        self._decay = make_decay(decay_rule, max_lr, cautious)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -126,13 +122,18 @@ class Adam(FusedOptimizer):
         for i, beta in enumerate((beta1, beta2)):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}{where}: {beta}; expected 0 <= beta < 1")
+        if group is not None and not decoupled and self._decay.rule_of(group) is DecayRule.CORRECTED:
+            raise ValueError(
+                f"decay_rule='corrected' needs decoupled weight decay, which param group {group} does not have: sqrt(v) "
+                f"divides coupled decay, so no coefficient gives it the rate that the rule is about. {_REMEDY}"
+            )
         return (
             at_least_zero(lr, "learning rate", where, " (to ascend, pass maximize=True)"),
             beta1,
             beta2,
             at_least_zero(eps, "epsilon value", where),
             at_least_zero(weight_decay, "weight_decay value", where),
-            *self._decay_numbers(group, bool(decoupled), where),
+            *self._decay_numbers(group, decoupled, _REMEDY),
         )
 
     def _counts_on_device(self) -> bool:
@@ -142,7 +143,7 @@ class Adam(FusedOptimizer):
     def _flags(self, values: tuple[Any, ...]) -> int:
         *_, amsgrad, maximize, decoupled = values
         flags = int(Flag.DECOUPLED) if decoupled else 0
-        if self._decay_options.cautious:
+        if self._decay.cautious:
             flags |= Flag.CAUTIOUS
         if amsgrad:
             flags |= Flag.AMSGRAD
@@ -156,9 +157,9 @@ class Adam(FusedOptimizer):
 
     @staticmethod
     def _coefficient_row(numbers: tuple[float, ...], flags: int, step: float) -> tuple[float, ...]:
-        lr, beta1, beta2, eps, weight_decay, max_lr, rule = numbers
+        lr, beta1, beta2, eps, weight_decay, max_lr, decay_rule = numbers
         decoupled = bool(flags & Flag.DECOUPLED)
-        return coefficients.adam(lr, beta1, beta2, eps, weight_decay, decoupled, step, max_lr, int(rule))
+        return coefficients.adam(lr, beta1, beta2, eps, weight_decay, decoupled, step, max_lr, decay_rule)
 
 
 class AdamW(Adam):
@@ -187,14 +188,22 @@ class AdamW(Adam):
             See :attr:`step_was_skipped`.
         amp_scaling: let ``torch.amp.GradScaler.step`` leave unscaling, and skipping after an overflow, to the step itself: one
             pass less over the gradients, and no wait for the device.
-        decay_rule, max_lr, cautious: other rules of decay, for all param groups or (a list for decay_rule) for each::
+        decay_rule: what multiplies weight_decay in the first line. The difference shows where a schedule lowers lr.
 
-                decay_rule="fully_decoupled":  w = (1 - lr / max_lr * weight_decay) * w     (Loshchilov & Hutter 2019)
-                decay_rule="corrected":        w = (1 - lr^2 / max_lr * weight_decay) * w   (AdamC, SGDC: Defazio 2025)
-                cautious=True:                 decay only where update and w have the same sign   (Chen et al. 2025)
+            * ``"plain"``: lr.
+            * ``"fully_decoupled"``: lr / max_lr, the schedule without the step size (Loshchilov & Hutter 2019, whose own decay
+              this is): lr and weight_decay can be tuned one at a time.
+            * ``"corrected"``: lr * (lr / max_lr) (AdamC; Defazio 2025, "Why Gradients Rapidly Increase Near the End of
+              Training"), for weights that feed a normalization layer. Plain decay holds the ratio of their gradient to them
+              at a multiple of sqrt(weight_decay / lr), which grows as lr falls; this one at sqrt(weight_decay / max_lr).
 
-            With coupled decay only SGD's "corrected" exists: d = g + lr / max_lr * weight_decay * w. ``max_lr`` is the largest
-            lr of the schedule; None: each group's lr when it was added. See docs/weight-decay.md.
+            One for all param groups, those added later too; or a sequence with one per group, and "plain" for groups added
+            later. An attribute of the optimizer that may be set, not a param-group key: a checkpoint does not hold it.
+        max_lr: the largest lr of the schedule. None: each group's lr when it was added, which is right for schedulers that
+            multiply it by at most 1. OneCycleLR, and warm-ups that write a lr of their own, need the number. Larger lrs are
+            no error.
+        cautious: shrink only weights that the update moves towards 0 (Cautious Weight Decay, Chen et al. 2025): with u the
+            update, w - lr * u, decay where u * w >= 0.
         statistics: add up norms, the penalty and more during the step. See :attr:`statistics`.
 
     Raises:

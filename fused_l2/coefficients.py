@@ -24,28 +24,34 @@ NUMBERS = 8  # hyperparameters of a group that rows are made of, at most
 
 
 class DecayRule(IntEnum):
-    """How the strength of the decay follows the learning rate."""
+    """What multiplies ``weight_decay``."""
 
     PLAIN = 0
     FULLY_DECOUPLED = 1
     CORRECTED = 2
 
 
-def decay_rate(lr: float, max_lr: float, rule: int) -> float:
-    """What ``weight_decay`` is multiplied by in the decay factor: lr, lr / max_lr, or lr^2 / max_lr."""
-    if rule == DecayRule.FULLY_DECOUPLED:
+def decay_rate(lr: float, max_lr: float, decay_rule: float) -> float:
+    """What the share of a weight that decoupled decay takes per step is a multiple of. PLAIN does not look at ``max_lr``."""
+    if decay_rule == DecayRule.FULLY_DECOUPLED:
         return lr / max_lr
-    return lr * (lr / max_lr) if rule == DecayRule.CORRECTED else lr
+    if decay_rule == DecayRule.CORRECTED:
+        return lr * (lr / max_lr)
+    return lr
 
 
-def decay_factor(lr: float, weight_decay: float, max_lr: float, rule: int) -> float:
-    """What decoupled decay multiplies a weight by: 1 - rate * weight_decay."""
-    return 1 - decay_rate(lr, max_lr, rule) * weight_decay if weight_decay != 0 else 1.0
+def decay(lr: float, weight_decay: float, decoupled: bool, max_lr: float, decay_rule: float) -> tuple[float, float]:
+    """The first two columns: the coefficient of w in the gradient (not 0 where decoupled decay is on), and what multiplies w.
 
-
-def coupled_decay(lr: float, weight_decay: float, max_lr: float, rule: int) -> float:
-    """The coefficient of w in the gradient."""
-    return lr / max_lr * weight_decay if rule == DecayRule.CORRECTED else weight_decay
+    The second is 1 - decay_rate * weight_decay where the decay is decoupled, else 1.
+    """
+    if weight_decay == 0:
+        return weight_decay, 1.0
+    if decoupled:
+        return weight_decay, 1 - decay_rate(lr, max_lr, decay_rule) * weight_decay
+    if decay_rule == DecayRule.CORRECTED:
+        weight_decay = lr / max_lr * weight_decay  # the step multiplies by the other lr
+    return weight_decay, 1.0
 
 
 def sgd(
@@ -55,14 +61,10 @@ def sgd(
     weight_decay: float,
     decoupled: bool,
     max_lr: float = 1.0,
-    rule: int = DecayRule.PLAIN,
+    decay_rule: float = DecayRule.PLAIN,
 ) -> tuple[float, ...]:
-    """The coefficient row of SGD.
-
-    ``decay`` is 1 - rate * weight_decay where the decay is decoupled, else 1.
-    """
-    decay = decay_factor(lr, weight_decay, max_lr, rule) if decoupled else 1.0
-    return (coupled_decay(lr, weight_decay, max_lr, rule), decay, momentum, 1 - dampening, -lr)
+    """The coefficient row of SGD."""
+    return (*decay(lr, weight_decay, decoupled, max_lr, decay_rule), momentum, 1 - dampening, -lr)
 
 
 def adam(
@@ -74,14 +76,14 @@ def adam(
     decoupled: bool,
     step: float,
     max_lr: float = 1.0,
-    rule: int = DecayRule.PLAIN,
+    decay_rule: float = DecayRule.PLAIN,
 ) -> tuple[float, ...]:
     """The coefficient row of Adam and AdamW at step count ``step``, the first step being 1.
 
     ``bias_correction2_sqrt`` is sqrt(1 - beta2^t), ``neg_step_size`` is -lr / (1 - beta1^t).
     """
-    decay = decay_factor(lr, weight_decay, max_lr, rule) if decoupled else 1.0
     bias_correction1 = 1 - beta1**step
     bias_correction2 = 1 - beta2**step
     step_size = lr / bias_correction1
-    return (weight_decay, decay, 1 - beta1, beta2, 1 - beta2, bias_correction2**0.5, eps, -step_size)
+    columns = decay(lr, weight_decay, decoupled, max_lr, decay_rule)
+    return (*columns, 1 - beta1, beta2, 1 - beta2, bias_correction2**0.5, eps, -step_size)

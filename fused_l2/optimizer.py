@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch.optim.optimizer import (
 
 from .coefficients import DecayRule
 from .control import INV_SCALE, NORM, SKIP, Clipping, Control, Prologue, make_clipping
-from .decay_options import DecayOptions, make_decay_options
+from .decay import Decay, make_decay
 from .plan import Plan
 from .state import OptimizerState, tell_of_changes
 from .statistics import Recorded, Statistics
@@ -48,14 +49,15 @@ class FusedOptimizer(Optimizer):
     _options: ClassVar[tuple[str, ...]] = (
         "_clipping",
         "_step_supports_amp_scaling",
-        "_decay_options",
-        "_first_lrs",
+        "_decay",
+        "_initial_lrs",
         "_statistics",
     )
     _plan: Plan | None = None
     _clipping: Clipping | None = None
     _step_supports_amp_scaling = False  # torch's name: where it is set, GradScaler leaves unscaling and skipping to step()
-    _decay_options = DecayOptions()
+    _decay = Decay()
+    _initial_lrs: dict[int, float]  # by param group: its lr when it was added
     _statistics = False
     _recorded: Recorded | None = None  # what the last step's statistics are made of
     _control: Tensor | Control | None = None  # of the last step
@@ -66,13 +68,9 @@ class FusedOptimizer(Optimizer):
             raise ValueError(_NOT_DIFFERENTIABLE)
         if defaults["fused"] and defaults["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")  # torch's own words
-        self._first_lrs: list[float] = []  # each group's lr when it was added
+        self._initial_lrs = {}
         super().__init__(params, defaults)
-        rules = self._decay_options.rules
-        if isinstance(rules, tuple) and len(rules) != len(self.param_groups):
-            raise ValueError(
-                f"decay_rule has {len(rules)} entries for {len(self.param_groups)} param groups; give one for each"
-            )
+        self._decay.check_count(len(self.param_groups))
         self.state = OptimizerState()
         self._captured: list[Plan] = []  # what CUDA graphs read
 
@@ -254,64 +252,68 @@ class FusedOptimizer(Optimizer):
         self.drop_plan()
 
     @property
-    def decay_rule(self) -> str | list[str]:
-        """How the strength of decay follows the learning rate: for all param groups, or for each."""
-        return self._decay_options.names()
+    def decay_rule(self) -> str | tuple[str, ...]:
+        """What multiplies ``weight_decay``: ``"plain"``, ``"fully_decoupled"`` or ``"corrected"``, or one of them per param
+        group."""
+        rule = self._decay.rule
+        if isinstance(rule, DecayRule):
+            return rule.name.lower()
+        return tuple(self._decay.rule_of(i).name.lower() for i in range(len(self.param_groups)))
 
     @decay_rule.setter
     def decay_rule(self, rule: str | Sequence[str]) -> None:
-        self._set_decay_options(make_decay_options(rule, self.max_lr, self.cautious))
+        decay = make_decay(rule, self._decay.max_lr, self._decay.cautious)
+        decay.check_count(len(self.param_groups))
+        self._set_option("_decay", decay)
 
     @property
     def max_lr(self) -> float | None:
-        """The largest learning rate of the schedule, for ``decay_rule``; None: each group's lr when it was added."""
-        return self._decay_options.max_lr
+        """The peak of the learning rate, which rules other than plain relate it to; None: each group's lr when it was added."""
+        return self._decay.max_lr
 
     @max_lr.setter
     def max_lr(self, max_lr: float | None) -> None:
-        self._set_decay_options(make_decay_options(self.decay_rule, max_lr, self.cautious))
+        new = make_decay("plain", max_lr, False)
+        self._set_option("_decay", replace(self._decay, max_lr=new.max_lr))
 
     @property
     def cautious(self) -> bool:
-        """Whether weights are decayed only where decay and update go the same way."""
-        return self._decay_options.cautious
+        """Whether only weights that the update moves towards 0 are decayed."""
+        return self._decay.cautious
 
     @cautious.setter
     def cautious(self, cautious: bool) -> None:
-        self._set_decay_options(make_decay_options(self.decay_rule, self.max_lr, cautious))
+        self._set_option("_decay", replace(self._decay, cautious=bool(cautious)))
 
-    def _set_decay_options(self, options: DecayOptions) -> None:
-        before, self._decay_options = self._decay_options, options
+    def _set_option(self, name: str, value: Any) -> None:
+        """Set an attribute that the checks of hyperparameters look at; leave it as it was if they refuse it."""
+        before = getattr(self, name)
+        setattr(self, name, value)
         try:
             for i, group in enumerate(self.param_groups):
                 self._checked_numbers(self._read_hyperparameters(group), i)
         except Exception:
-            self._decay_options = before
+            setattr(self, name, before)
             raise
         self.drop_plan()
 
-    def _decay_numbers(self, group: int | None, decoupled: bool, where: str) -> tuple[float, float]:
-        """``max_lr`` and the rule of a group, as the coefficients need them.
-
-        Raises:
-            ValueError: if the rule does not go with this kind of decay, or has no lr to compare with.
-        """
-        options = self._decay_options
-        rule = options.rule_of(group or 0)
-        remedy = "pass decoupled_weight_decay=True, or use AdamW"
-        if options.cautious and not decoupled:
-            raise ValueError(f"cautious=True needs decoupled weight decay{where}: {remedy}")
-        if rule is DecayRule.PLAIN or group is None:
+    def _decay_numbers(self, group: int | None, decoupled: bool, remedy: str) -> tuple[float, float]:
+        """``max_lr`` (1 where it is not looked at) and the rule of decay of a param group. None: of no group in particular."""
+        if group is None:
+            return 1.0, float(DecayRule.PLAIN)
+        self._decay.check(group, decoupled, remedy)
+        rule = self._decay.rule_of(group)
+        if rule is DecayRule.PLAIN:
             return 1.0, float(rule)
-        if not decoupled and (rule is DecayRule.FULLY_DECOUPLED or self._rule is Rule.ADAM):
-            raise ValueError(f"decay_rule={rule.name.lower()!r} needs decoupled weight decay{where}: {remedy}")
-        max_lr = self._first_lrs[group] if options.max_lr is None else options.max_lr
-        if not max_lr > 0:
+        if self._decay.max_lr is not None:
+            return self._decay.max_lr, float(rule)
+        initial = self._initial_lrs.get(group, 0.0)
+        if not (math.isfinite(initial) and initial > 0):
             raise ValueError(
-                f"decay_rule={rule.name.lower()!r} compares lr with the largest lr of its schedule, and the lr{where} began at "
-                f"{max_lr}: pass max_lr="
+                f"decay_rule={rule.name.lower()!r} relates lr to its peak, for which the lr that param group {group} was added "
+                f"with ({initial}) cannot stand; pass max_lr=, the largest lr of the schedule"
             )
-        return max_lr, float(rule)
+        return initial, float(rule)
 
     def drop_plan(self) -> None:
         """Forget what was prepared for the next step; it will be prepared again. Frees references to states."""
@@ -321,13 +323,18 @@ class FusedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group`` does, after checking its hyperparameters."""
-        if isinstance(param_group, dict):
-            given = {**self.defaults, **param_group}
-            self._first_lrs[len(self.param_groups) :] = [number(given["lr"], "learning rate")]
-            self._checked_numbers(self._read_hyperparameters(given), len(self.param_groups))
-            if param_group.get("differentiable"):
-                raise ValueError(_NOT_DIFFERENTIABLE)
-        super().add_param_group(param_group)
+        index = len(self.param_groups)
+        try:
+            if isinstance(param_group, dict):
+                group = {**self.defaults, **param_group}
+                self._initial_lrs[index] = number(group["lr"], "learning rate", f" of param group {index}")
+                self._checked_numbers(self._read_hyperparameters(group), index)
+                if param_group.get("differentiable"):
+                    raise ValueError(_NOT_DIFFERENTIABLE)
+            super().add_param_group(param_group)
+        except Exception:
+            self._initial_lrs.pop(index, None)
+            raise
         self.drop_plan()
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,13 +11,15 @@ from torch.optim.optimizer import ParamsT
 
 from . import coefficients
 from .control import make_clipping
-from .decay_options import make_decay_options
+from .decay import make_decay
 from .optimizer import FusedOptimizer, at_least_zero, number
 from .tensor_table import Flag, Rule
 
 _read: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(
     "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"
 )
+
+_REMEDY = "Pass decoupled_weight_decay=True."
 
 
 class SGD(FusedOptimizer):
@@ -50,14 +52,13 @@ class SGD(FusedOptimizer):
             See :attr:`step_was_skipped`.
         amp_scaling: let ``torch.amp.GradScaler.step`` leave unscaling, and skipping after an overflow, to the step itself: one
             pass less over the gradients, and no wait for the device.
-        decay_rule, max_lr, cautious: other rules of decay, for all param groups or (a list for decay_rule) for each::
-
-                decay_rule="fully_decoupled":  w = (1 - lr / max_lr * weight_decay) * w     (Loshchilov & Hutter 2019)
-                decay_rule="corrected":        w = (1 - lr^2 / max_lr * weight_decay) * w   (AdamC, SGDC: Defazio 2025)
-                cautious=True:                 decay only where update and w have the same sign   (Chen et al. 2025)
-
-            With coupled decay only SGD's "corrected" exists: d = g + lr / max_lr * weight_decay * w. ``max_lr`` is the largest
-            lr of the schedule; None: each group's lr when it was added. See docs/weight-decay.md.
+        decay_rule: ``"plain"``, the above; ``"corrected"`` (SGDC, Defazio 2025): lr / max_lr * weight_decay in place of
+            weight_decay; ``"fully_decoupled"`` (Loshchilov & Hutter 2019, the schedule without the step size; decoupled only):
+            w <- (1 - lr / max_lr * weight_decay) * w. One for all param groups, those added later too; or a sequence with one
+            per group, and "plain" for groups added later. See :class:`AdamW`.
+        max_lr: the largest lr of the schedule, for those rules; None: each group's lr when it was added.
+        cautious: decoupled only. Shrink only weights that the update moves towards 0 (Chen et al. 2025): with u the update,
+            w - lr * u, decay where u * w >= 0.
         statistics: add up norms, the penalty and more during the step. See :attr:`statistics`.
 
     Raises:
@@ -94,7 +95,7 @@ class SGD(FusedOptimizer):
         self._clipping = make_clipping(max_grad_norm, norm_type, error_if_nonfinite, skip_if_nonfinite)
         self._step_supports_amp_scaling = bool(amp_scaling)
         self._statistics = bool(statistics)
-        self._decay_options = make_decay_options(decay_rule, max_lr, cautious)
+        self._decay = make_decay(decay_rule, max_lr, cautious)
         self._decoupled = decoupled_weight_decay
         defaults = {
             "lr": lr,
@@ -117,12 +118,7 @@ class SGD(FusedOptimizer):
 
     @decoupled_weight_decay.setter
     def decoupled_weight_decay(self, decoupled: bool) -> None:
-        before, self._decoupled = self._decoupled, decoupled
-        try:
-            self._set_decay_options(self._decay_options)
-        except ValueError:
-            self._decoupled = before
-            raise
+        self._set_option("_decoupled", decoupled)
 
     @staticmethod
     def _read_hyperparameters(group: dict[str, Any]) -> tuple[Any, ...]:
@@ -136,7 +132,7 @@ class SGD(FusedOptimizer):
             at_least_zero(momentum, "momentum value", where),
             number(dampening, "dampening", where),
             at_least_zero(weight_decay, "weight_decay value", where),
-            *self._decay_numbers(group, self._decoupled, where),
+            *self._decay_numbers(group, self._decoupled, _REMEDY),
         )
         if nesterov and (checked[1] <= 0 or checked[2] != 0):
             raise ValueError(
@@ -148,7 +144,7 @@ class SGD(FusedOptimizer):
     def _flags(self, values: tuple[Any, ...]) -> int:
         _, momentum, _, _, nesterov, maximize = values
         flags = int(Flag.DECOUPLED) if self._decoupled else 0
-        if self._decay_options.cautious:
+        if self._decay.cautious:
             flags |= Flag.CAUTIOUS
         if momentum != 0:
             flags |= Flag.MOMENTUM
@@ -164,5 +160,5 @@ class SGD(FusedOptimizer):
 
     @staticmethod
     def _coefficient_row(numbers: tuple[float, ...], flags: int, step: float) -> tuple[float, ...]:
-        lr, momentum, dampening, weight_decay, max_lr, rule = numbers
-        return coefficients.sgd(lr, momentum, dampening, weight_decay, bool(flags & Flag.DECOUPLED), max_lr, int(rule))
+        lr, momentum, dampening, weight_decay, max_lr, decay_rule = numbers
+        return coefficients.sgd(lr, momentum, dampening, weight_decay, bool(flags & Flag.DECOUPLED), max_lr, decay_rule)

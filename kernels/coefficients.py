@@ -40,9 +40,9 @@ def fused_l2_coefficients(
         count = steps.to(tl.int32) + 1
         bias_correction1 = 1 - power(beta1, count)
         bias_correction2 = 1 - power(beta2, count)
-        put(out, 0, weight_decay, inside)
         max_lr = number(numbers, sources, first + 5, inside)
         rule = number(numbers, sources, first + 6, inside)
+        put(out, 0, coupled_decay(lr, weight_decay, max_lr, rule, BUCKET_FLAGS), inside)
         put(out, 1, decay_factor(lr, weight_decay, max_lr, rule, BUCKET_FLAGS), inside)
         put(out, 2, 1 - beta1, inside)
         put(out, 3, beta2, inside)
@@ -61,11 +61,19 @@ def fused_l2_coefficients(
         weight_decay = number(numbers, sources, first + 3, inside)
         max_lr = number(numbers, sources, first + 4, inside)
         rule = number(numbers, sources, first + 5, inside)
-        put(out, 0, tl.where(rule == CORRECTED, lr / max_lr * weight_decay, weight_decay), inside)
+        put(out, 0, coupled_decay(lr, weight_decay, max_lr, rule, BUCKET_FLAGS), inside)
         put(out, 1, decay_factor(lr, weight_decay, max_lr, rule, BUCKET_FLAGS), inside)
         put(out, 2, momentum, inside)
         put(out, 3, 1 - dampening, inside)
         put(out, 4, lr * -1.0, inside)
+
+
+@triton.jit
+def coupled_decay(lr, weight_decay, max_lr, rule, BUCKET_FLAGS: tl.constexpr):
+    if BUCKET_FLAGS & DECOUPLED:
+        return weight_decay
+    else:
+        return tl.where(rule == CORRECTED, lr / max_lr * weight_decay, weight_decay)
 
 
 @triton.jit

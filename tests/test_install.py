@@ -110,7 +110,7 @@ def test_no_top_level_kernels_is_installed():
 FLOORS = [
     {"_version", "coefficients", "state"},
     {"tensor_table"},
-    {"control", "decay_options", "statistics", "engines.cpu", "engines.torch_ops", "reference", "kernels.layout"},
+    {"control", "decay", "statistics", "engines.cpu", "engines.torch_ops", "reference", "kernels.layout"},
     {"kernels.sums", "kernels.update_rules", "kernels.multi_tensor", "kernels.norms", "kernels.write"},
     {"kernels.sgd", "kernels.adam", "kernels.control", "kernels.coefficients"},
     {"kernels.launch"},

@@ -24,6 +24,12 @@ SIGNATURES = [
     (torch.float16, torch.float16),
     (torch.float16, torch.float32),
 ]
+CAUTIOUS = Flag.DECOUPLED | Flag.CAUTIOUS
+DECAYS = [  # flags, and what multiplies weight_decay
+    (0, DecayRule.PLAIN),
+    (0, DecayRule.CORRECTED),
+    *((flags, rule) for flags in (int(Flag.DECOUPLED), int(CAUTIOUS)) for rule in DecayRule),
+]
 SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-40, 1e-30, 3e38, -3e38, 65504.0, 6e-8, 1.0)
 
 
@@ -43,13 +49,14 @@ def id_of(signature) -> str:
 
 @needs_library
 @pytest.mark.parametrize("signature", SIGNATURES, ids=id_of)
-@pytest.mark.parametrize("decay", ["none", "coupled", "decoupled", "cautious"])
+@pytest.mark.parametrize("decay", ["none", "coupled", "decoupled", "cautious", "cautious-none"])
 @pytest.mark.parametrize("momentum", ["none", "first", "running", "nesterov-first", "nesterov"])
 @pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
 def test_sgd(signature, decay, momentum, maximize, capability):
     dtype, state_dtype = signature
     lr, mu, dampening, wd = 0.1, 0.9 if momentum != "none" else 0.0, 0.0 if "nesterov" in momentum else 0.3, 0.05
-    wd, decoupled = wd if decay != "none" else 0.0, decay in ("decoupled", "cautious")
+    wd, cautious = 0.0 if "none" in decay else wd, "cautious" in decay
+    decoupled = decay == "decoupled" or cautious
     params, expected_params, expected_states = [], [], []
     first = "first" in momentum
     for i, n in enumerate(AWKWARD_SIZES):
@@ -58,7 +65,7 @@ def test_sgd(signature, decay, momentum, maximize, capability):
         params.append(p)
     made = fused_l2.SGD(
         params, lr, mu, dampening, wd, "nesterov" in momentum, maximize=maximize, decoupled_weight_decay=decoupled,
-        cautious=decay == "cautious",
+        cautious=cautious,
     )  # fmt: skip
     flags = made._flags(made._read_hyperparameters(made.param_groups[0]))
     row = coefficients.sgd(lr, mu, dampening, wd, decoupled)
@@ -78,24 +85,24 @@ def test_sgd(signature, decay, momentum, maximize, capability):
 
 @needs_library
 @pytest.mark.parametrize("signature", SIGNATURES, ids=id_of)
-@pytest.mark.parametrize("decay", ["none", "coupled", "decoupled", "cautious"])
+@pytest.mark.parametrize("decay", ["none", "coupled", "decoupled", "cautious", "cautious-none"])
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
 @pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
 @pytest.mark.parametrize("beta1", [0.9, 0.4])
 def test_adam(signature, decay, amsgrad, maximize, beta1, capability):
     dtype, state_dtype = signature
-    lr, beta2, eps, wd, step = 0.1, 0.99, 1e-8, 0.05 if decay != "none" else 0.0, 7
+    lr, beta2, eps, wd, step = 0.1, 0.99, 1e-8, 0.0 if "none" in decay else 0.05, 7
+    cautious = "cautious" in decay
+    decoupled = decay == "decoupled" or cautious
     params, expected_params, expected_states = [], [], []
-    decoupled = decay in ("decoupled", "cautious")
     names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if amsgrad else 2]
     for i, n in enumerate(AWKWARD_SIZES):
         p = torch.nn.Parameter(tensor(n, dtype, 5 * i))
         p.grad = tensor(n, dtype, 5 * i + 1)
         params.append(p)
     made = fused_l2.Adam(
-        params, lr, (beta1, beta2), eps, wd, amsgrad, maximize=maximize, decoupled_weight_decay=decoupled,
-        cautious=decay == "cautious",
-    )  # fmt: skip
+        params, lr, (beta1, beta2), eps, wd, amsgrad, maximize=maximize, decoupled_weight_decay=decoupled, cautious=cautious
+    )
     flags = made._flags(made._read_hyperparameters(made.param_groups[0]))
     row = coefficients.adam(lr, beta1, beta2, eps, wd, decoupled, step)
     for i, p in enumerate(params):
@@ -113,34 +120,33 @@ def test_adam(signature, decay, amsgrad, maximize, beta1, capability):
 
 @pytest.mark.parametrize("signature", SIGNATURES, ids=id_of)
 @pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("decoupled", [False, True])
-@pytest.mark.parametrize("rule", DecayRule)
-def test_plain_pytorch_engine_sgd(signature, nesterov, decoupled, rule):
+@pytest.mark.parametrize(("decay", "decay_rule"), DECAYS)
+def test_plain_pytorch_engine_sgd(signature, nesterov, decay, decay_rule):
     dtype, state_dtype = signature
-    flags = Flag.MOMENTUM | (Flag.NESTEROV if nesterov else 0) | (Flag.DECOUPLED if decoupled else 0)
+    flags = Flag.MOMENTUM | (Flag.NESTEROV if nesterov else 0) | decay
     numbers = (0.1, 0.9, 0.0, 0.05)
+    row = coefficients.sgd(*numbers, bool(decay), 0.3, decay_rule)
     p, g, b = (tensor(1003, d, s, special=False) for d, s in ((dtype, 1), (dtype, 2), (state_dtype, 3)))
-    expected, expected_states = reference.sgd(p, g, [b], coefficients.sgd(*numbers, decoupled, 0.25, rule), flags, False)
+    expected, expected_states = reference.sgd(p, g, [b], row, flags, False)
     kept = g.clone()
-    torch_ops.step(Rule.SGD, flags, (*numbers, 0.25, rule), False, [p], [g], [[b]], [], False)
+    torch_ops.step(Rule.SGD, flags, (*numbers, 0.3, decay_rule), False, [p], [g], [[b]], [], False)
     assert_same_bits([p, b], [expected, *expected_states])
     assert_same_bits(g, kept, "T52: the gradient")
 
 
 @pytest.mark.parametrize("signature", SIGNATURES, ids=id_of)
-@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize(("decay", "decay_rule"), [d for d in DECAYS if d != (0, DecayRule.CORRECTED)])
 @pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize("rule", DecayRule)
-def test_plain_pytorch_engine_adam(signature, decoupled, amsgrad, rule, exact_sqrt):
-    rule = rule if decoupled else DecayRule.PLAIN
+def test_plain_pytorch_engine_adam(signature, decay, decay_rule, amsgrad, exact_sqrt):
     dtype, state_dtype = signature
-    flags = (Flag.AMSGRAD if amsgrad else 0) | (Flag.DECOUPLED if decoupled else 0)
+    flags = (Flag.AMSGRAD if amsgrad else 0) | decay
     numbers = (0.1, 0.9, 0.99, 1e-8, 0.05)
     p, g = (tensor(1003, dtype, s, special=False) for s in (1, 2))
     state = [tensor(1003, state_dtype, 3 + k, positive=k > 0, special=False) for k in range(3 if amsgrad else 2)]
-    expected, expected_states = reference.adam(p, g, state, coefficients.adam(*numbers, decoupled, 7, 0.25, rule), flags)
+    row = coefficients.adam(*numbers, bool(decay), 7, 0.3, decay_rule)
+    expected, expected_states = reference.adam(p, g, state, row, flags)
     counter = torch.tensor(6.0)
-    torch_ops.step(Rule.ADAM, flags, (*numbers, 0.25, rule), False, [p], [g], [[t] for t in state], [counter], False)
+    torch_ops.step(Rule.ADAM, flags, (*numbers, 0.3, decay_rule), False, [p], [g], [[t] for t in state], [counter], False)
     assert_same_bits([p, *state], [expected, *expected_states])
     assert counter.item() == 7
 

@@ -278,7 +278,10 @@ def test_T56_copies_and_pickles_step_on_their_own(name):
     params = make_params(SIZES)
     optimizer = run(ours(name), params, 2)
     if name == "SGD":
-        optimizer.decoupled_weight_decay = True  # an option that is no group key has to travel, too
+        optimizer.decoupled_weight_decay = True  # options that are no group keys have to travel, too
+    if name != "Adam":
+        optimizer.cautious, optimizer.decay_rule = True, ["fully_decoupled"]
+        lr, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], 0.003  # the peak is the former
     for duplicate in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         copied = duplicate.param_groups[0]["params"]
         kept = twin(params)
@@ -289,6 +292,8 @@ def test_T56_copies_and_pickles_step_on_their_own(name):
         reference = ours(name)(again)
         if name == "SGD":
             reference.decoupled_weight_decay = True
+        if name != "Adam":
+            reference.cautious, reference.decay_rule, reference.max_lr = True, "fully_decoupled", lr
         reference.load_state_dict(optimizer.state_dict())
         continue_run(reference, again, 2, 2)
         assert_same_bits(copied, again)

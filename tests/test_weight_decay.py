@@ -10,7 +10,17 @@ import torch
 from torch import nn
 
 import fused_l2
-from fused_l2.weight_decay import from_lambda, normalized_weights, param_groups, penalty, to_lambda
+from fused_l2.weight_decay import (
+    from_lambda,
+    from_normalized,
+    from_timescale,
+    normalized_weights,
+    param_groups,
+    penalty,
+    timescale,
+    to_lambda,
+    to_normalized,
+)
 
 
 def test_conversion():
@@ -26,6 +36,51 @@ def test_conversion_refuses(arguments):
     for convert in (from_lambda, to_lambda):
         with pytest.raises(ValueError, match="must be"):
             convert(*arguments)
+
+
+def test_normalized_decay():
+    """Loshchilov & Hutter 2019, B.1: four times the steps, half the decay per step, however they come about."""
+    budget = {"batch_size": 128, "n": 50_000, "epochs": 100}
+    decay = from_normalized(0.05, **budget)
+    assert decay == pytest.approx(0.05 * math.sqrt(128 / (50_000 * 100)), rel=1e-15)
+    assert to_normalized(decay, **budget) == pytest.approx(0.05, rel=1e-15)
+    for change in ({"batch_size": 32}, {"n": 200_000}, {"epochs": 400}):
+        assert from_normalized(0.05, **{**budget, **change}) == pytest.approx(decay / 2, rel=1e-15)
+    for name in budget:
+        for bad in (0, -1, math.nan, math.inf):
+            for convert in (from_normalized, to_normalized):
+                with pytest.raises(ValueError, match=f"{name} must be a finite number > 0, got {bad}"):
+                    convert(0.05, **{**budget, name: bad})
+    with pytest.raises(ValueError, match="weight_decay_norm must be a finite number >= 0, got -1"):
+        from_normalized(-1, **budget)
+
+
+def test_timescale():
+    """With gradients of one sign AdamW's weight is where it converges to, but for a share of 1/e, after one timescale."""
+    lr, decay = 0.01, 0.5
+    steps = timescale(lr, decay)
+    assert steps == 200
+    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = fused_l2.AdamW([p], lr=lr, weight_decay=decay, eps=0.0)
+    for _ in range(int(steps)):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    # The limit is -1 / decay, and (1 - 1/T)^T = (1 - 1/2T + ...) / e
+    assert p.item() == pytest.approx(-1 / decay * (1 - math.exp(-1)), rel=1 / steps)
+
+    assert timescale(lr, decay, batch_size=64, n=6400) == 2  # epochs of 100 steps
+    assert from_timescale(200, lr) == pytest.approx(decay, rel=1e-15)
+    assert from_timescale(2, lr, batch_size=64, n=6400) == pytest.approx(decay, rel=1e-15)
+    for arguments, says in (
+        ((0, 0.1), "lr must be a finite number > 0, got 0"),
+        ((0.1, 0), "weight_decay must be a finite number > 0, got 0"),
+        ((0.1, 0.1, 64), "both batch_size and n"),
+        ((0.1, 0.1, -64, 6400), "batch_size must be a finite number > 0, got -64"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            timescale(*arguments)
+    with pytest.raises(ValueError, match="timescale must be a finite number > 0, got inf"):
+        from_timescale(math.inf, 0.1)
 
 
 def test_T30_the_coefficient_reaches_torch_unchanged():

@@ -54,26 +54,6 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def _decoupled(
-    params: list[Tensor], flags: int, lr: float, weight_decay: float, max_lr: float, rule: float
-) -> tuple[float, list[Tensor]]:
-    """Decay decoupled weights, or keep copies of them to decay cautiously once the update is known."""
-    decay = coefficients.decay_factor(lr, weight_decay, max_lr, int(rule)) if flags & Flag.DECOUPLED else 1.0
-    if flags & Flag.CAUTIOUS:
-        return decay, [param.clone() for param in params]
-    if decay != 1:
-        for param in params:
-            param.mul_(decay)
-    return decay, []
-
-
-def _decay_cautiously(params: list[Tensor], old: list[Tensor], decay: float) -> None:
-    for param, before in zip(params, old, strict=False):
-        update = before - param
-        agree = ((update >= 0) & (before >= 0)) | ((update <= 0) & (before <= 0))
-        param.add_(torch.where(agree, before * (decay - 1), torch.zeros_like(before)))
-
-
 def _sgd(
     flags: int,
     numbers: tuple[float, ...],
@@ -82,30 +62,40 @@ def _sgd(
     states: list[list[Tensor]],
     first_step: bool,
 ) -> None:
-    lr, momentum, dampening, weight_decay, max_lr, rule = numbers
-    decay, old = _decoupled(params, flags, lr, weight_decay, max_lr, rule)
-    weight_decay = 0.0 if flags & Flag.DECOUPLED else coefficients.coupled_decay(lr, weight_decay, max_lr, int(rule))
+    lr, momentum, dampening, weight_decay, max_lr, decay_rule = numbers
+    decoupled = bool(flags & Flag.DECOUPLED)
+    weight_decay, decay = coefficients.decay(lr, weight_decay, decoupled, max_lr, decay_rule)
+    cautious = bool(flags & Flag.CAUTIOUS) and weight_decay != 0
+    if decoupled:
+        if not cautious:
+            _shrink(params, decay)
+        weight_decay = 0.0
     own = states[0] if states else []
     buffers: list[Tensor | None] = [None] * len(params) if first_step or not own else [*own]
     nesterov = bool(flags & Flag.NESTEROV)
+    # At lr -1, what starts from -0 ends as the update: -0 + x is x, whatever its sign.
+    stepped = [torch.full_like(p, -0.0) for p in params] if cautious else params
     sgd(
-        params,
+        stepped,
         grads,
         buffers,
         # foreach with nesterov and no weight decay adds the momentum to the gradient itself.
         foreach=False if nesterov else None,
         weight_decay=weight_decay,
         momentum=momentum,
-        lr=lr,
+        lr=-1.0 if cautious else lr,
         dampening=dampening,
         nesterov=nesterov,
         maximize=bool(flags & Flag.MAXIMIZE),
     )
-    _decay_cautiously(params, old, decay)
     if first_step:
         for buffer, made in zip(own, buffers, strict=False):
             assert made is not None
             buffer.copy_(made)
+    if cautious:
+        _shrink_where_agreeing(params, stepped, decay)
+        for param, update in zip(params, stepped, strict=True):
+            param.add_(update, alpha=-lr)
 
 
 def _adam(
@@ -117,20 +107,24 @@ def _adam(
     states: list[list[Tensor]],
     counters: list[Tensor],
 ) -> None:
-    lr, beta1, beta2, eps, weight_decay, max_lr, rule = numbers
-    decay, old = 1.0, list[Tensor]()
-    if rule or flags & Flag.CAUTIOUS:  # else torch decays by itself
-        decay, old = _decoupled(params, flags, lr, weight_decay, max_lr, rule)
+    lr, beta1, beta2, eps, weight_decay, max_lr, decay_rule = numbers
+    decoupled = bool(flags & Flag.DECOUPLED)
+    weight_decay, decay = coefficients.decay(lr, weight_decay, decoupled, max_lr, decay_rule)
+    cautious = bool(flags & Flag.CAUTIOUS) and weight_decay != 0
+    if decoupled and (cautious or decay_rule != coefficients.DecayRule.PLAIN):  # plain is torch's own
+        if not cautious:
+            _shrink(params, decay)
         weight_decay = 0.0
+    stepped = [torch.full_like(p, -0.0) for p in params] if cautious else params  # they end as minus lr * update
     adam(
-        params,
+        stepped,
         grads,
         states[0],
         states[1],
         states[2] if len(states) > 2 else [],
         counters,
         capturable=capturable,
-        decoupled_weight_decay=bool(flags & Flag.DECOUPLED),
+        decoupled_weight_decay=decoupled,
         amsgrad=bool(flags & Flag.AMSGRAD),
         beta1=beta1,
         beta2=beta2,
@@ -139,4 +133,20 @@ def _adam(
         eps=eps,
         maximize=bool(flags & Flag.MAXIMIZE),
     )
-    _decay_cautiously(params, old, decay)
+    if cautious:
+        _shrink_where_agreeing(params, states[0], decay)
+        for param, delta in zip(params, stepped, strict=True):
+            param.add_(delta)
+
+
+def _shrink(params: list[Tensor], decay: float) -> None:
+    if decay != 1:
+        for param in params:
+            param.mul_(decay)
+
+
+def _shrink_where_agreeing(params: list[Tensor], updates: list[Tensor], decay: float) -> None:
+    """Multiply by ``decay`` where parameter and update, or what has its sign, do not differ in sign."""
+    for param, update in zip(params, updates, strict=True):
+        agree = (update >= 0) & (param >= 0) | (update <= 0) & (param <= 0)
+        param.copy_(torch.where(agree, param * decay, param))

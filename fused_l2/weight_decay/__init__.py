@@ -4,7 +4,7 @@ Training with the loss mean(data) + (lambda / 2n) * sum(w^2) over n training exa
 ``weight_decay``, here and in torch.optim, is that coefficient of w: lambda / n, not lambda.
 """
 
-from .conversion import from_lambda, to_lambda
+from .conversion import from_lambda, from_normalized, from_timescale, timescale, to_lambda, to_normalized
 from .normalization import NormalizedWeight, NormalizedWeights, normalized_weights
 from .param_groups import ParamGroups, ParamRule, param_groups
 from .penalty import penalty
@@ -15,8 +15,12 @@ __all__ = [
     "ParamGroups",
     "ParamRule",
     "from_lambda",
+    "from_normalized",
+    "from_timescale",
     "normalized_weights",
     "param_groups",
     "penalty",
+    "timescale",
     "to_lambda",
+    "to_normalized",
 ]

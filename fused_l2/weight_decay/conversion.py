@@ -1,4 +1,4 @@
-"""lambda of a loss <-> ``weight_decay`` of an optimizer."""
+"""``weight_decay`` of an optimizer <-> lambda of a loss, normalized decay, and the time over which weights are averaged."""
 
 from __future__ import annotations
 
@@ -44,6 +44,96 @@ def to_lambda(weight_decay: float, n: int, reduction: Reduction = "mean") -> flo
         ValueError: if ``weight_decay`` is negative or not finite, ``n`` is not positive, or ``reduction`` is unknown.
     """
     return _checked(weight_decay, "weight_decay") * _divisor(n, reduction)
+
+
+def from_normalized(weight_decay_norm: float, batch_size: float, n: float, epochs: float) -> float:
+    """The decay per step that a normalized decay means for one length of training: norm * sqrt(batch_size / (n * epochs)).
+
+    Loshchilov & Hutter (2019, appendix B.1) found that the best decay per step falls with the root of the number of steps, so
+    that a normalized one carries over between budgets. Their decay is not multiplied by lr: it is the ``weight_decay`` of
+    ``decay_rule="fully_decoupled"``. With the plain rule divide it by the largest lr of the schedule.
+
+    Example::
+
+        >>> fused_l2.weight_decay.from_normalized(0.05, batch_size=128, n=51_200, epochs=100)
+        0.00025
+
+    Raises:
+        ValueError: if ``weight_decay_norm`` is negative or not finite, or another argument is not positive and finite.
+    """
+    return _checked(weight_decay_norm, "weight_decay_norm") * _per_root_step(batch_size, n, epochs)
+
+
+def to_normalized(weight_decay: float, batch_size: float, n: float, epochs: float) -> float:
+    """The normalized decay that a decay per step stands for, the inverse of :func:`from_normalized`.
+
+    Example::
+
+        >>> fused_l2.weight_decay.to_normalized(0.00025, batch_size=128, n=51_200, epochs=100)
+        0.05
+
+    Raises:
+        ValueError: if ``weight_decay`` is negative or not finite, or another argument is not positive and finite.
+    """
+    return _checked(weight_decay, "weight_decay") / _per_root_step(batch_size, n, epochs)
+
+
+def timescale(lr: float, weight_decay: float, batch_size: float | None = None, n: float | None = None) -> float:
+    """Over how many steps the weights of AdamW are an average of their updates: 1 / (lr * weight_decay).
+
+    w <- (1 - lr * weight_decay) * w - lr * u makes w an exponential moving average of -u / weight_decay. Wang & Aitchison
+    (2024, "How to set AdamW's weight decay as you scale model and dataset size") found its best timescale to be about the same
+    number of *epochs* whatever the sizes of model and data set. With ``batch_size`` and ``n``, the number of training
+    examples, that is what is returned.
+
+    Example::
+
+        >>> fused_l2.weight_decay.timescale(0.001, 0.1)
+        10000.0
+        >>> fused_l2.weight_decay.timescale(0.001, 0.1, batch_size=100, n=50_000)
+        20.0
+
+    Raises:
+        ValueError: if an argument is not positive and finite, or only one of ``batch_size`` and ``n`` is given.
+    """
+    return 1 / (_positive(lr, "lr") * _positive(weight_decay, "weight_decay")) / _steps_per_epoch(batch_size, n)
+
+
+def from_timescale(timescale: float, lr: float, batch_size: float | None = None, n: float | None = None) -> float:
+    """The ``weight_decay`` of AdamW for a timescale in steps or, with ``batch_size`` and ``n``, in epochs: the inverse of
+    :func:`timescale`.
+
+    Example::
+
+        >>> fused_l2.weight_decay.from_timescale(10_000, lr=0.001)
+        0.1
+        >>> fused_l2.weight_decay.from_timescale(20, lr=0.001, batch_size=100, n=50_000)
+        0.1
+
+    Raises:
+        ValueError: if an argument is not positive and finite, or only one of ``batch_size`` and ``n`` is given.
+    """
+    return 1 / (_positive(timescale, "timescale") * _steps_per_epoch(batch_size, n) * _positive(lr, "lr"))
+
+
+def _per_root_step(batch_size: float, n: float, epochs: float) -> float:
+    steps = _steps_per_epoch(batch_size, n) * _positive(epochs, "epochs")
+    return 1 / math.sqrt(steps)
+
+
+def _steps_per_epoch(batch_size: float | None, n: float | None) -> float:
+    """1 without both."""
+    if batch_size is None and n is None:
+        return 1.0
+    if batch_size is None or n is None:
+        raise ValueError(f"pass both batch_size and n for epochs, or neither for steps; got batch_size={batch_size}, n={n}")
+    return _positive(n, "n") / _positive(batch_size, "batch_size")
+
+
+def _positive(value: float, argument: str) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{argument} must be a finite number > 0, got {value}")
+    return float(value)
 
 
 def _checked(value: float, argument: str) -> float:
