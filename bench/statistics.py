@@ -58,9 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
             results.append(result)
             low, cost, high = result["cost"]
             verdict = f"limit {LIMIT}: {'met' if cost <= LIMIT else 'MISSED'}" if case.name in MEMORY_BOUND else ""
-            print(
-                f"{name:6} {case.name:12} {1e6 * result['seconds']['with'][1]:10.1f} us {cost:7.3f} ({low:.3f} to {high:.3f})  {verdict}"
-            )
+            microseconds = 1e6 * result["seconds"]["with"][1]
+            print(f"{name:6} {case.name:12} {microseconds:10.1f} us {cost:7.3f} ({low:.3f} to {high:.3f})  {verdict}")
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
     return 0

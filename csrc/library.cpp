@@ -1,7 +1,6 @@
 // The C interface that fused_l2/engines/cpu.py loads with ctypes. No header of torch or Python is needed to build it:
 // what is used of libtorch is looked up by name in the copy that the process has loaded.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -152,9 +151,7 @@ FUSED_L2_EXPORT void fused_l2_step_measured(const Bucket* buckets, int64_t count
     std::vector<Piece> pieces;
     bool skip;
     double* out;
-    std::vector<std::atomic<bool>>
-        taken;  // a chunk is stepped once, also if torch's threads fail and all are tried again
-  } context{{}, skip != 0, out, {}};
+  } context{{}, skip != 0, out};
   int64_t elements = 0;
   for (int64_t b = 0; b < count; ++b)
     for (int64_t r = 0; r < buckets[b].rows; ++r) {
@@ -163,18 +160,16 @@ FUSED_L2_EXPORT void fused_l2_step_measured(const Bucket* buckets, int64_t count
         context.pieces.push_back({&buckets[b], row, begin, std::min(chunk, row[column::numel] - begin), false});
       elements += row[column::numel];
     }
-  context.taken = std::vector<std::atomic<bool>>(context.pieces.size());
   const auto one = [](void* opaque, int64_t i) {
-    Context& c = *static_cast<Context*>(opaque);
+    const Context& c = *static_cast<Context*>(opaque);
     const Piece& piece = c.pieces[static_cast<size_t>(i)];
-    if (c.taken[static_cast<size_t>(i)].exchange(true)) return;
     const PieceFunction update = (piece.bucket->rule == rule::sgd ? sgd_kernels : adam_kernels).get();
     step_measured_kernels.get()(piece, c.skip ? nullptr : update, c.out + i * statistic::count);
   };
   const int64_t pieces = static_cast<int64_t>(context.pieces.size());
   if (elements < kSerialElements)
     for (int64_t i = 0; i < pieces; ++i) one(&context, i);
-  else for_each_index(pieces, one, &context);
+  else for_each_once(pieces, one, &context);
   if (!skip) fused_l2_count(buckets, count);
 }
 

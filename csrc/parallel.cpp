@@ -97,20 +97,22 @@ struct Shares {
   }
 };
 
-struct Work {
-  const Line& line;
-  Shares shares;
-  int64_t chunk;
-  PieceFunction f;
-
-  void run(int64_t thread) {
+// f(index) for what is left of 0 <= index < count, by all of torch's threads.
+template <class F> void share_out(int64_t count, F&& f) {
+  struct Work {
+    Shares shares;
+    F& f;
+  } work{Shares(count, thread_count()), f};
+  const auto run = [](void* opaque, int64_t thread) {
+    Work& w = *static_cast<Work*>(opaque);
     int64_t taken;
-    for (int64_t hop = 0; hop < shares.count; ++hop) {
-      const int64_t owner = (thread + hop) % shares.count;
-      while (shares.take(owner, hop == 0, taken)) line.visit(line.cut(taken * chunk), line.cut((taken + 1) * chunk), f);
+    for (int64_t hop = 0; hop < w.shares.count; ++hop) {
+      const int64_t owner = (thread + hop) % w.shares.count;
+      while (w.shares.take(owner, hop == 0, taken)) w.f(taken);
     }
-  }
-};
+  };
+  for_each_index(work.shares.count, run, &work);
+}
 
 struct IndexedCall {
   void (*f)(void*, int64_t);
@@ -142,14 +144,18 @@ void for_each_index(int64_t count, void (*f)(void*, int64_t), void* context) {
   if (torch_threads.parallel_for(0, count, 1, range, &call) != 0) serial(0);
 }
 
+void for_each_once(int64_t count, void (*f)(void*, int64_t), void* context) {
+  share_out(count, [&](int64_t i) { f(context, i); });
+}
+
 void for_each_piece(const Bucket* buckets, int64_t count, PieceFunction f) {
   const Line line(buckets, count);
   const int64_t threads = thread_count();
   if (threads == 1 || line.size() < kSerialElements) return line.visit(0, line.size(), f);
   // 32 bits hold the chunk numbers of a share: a larger line gets larger chunks.
   const int64_t chunk = std::max(kChunk, (line.size() / (int64_t(1) << 31) + 1) * kCut);
-  Work work{line, Shares((line.size() + chunk - 1) / chunk, threads), chunk, f};
-  for_each_index(threads, [](void* w, int64_t thread) { static_cast<Work*>(w)->run(thread); }, &work);
+  share_out((line.size() + chunk - 1) / chunk,
+            [&](int64_t i) { line.visit(line.cut(i * chunk), line.cut((i + 1) * chunk), f); });
 }
 
 }  // namespace fused_l2

@@ -30,6 +30,9 @@ void for_each_piece(const Bucket* buckets, int64_t count, PieceFunction f);
 // Calls f(context, index) for 0 <= index < count on torch's threads; if torch fails, for all of them once more.
 void for_each_index(int64_t count, void (*f)(void* context, int64_t index), void* context);
 
+// The same for an f that must not be called twice, with indices shared out as pieces are.
+void for_each_once(int64_t count, void (*f)(void* context, int64_t index), void* context);
+
 // Torch's thread pool, as C functions of its stable ABI (torch/csrc/stable/c/shim.h, since torch 2.10).
 struct TorchThreads {
   int (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context);

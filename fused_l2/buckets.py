@@ -31,6 +31,7 @@ from .tensor_table import (
     TensorTable,
     address_of,
     norm_chunk,
+    statistics_chunk,
 )
 from .watch import Watch, gradient_guard, make_watch
 
@@ -196,10 +197,11 @@ class CpuPart(Part):
 
     def __init__(self, rule: Rule, entries: list[Entry]) -> None:
         super().__init__(rule, entries)
-        self._chunk = norm_chunk(sum(e.param.numel() for e in entries))
+        elements = sum(e.param.numel() for e in entries)
+        self._chunk, self._statistics_chunk = norm_chunk(elements), statistics_chunk(elements)
         self._statistics = bool(entries[0].flags & Flag.STATISTICS)
         if self._statistics:
-            chunks = [-(-n // self._chunk) for b in self.buckets for n in b.table.numels()]
+            chunks = [-(-n // self._statistics_chunk) for b in self.buckets for n in b.table.numels()]
             self._partials = torch.zeros(sum(chunks), len(STATISTICS), dtype=torch.float64, device="cpu")
             self.record = Record([self._partials], chunks, self._order)
 
@@ -226,7 +228,7 @@ class CpuPart(Part):
 
     def _step_measured(self, skip: bool) -> None:
         assert self._library is not None
-        self._library.step_measured(self._address, self._count, self._chunk, skip, self._partials.data_ptr())
+        self._library.step_measured(self._address, self._count, self._statistics_chunk, skip, self._partials.data_ptr())
 
     def measure_skipped(self) -> None:
         self._step_measured(skip=True)

@@ -144,6 +144,11 @@ def norm_chunk(elements: int) -> int:
     return chunk
 
 
+def statistics_chunk(elements: int) -> int:
+    """How many elements the CPU engine measures together, over this many: long runs where there is enough for all threads."""
+    return 65536 if elements >= 1 << 22 else 16384
+
+
 def address_of(values: array[int] | array[float]) -> int:
     """The address of an array's first element."""
     return values.buffer_info()[0]
