@@ -20,6 +20,7 @@ OPTIONS: dict[str, list[Any]] = {
     "skip_if_nonfinite": [False, True],
     "amp_scaling": [False, True],
     "capturable": [False, True],  # with lr and weight decay in tensors
+    "statistics": [False, True],
     "groups": [1, 28],
     "dtype": [torch.float32, torch.float16],
     "engine": ["cpp", "triton"],
@@ -62,7 +63,7 @@ def test_a_run_with_everything_is_the_plain_run_without_the_skipped_steps(run, m
     """Six steps of which three overflow where something skips them, under a schedule of lr and weight decay."""
     sizes = (5, 0, 130, 9) * 7
     params, expected = make_params(sizes, run["dtype"]), make_params(sizes, run["dtype"])
-    options = {key: run[key] for key in ("max_grad_norm", "skip_if_nonfinite", "amp_scaling")}
+    options = {key: run[key] for key in ("max_grad_norm", "skip_if_nonfinite", "amp_scaling", "statistics")}
     if run["name"] == "AdamW":
         options["capturable"] = run["capturable"]
     ours, plain = make(run, params, **options), make(run, expected, max_grad_norm=run["max_grad_norm"])
@@ -104,6 +105,13 @@ def test_a_run_with_everything_is_the_plain_run_without_the_skipped_steps(run, m
             ours.grad_scale, ours.found_inf = torch.tensor(scale), torch.tensor(2.0 if overflows else 0.0)
         ours.step()
         assert bool(ours.step_was_skipped) == overflows
+        if run["statistics"]:
+            figures = ours.statistics.as_dict()
+            assert figures["nonfinite_grads"] == overflows
+            assert (figures["update_norm"] == 0) == overflows
+            assert overflows or figures["grad_norm"] == pytest.approx(
+                math.sqrt(sum(float(g.double().square().sum()) for g in grads))
+            )
         if not overflows:
             plain.step()
             if run["max_grad_norm"] is not None:

@@ -389,6 +389,24 @@ def test_a_model_trains_and_its_checkpoint_goes_to_torch_and_back():
     assert losses[-1] < 0.01 * losses[0]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each
+def test_statistics_are_those_of_the_cpu_engine(name, dtype):
+    on_cpu = [*make_params(SIZES, dtype), *make_params((1000, 70_001))]
+    on_device = moved(on_cpu)
+    ours = [getattr(fused_l2, name)(p, **CASES[name], statistics=True, max_grad_norm=0.5) for p in (on_device, on_cpu)]
+    for i in range(2):
+        set_grads(on_cpu, i)
+        give(on_device, on_cpu)
+        figures = []
+        for optimizer in ours:
+            optimizer.step()
+            figures.append(optimizer.statistics.as_dict())
+        # Float64 sums in another order; the update is a float32 difference whose bits are the same.
+        assert figures[0] == pytest.approx(figures[1], rel=1e-12)
+    assert_same_state(ours[0], on_device, ours[1], on_cpu)
+
+
 def test_capabilities_name_the_gpu():
     torch.zeros(1, device=DEVICE)
     told = fused_l2.capabilities()["cuda"]

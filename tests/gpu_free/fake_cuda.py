@@ -25,7 +25,7 @@ from fused_l2.kernels.norms import fused_l2_measure_grads
 from fused_l2.kernels.write import fused_l2_write
 from torch import Tensor
 
-from fused_l2 import engines
+from fused_l2 import engines, plan
 from fused_l2.engines import cuda
 from fused_l2.tensor_table import Rule
 
@@ -163,7 +163,7 @@ class FakeKernel:
         assert stream == device.stream()
         if not isinstance(self._which[0], str):
             device.launches.append(programs)
-        tensors = [*device.memories, *device.accessible()]
+        tensors = [*device.memories, *device.accessible(), *device.new_states]
         device.enqueue(lambda: device.run(self._which, tensors, programs, arguments))
 
 
@@ -187,6 +187,7 @@ class FakeDevice(cuda.Device):
         self.waits = 0  # how often the host waited for the device
         self.told: list[int] = []  # streams the allocator was told of
         self.memories: list[Tensor] = []
+        self.new_states: list[Tensor] = []
         self.accessible: Callable[[], Sequence[Tensor]] = lambda: ()
 
     @contextmanager
@@ -199,6 +200,14 @@ class FakeDevice(cuda.Device):
             patch.setattr(cuda, "device", lambda of: self if of == self.device else others(of))
             patch.setattr(cuda, "is_capturing", lambda: self.capturing)
             patch.setattr(cuda, "_kernels", {})
+            make_part = plan.make_part
+
+            def watched(device: torch.device, rule: Rule, entries: list[Any], on_device: bool) -> Any:
+                # A skipped first step is measured, with states that nobody else ever sees.
+                self.new_states = [t for e in entries for t in e.new_state.values()]
+                return make_part(device, rule, entries, on_device)
+
+            patch.setattr(plan, "make_part", watched)
             yield
 
     @contextmanager
