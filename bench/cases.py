@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,15 +22,20 @@ class Case:
     make_shapes: Callable[[], list[Shape]]
     dtype: torch.dtype = torch.float32
     groups: Callable[[list[Shape]], list[int]] | None = None  # the param group of each tensor, by number
+    cold: bool = False  # sets of tensors in turn, so that each step starts with cold caches
+    heavy: bool = False  # only measured when asked for by name
 
     @property
     def shapes(self) -> list[Shape]:
         return self.make_shapes()
 
 
-def gpt2_small() -> list[Shape]:
-    """Radford et al. 2019, 124M parameters in 148 tensors; the output projection is tied to the token embedding."""
-    width, layers, vocabulary, context = 768, 12, 50257, 1024
+def gpt2(width: int = 768, layers: int = 12) -> list[Shape]:
+    """Radford et al. 2019; as it stands GPT-2 small, 124M parameters in 148 tensors, and (1600, 48) is GPT-2 XL, 1.56B in 580.
+
+    The output projection is tied to the token embedding.
+    """
+    vocabulary, context = 50257, 1024
     norm: list[Shape] = [(width,), (width,)]
     block = norm + [(3 * width, width), (3 * width,), (width, width), (width,)]
     block += norm + [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
@@ -78,6 +86,21 @@ def llama_7b(layers: int = 32) -> list[Shape]:
     return [(vocabulary, width)] + layers * block + [(width,), (vocabulary, width)]
 
 
+def llama_7b_that_fits() -> list[Shape]:
+    """As many layers as fit: 32 bytes a parameter (parameter, gradient, two states, and as much while providers are set up) in
+    two thirds of the memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 << 30
+    layers = 32
+    while layers > 1 and 32 * sum(map(math.prod, llama_7b(layers))) > memory * 2 / 3:
+        layers -= 1
+    return llama_7b(layers)
+
+
+def lora_llama_7b(rank: int = 8) -> list[Shape]:
+    """Hu et al. 2021: adapters A and B on the query and value projections of Llama-7B, 4.2M in 128 tensors."""
+    return [(rank, 4096), (4096, rank)] * 2 * 32
+
+
 def small_transformer_465() -> list[Shape]:
     """465 tensors of a detector's transformer, 384 wide, about 90M parameters, as a trainer that makes one param group per
     tensor has them."""
@@ -87,20 +110,31 @@ def small_transformer_465() -> list[Shape]:
 
 CASES = [
     Case("one-25m", "one tensor of 25M", lambda: [(25 << 20,)]),
-    Case("gpt2-small", "GPT-2 small, 124M in 148 tensors", gpt2_small),
+    Case("gpt2-small", "GPT-2 small, 124M in 148 tensors", gpt2),
     Case("resnet50", "ResNet-50, 25.6M in 161 tensors", resnet50),
     Case("tiny-1000", "1000 tensors of 64 to 1024", tiny_1000),
     Case("mlp-40", "1.0M in 40 tensors", lambda: [(25_000,)] * 40),
     Case("one-64k", "one tensor of 64K", lambda: [(64 << 10,)]),
     Case("one-1m", "one tensor of 1M", lambda: [(1 << 20,)]),
     Case("one-25m-bf16", "one bfloat16 tensor of 25M", lambda: [(25 << 20,)], torch.bfloat16),
+    Case("vit-28-groups", "ViT-B, 86.6M in 28 layer-decay groups", vit_b, groups=layer_decay_groups),
+    Case("lora", "LoRA adapters on Llama-7B, 4.2M in 128 tensors", lora_llama_7b),
+    Case("gpt2-xl", "GPT-2 XL, 1.56B in 580 tensors", lambda: gpt2(1600, 48), heavy=True),
+    Case("llama-7b-part", "Llama-7B, with the layers that fit the memory", llama_7b_that_fits, heavy=True),
+]
+
+# The small ones again, with sets of tensors in turn that together are four times the last-level cache.
+COLD = [
+    dataclasses.replace(case, name=f"{case.name}-cold", what=f"{case.what}, cold caches", cold=True)
+    for case in CASES
+    if case.name in ("tiny-1000", "one-64k", "one-1m")
 ]
 
 # On a GPU. The two Llamas: as much as leaves room for torch foreach's temporaries on a device of 80 GB or more.
 GPU_CASES = [
     Case("one-1b", "one tensor of 1e9", lambda: [(10**9,)]),
     Case("llama-7b-8-layers", "Llama-7B with 8 of 32 layers, 1.88B in 75 tensors", lambda: llama_7b(8)),
-    Case("gpt2-small", "GPT-2 small, 124M in 148 tensors", gpt2_small),
+    Case("gpt2-small", "GPT-2 small, 124M in 148 tensors", gpt2),
     Case("resnet50", "ResNet-50, 25.6M in 161 tensors", resnet50),
     Case("vit-28-groups", "ViT-B, 86.6M in 28 layer-decay groups", vit_b, groups=layer_decay_groups),
     Case("465-groups", "465 groups of one tensor", small_transformer_465, groups=lambda shapes: list(range(len(shapes)))),

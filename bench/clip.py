@@ -1,11 +1,8 @@
-"""``python -m bench.clip``: clipping and a step, against torch's clip_grad_norm_ (foreach) and fused step, on this CPU."""
+"""``python -m bench clip``: clipping by the global norm and a step, against clip_grad_norm_ and torch's fused step."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,10 +11,17 @@ import fused_l2
 
 from . import timing
 from .cases import CASES, OPTIMIZERS, Case
-from .run import machine
+from .topic import Job, Options, spread
 
 # The ratios that the project holds itself to.
 GATES = {"AdamW": {"gpt2-small": 1.3, "tiny-1000": 10}, "SGD": {"gpt2-small": 1.4, "tiny-1000": 10}}
+
+
+def jobs(options: Options) -> Iterator[Job]:
+    for optimizer in options.optimizers:
+        for case in options.choose(CASES):
+            if case.dtype is torch.float32 and case.groups is None:
+                yield Job(f"{optimizer} {case.name}", lambda c=case, o=optimizer: measure(c, o, options.seconds))
 
 
 def measure(case: Case, name: str, seconds: float) -> dict[str, Any]:
@@ -42,40 +46,25 @@ def measure(case: Case, name: str, seconds: float) -> dict[str, Any]:
 
     clip_and_step()
     norm = float(clipped.grad_norm)
-    samples = timing.interleave({"fused_l2": clipped.step, "torch": clip_and_step}, seconds)
+    contestants = {"fused_l2": clipped.step, "torch": clip_and_step, "fused_l2 again": clipped.step}
+    samples = timing.interleave(contestants, seconds)
     return {
         "case": case.name,
         "optimizer": name,
         "first norm": norm,
         "seconds": {who: sample.quartiles() for who, sample in samples.items()},
         "ratio": timing.quartiles(timing.ratios(samples["fused_l2"], samples["torch"])),
+        "noise floor": timing.noise_floor(timing.ratios(samples["fused_l2"], samples["fused_l2 again"])),
         "kept": len(samples["fused_l2"].kept),
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.clip", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=12, help="time for each case and optimizer (default 12)")
-    parser.add_argument("--case", action="append", help="only this case (repeatable)")
-    parser.add_argument("--json", type=Path, help="write the results to this file, too")
-    options = parser.parse_args(arguments)
-    chosen = [c for c in CASES if c.dtype is torch.float32 and (not options.case or c.name in options.case)]
-    results = []
-    for name in OPTIMIZERS:
-        for case in chosen:
-            result = measure(case, name, options.seconds)
-            results.append(result)
-            low, ratio, high = result["ratio"]
-            ours, theirs = (1e6 * result["seconds"][who][1] for who in ("fused_l2", "torch"))
-            gate = GATES[name].get(case.name)
-            verdict = "" if gate is None else f"gate {gate}: {'met' if ratio >= gate else 'MISSED'}"
-            print(
-                f"{name:6} {case.name:12} {ours:10.1f} us {theirs:10.1f} us {ratio:7.2f} ({low:.2f} to {high:.2f})  {verdict}"
-            )
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def show(result: dict[str, Any]) -> str:
+    ratio, quartiles = spread(result["ratio"])
+    ours, theirs = (1e6 * result["seconds"][who][1] for who in ("fused_l2", "torch"))
+    gate = GATES[result["optimizer"]].get(result["case"])
+    verdict = "" if gate is None else f"gate {gate}: {'met' if result['ratio'][1] >= gate else 'MISSED'}"
+    return (
+        f"{result['optimizer']:6} {result['case']:12} ours {ours:10.1f} us, torch {theirs:10.1f} us, "
+        f"ratio {ratio} ({quartiles})  {verdict}"
+    )

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -31,7 +29,7 @@ import torch
 import fused_l2
 from fused_l2.tensor_table import Flag, Rule
 
-from . import providers, timing
+from . import machine, providers, timing
 from .cases import GPU_CASES, OPTIMIZERS, STREAMS, Case
 
 ROOT = Path(__file__).parent.parent
@@ -69,27 +67,8 @@ class Clock:
 
 
 def facts(device: str) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "fused_l2": fused_l2.__version__,
-        "engine": fused_l2.capabilities()["cuda"].engine,
-        "gpu": "none: a dry run, no figure in it means anything",
-    }
-    if device == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.mem,power.limit", "--format=csv,noheader"]
-        found["driver, memory clock, power limit"] = _asked(query)
-    found["commit"] = _asked(["git", "rev-parse", "HEAD"])
-    return found
-
-
-def _asked(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
+    found = {"gpu": "none: a dry run, no figure in it means anything", **machine.facts()}
+    return {**found, "engine": fused_l2.capabilities()["cuda"].engine, "providers": providers.versions()}
 
 
 def run_tests(device: str, seconds: float) -> dict[str, Any]:
@@ -133,11 +112,12 @@ def assumptions(device: str) -> dict[str, Any]:
 
 def measure(case: Case, optimizer: str, device: str, rounds: int) -> dict[str, Any]:
     """Interleaved rounds of all providers and a device copy of the same bytes."""
-    contest = providers.Contest(case, optimizer, OPTIMIZERS[optimizer], device)
+    names = [name for name in providers.PROVIDERS if name not in ("torch for-loop", "torch.compile")]
+    contest = providers.Contest(case, optimizer, OPTIMIZERS[optimizer], device, names)
     plan = contest.optimizers["fused_l2"]._plan
     if plan._others or not plan._parts:
         raise RuntimeError("fused_l2 stepped with plain PyTorch, so torch would be compared with itself; a warning said why")
-    contestants = {name: step for name, step in contest.steps().items() if name != "torch for-loop"}
+    contestants = contest.steps()
     numel = sum(math.prod(shape) for shape in case.shapes)
     size = case.dtype.itemsize
     # 256 MB at least: a smaller copy would stay in the cache and say nothing about memory.
@@ -170,7 +150,10 @@ def measure(case: Case, optimizer: str, device: str, rounds: int) -> dict[str, A
             "GB/s": moved / seconds["device"][1] * 1e-9,
             "share of copy": moved / seconds["device"][1] / copy_bandwidth,
         }
-    return {"case": case.name, "what": case.what, "optimizer": optimizer, "parameters": numel, "rows": rows}
+    return {
+        "case": case.name, "what": case.what, "optimizer": optimizer, "parameters": numel, "rows": rows,
+        "correct": contest.verdicts, "not measured": contest.absent,
+    }  # fmt: skip
 
 
 def gate_of(result: dict[str, Any]) -> str:
@@ -214,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
         return SECONDS - (time.monotonic() - started)
 
     report: dict[str, Any] = {"machine": facts(device), "results": [], "not measured": []}
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    print(machine.headline(report["machine"]))
 
     def write() -> None:
         if options.json:
@@ -238,14 +221,13 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             if device == "cpu":
                 case = dataclasses.replace(case, make_shapes=lambda c=case: [(7,) for _ in c.shapes])
-            verdicts = providers.correct(optimizer, OPTIMIZERS[optimizer], case.dtype, device)
             try:
                 result = measure(case, optimizer, device, rounds=3 if device == "cpu" else 11)
             except Exception as error:  # out of memory, above all; the other cases are worth having
                 report["not measured"].append(f"{optimizer} {case.name}: {error!r}")
                 continue
-            report["results"].append({**result, "correct": verdicts, "gate": gate_of(result)})
-            print(verdicts)
+            report["results"].append({**result, "gate": gate_of(result)})
+            print(result["correct"])
             show(result)
             write()
     for line in report["not measured"]:

@@ -1,19 +1,19 @@
-"""``python -m bench.host``: the host's time for a step of CUDA tensors, on a machine without a GPU.
+"""``python -m bench host``: the host's time for a step of CUDA tensors, on a machine without a GPU.
 
 Ours goes the whole way of a step, through Triton's own launcher, into a stub of libcuda; tensors are CPU tensors that stand for
 CUDA ones (tests/gpu_free). torch.optim.AdamW(fused=True) steps CPU tensors of one element: what its `step()` does on the host
 for CUDA tensors, `_init_group`, grouping by device and dtype, and dispatch, it does for these, too. Missing on our side are a
 pinned copy's and an event's driver calls; missing on torch's side are its launches, one for every few hundred tensors. Included
 on torch's side is the arithmetic of its CPU kernel on one element per tensor, given apart as "kernel".
+
+The CPU path is measured, too: a step of tensors of one element is its host's time, and a little more.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ import torch
 import fused_l2
 
 from . import timing
-from .run import machine
+from .topic import Job, Options
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from gpu_free.stub_driver import StubDevice, stub_driver, why_unavailable
 
 ROUNDS, CALLS = 21, 20
+SIZES = ((1, 1), (30, 1), (300, 1), (300, 28), (465, 465), (1000, 1))  # tensors, groups
 
 
 def make(module: Any, tensors: int, groups: int, **options: Any) -> Any:
@@ -74,16 +75,35 @@ def sample(call: Callable[[], Any], before: Callable[[], Any]) -> float:
     return seconds / CALLS
 
 
-def measure(tensors: int, groups: int, device: StubDevice) -> dict[str, Any]:
+def jobs(options: Options) -> Iterator[Job]:
+    for tensors, groups in SIZES:
+        yield Job(f"cpu {tensors} tensors {groups} groups", lambda t=tensors, g=groups: measure_cpu(t, g))
+    if why_unavailable() is None:
+        for tensors, groups in SIZES:
+            yield Job(f"cuda {tensors} tensors {groups} groups", lambda t=tensors, g=groups: measure_cuda(t, g))
+
+
+def measure_cpu(tensors: int, groups: int) -> dict[str, Any]:
     ours, theirs = make(fused_l2, tensors, groups), make(torch.optim, tensors, groups, fused=True)
+    return _measure("cpu", tensors, groups, ours, theirs, lambda: fresh_grads(ours))
+
+
+def measure_cuda(tensors: int, groups: int) -> dict[str, Any]:
+    device = StubDevice()
+    with stub_driver(), device.in_place(pytest.MonkeyPatch()):
+        ours, theirs = make(fused_l2, tensors, groups), make(torch.optim, tensors, groups, fused=True)
+
+        def before_ours() -> None:
+            device.synchronize()
+            device.memories.clear()
+            device.launches.clear()
+            fresh_grads(ours)
+
+        return _measure("cuda", tensors, groups, ours, theirs, before_ours)
+
+
+def _measure(device: str, tensors: int, groups: int, ours: Any, theirs: Any, before_ours: Callable[[], None]) -> dict[str, Any]:
     theirs.step()
-
-    def before_ours() -> None:
-        device.synchronize()
-        device.memories.clear()
-        device.launches.clear()
-        fresh_grads(ours)
-
     contestants = {
         "fused_l2": (ours.step, before_ours),
         "torch fused": (theirs.step, lambda: fresh_grads(theirs)),
@@ -97,6 +117,7 @@ def measure(tensors: int, groups: int, device: StubDevice) -> dict[str, Any]:
     without = zip(seconds["fused_l2"], seconds["torch fused"], seconds["torch fused, kernel"], strict=True)
     ratios = [(theirs - kernel) / ours for ours, theirs, kernel in without]
     return {
+        "device": device,
         "tensors": tensors,
         "groups": groups,
         "microseconds": {name: [1e6 * s for s in timing.quartiles(taken)] for name, taken in seconds.items()},
@@ -104,29 +125,35 @@ def measure(tensors: int, groups: int, device: StubDevice) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the results to this file, too")
-    options = parser.parse_args(arguments)
-    if reason := why_unavailable():
-        print(reason, file=sys.stderr)
-        return 1
-    results = []
-    columns = ("tensors", 8), ("groups", 8), ("fused_l2 us", 14), ("torch fused us", 16), ("its kernel us", 15), ("ratio", 8)
-    print("".join(f"{title:>{width}}" for title, width in (*columns, ("quartiles", 14))))
-    device = StubDevice()
-    with stub_driver(), device.in_place(pytest.MonkeyPatch()):
-        for tensors, groups in ((1, 1), (30, 1), (300, 1), (300, 28), (465, 465), (1000, 1)):
-            result = measure(tensors, groups, device)
-            results.append(result)
-            low, ratio, high = result["ratio, torch's kernel left out"]
-            cells = [tensors, groups, *(f"{taken[1]:.1f}" for taken in result["microseconds"].values()), f"{ratio:.2f}"]
-            row = "".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, columns, strict=True))
-            print(f"{row}  {low:.2f} .. {high:.2f}")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
-    return 0
+def fitted(results: list[dict[str, Any]], device: str, who: str = "fused_l2") -> dict[str, float] | None:
+    """Microseconds of a step = a constant + so much a tensor + so much a group, by least squares on relative errors."""
+    taken = [r for r in results if r["device"] == device]
+    if len(taken) < 4:
+        return None
+    rows = torch.tensor([[1.0, r["tensors"], r["groups"]] for r in taken], dtype=torch.float64)
+    times = torch.tensor([r["microseconds"][who][1] for r in taken], dtype=torch.float64)
+    constant, tensor, group = (
+        torch.linalg.lstsq(rows / times[:, None], torch.ones_like(times)[:, None]).solution.flatten().tolist()
+    )
+    return {"constant": constant, "per tensor": tensor, "per group": group}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def summary(results: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for device in ("cpu", "cuda"):
+        for who in ("fused_l2", "torch fused"):
+            if fit := fitted(results, device, who):
+                lines.append(
+                    f"{device}, {who}: {fit['constant']:.1f} us + {fit['per tensor']:.2f} us a tensor + "
+                    f"{fit['per group']:.2f} us a group"
+                )
+    return lines
+
+
+def show(result: dict[str, Any]) -> str:
+    low, ratio, high = result["ratio, torch's kernel left out"]
+    times = ", ".join(f"{who} {taken[1]:.1f} us" for who, taken in result["microseconds"].items())
+    return (
+        f"{result['device']:5}{result['tensors']:>5} tensors, {result['groups']:>4} groups: {times}; "
+        f"ratio without the kernel {ratio:.2f} ({low:.2f} .. {high:.2f})"
+    )

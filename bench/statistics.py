@@ -1,11 +1,8 @@
-"""``python -m bench.statistics``: a step with statistics against the same step without, on this CPU."""
+"""``python -m bench statistics``: a step with statistics against the same step without, on this CPU."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,10 +11,17 @@ import fused_l2
 
 from . import timing
 from .cases import CASES, OPTIMIZERS, Case
-from .run import machine
+from .topic import Job, Options
 
 LIMIT = 1.05  # what statistics may cost on sets of tensors that do not fit the caches
 MEMORY_BOUND = ("one-25m", "gpt2-small", "resnet50")
+
+
+def jobs(options: Options) -> Iterator[Job]:
+    for optimizer in options.optimizers:
+        for case in options.choose(CASES):
+            if case.dtype is torch.float32 and case.groups is None:
+                yield Job(f"{optimizer} {case.name}", lambda c=case, o=optimizer: measure(c, o, options.seconds))
 
 
 def measure(case: Case, name: str, seconds: float) -> dict[str, Any]:
@@ -33,37 +37,22 @@ def measure(case: Case, name: str, seconds: float) -> dict[str, Any]:
         measured.state[p] = state | ({"step": torch.tensor(1.0)} if "step" in plain.state[p] else {})
     for optimizer in (plain, measured):
         optimizer.step()
-    samples = timing.interleave({"without": plain.step, "with": measured.step}, seconds)
+    samples = timing.interleave({"without": plain.step, "with": measured.step, "without again": plain.step}, seconds)
     return {
         "case": case.name,
         "optimizer": name,
         "seconds": {which: sample.quartiles() for which, sample in samples.items()},
         "cost": timing.quartiles(timing.ratios(samples["without"], samples["with"])),
+        "noise floor": timing.noise_floor(timing.ratios(samples["without"], samples["without again"])),
         "kept": len(samples["with"].kept),
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.statistics", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=8, help="time for each case and optimizer (default 8)")
-    parser.add_argument("--case", action="append", help="only this case (repeatable)")
-    parser.add_argument("--json", type=Path, help="write the results to this file, too")
-    options = parser.parse_args(arguments)
-    results = []
-    for name in OPTIMIZERS:
-        for case in CASES:
-            if case.dtype is not torch.float32 or (options.case and case.name not in options.case):
-                continue
-            result = measure(case, name, options.seconds)
-            results.append(result)
-            low, cost, high = result["cost"]
-            verdict = f"limit {LIMIT}: {'met' if cost <= LIMIT else 'MISSED'}" if case.name in MEMORY_BOUND else ""
-            microseconds = 1e6 * result["seconds"]["with"][1]
-            print(f"{name:6} {case.name:12} {microseconds:10.1f} us {cost:7.3f} ({low:.3f} to {high:.3f})  {verdict}")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def show(result: dict[str, Any]) -> str:
+    low, cost, high = result["cost"]
+    verdict = f"limit {LIMIT}: {'met' if cost <= LIMIT else 'MISSED'}" if result["case"] in MEMORY_BOUND else ""
+    microseconds = 1e6 * result["seconds"]["with"][1]
+    return (
+        f"{result['optimizer']:6} {result['case']:12} with statistics {microseconds:10.1f} us, "
+        f"{cost:.3f} times without ({low:.3f} .. {high:.3f})  {verdict}"
+    )

@@ -1,15 +1,46 @@
-"""How things are timed: interleaved, in one run, with samples disturbed by other processes left out."""
+"""How things are timed: interleaved, in one run, with samples disturbed by other processes left out.
+
+In each round every contestant is warmed up and timed once, in an order that rotates. A ratio is taken within a round, so that
+what changes slowly (clock frequency, neighbours) divides out; the median over rounds is shown with its quartiles.
+One contestant is timed twice under two names: what their ratio differs from 1 is the method's own error.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 MAX_WAIT = 0.02  # the share of a sample that our threads may have spent waiting for a core
+CONFIDENCE = 0.98
+FEWEST_ROUNDS = 7  # fewer say nothing with that confidence
+
+
+class Clock(Protocol):
+    def now(self) -> float:
+        """Seconds."""
+
+    def waited(self) -> float:
+        """Seconds this process's threads have spent runnable but not running."""
+
+
+class SystemClock:
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def waited(self) -> float:
+        """The run-queue delay of all threads (Linux; elsewhere 0, and no sample is left out)."""
+        total = 0
+        for task in Path("/proc/self/task").glob("*/schedstat"):
+            try:
+                total += int(task.read_text().split()[1])
+            except OSError:
+                continue
+        return total * 1e-9
 
 
 @dataclass
@@ -41,42 +72,64 @@ def ratios(of: Samples, to: Samples) -> list[float]:
     return [t / o for o, t in zip(of.seconds, to.seconds, strict=True) if o is not None and t is not None]
 
 
-def waited() -> float:
-    """Seconds this process's threads have spent runnable but not running (Linux; elsewhere 0)."""
-    total = 0
-    for task in Path("/proc/self/task").glob("*/schedstat"):
-        try:
-            total += int(task.read_text().split()[1])
-        except OSError:
-            continue
-    return total * 1e-9
+def noise_floor(values: list[float]) -> float:
+    """How far the median of these ratios can lie from the true one by chance, relative, with 98 % confidence.
+
+    The confidence interval of a median from order statistics: the k-th smallest and the k-th largest value have the true
+    median between them unless fewer than k of n values fall on one side of it, a matter of n coins, whatever the distribution.
+    Infinite for fewer than seven values, which cannot say so much.
+    """
+    n, ordered = len(values), sorted(values)
+    k, outside = 0, 0.0
+    while k < n // 2 and (outside := outside + 2 * math.comb(n, k) / 2**n) <= 1 - CONFIDENCE:
+        k += 1
+    if k == 0:
+        return math.inf
+    middle = statistics.median(ordered)
+    return max(middle - ordered[k - 1], ordered[n - k] - middle) / middle
 
 
 def interleave(
-    contestants: dict[str, Callable[[], Any]], budget: float, rounds: int = 31, sample_seconds: float = 20e-3
+    contestants: dict[str, Callable[[], Any]],
+    budget: float,
+    rounds: int = 31,
+    sample_seconds: float = 20e-3,
+    clock: Clock | None = None,
 ) -> dict[str, Samples]:
-    """Time each contestant, warmed up, once per round, in a rotating order, until `budget` seconds or the rounds are over."""
+    """Time each contestant, warmed up, once per round, in a rotating order, until `budget` seconds or the rounds are over.
+
+    Raises:
+        RuntimeError: so little was undisturbed that no ratio of these would mean anything.
+    """
+    clock = clock or SystemClock()
     calls = {}
     for name, call in contestants.items():
         call()
-        start = time.perf_counter()
+        start = clock.now()
         call()
-        calls[name] = max(1, round(sample_seconds / max(time.perf_counter() - start, 1e-7)))
+        calls[name] = max(1, round(sample_seconds / max(clock.now() - start, 1e-7)))
     samples = {name: Samples() for name in contestants}
     names = list(contestants)
-    started = time.perf_counter()
+    started = clock.now()
     for turn in range(10 * rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             call, count = contestants[name], calls[name]
             for _ in range(count // 2):  # what the contestant before left in the caches is not this one's cost
                 call()
-            wait, start = waited(), time.perf_counter()
+            wait, start = clock.waited(), clock.now()
             for _ in range(count):
                 call()
-            elapsed = time.perf_counter() - start
-            undisturbed = waited() - wait < MAX_WAIT * elapsed
+            elapsed = clock.now() - start
+            undisturbed = clock.waited() - wait <= MAX_WAIT * elapsed
             samples[name].seconds.append(elapsed / count if undisturbed else None)
-        enough = all(len(s.kept) >= rounds for s in samples.values())
-        if enough or (turn >= 4 and time.perf_counter() - started > budget):
+        fewest = min(len(s.kept) for s in samples.values())
+        over = clock.now() - started > budget
+        # On a busy machine up to four times the budget is spent on having enough that is undisturbed.
+        if fewest >= rounds or (over and fewest >= FEWEST_ROUNDS) or clock.now() - started > 4 * budget:
             break
+    if fewest == 0:
+        raise RuntimeError(
+            f"every sample of one contestant waited for a core for more than {MAX_WAIT:.0%} of its time: the machine is "
+            "busy with something else. Stop that, or use fewer threads (OMP_NUM_THREADS)"
+        )
     return samples

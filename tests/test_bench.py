@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import random
 import sys
 
 import pytest
@@ -14,39 +15,106 @@ from conftest import ROOT, needs_library
 
 @pytest.fixture
 def bench(monkeypatch):
+    """Imports a module of bench/."""
     monkeypatch.syspath_prepend(str(ROOT))
-    yield importlib.import_module("bench.run")
+    yield lambda name: importlib.import_module(f"bench.{name}")
     for name in [n for n in sys.modules if n == "bench" or n.startswith("bench.")]:
         del sys.modules[name]
 
 
 def test_shapes_have_the_published_numbers_of_parameters(bench):
-    counts = {c.name: (sum(map(math.prod, c.shapes)), len(c.shapes)) for c in bench.CASES}
+    cases = bench("cases")
+    counts = {c.name: (sum(map(math.prod, c.shapes)), len(c.shapes)) for c in cases.CASES}
     assert counts["gpt2-small"] == (124_439_808, 148)
+    assert counts["gpt2-xl"] == (1_557_611_200, 580)
     assert counts["resnet50"] == (25_557_032, 161)
     assert counts["tiny-1000"][1] == 1000
     assert counts["mlp-40"] == (1_000_000, 40)
-    cases = importlib.import_module("bench.cases")
+    assert counts["lora"] == (4_194_304, 128)
+    assert counts["vit-28-groups"] == (86_567_656, 152)
     assert sum(map(math.prod, cases.llama_7b())) == 6_738_415_616
-    vit = cases.vit_b()
-    assert (sum(map(math.prod, vit)), len(set(cases.layer_decay_groups(vit)))) == (86_567_656, 28)
+    assert len(set(cases.layer_decay_groups(cases.vit_b()))) == 28
 
 
 @needs_library
 def test_one_case_runs_and_writes_json(bench, tmp_path, capsys):
     out = tmp_path / "results.json"
-    assert bench.main(["--case", "one-64k", "--seconds", "0.3", "--json", str(out)]) == 0
+    few = ["--provider", "torch fused", "--provider", "torch for-loop"]
+    assert bench("cli").main(["step", "--case", "one-64k", "--seconds", "0.3", *few, "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "torch fused" in printed
     assert "wrong" not in printed
-    results = json.loads(out.read_text())
-    assert {r["optimizer"] for r in results["results"]} == {"AdamW", "SGD"}
-    assert results["results"][0]["rows"]["torch fused"]["ratio_to_torch_fused"][1] == 1.0
+    found = json.loads(out.read_text())
+    assert {r["optimizer"] for r in found["results"]["step"]} == {"AdamW", "SGD"}
+    first = found["results"]["step"][0]
+    assert first["rows"]["torch fused"]["ratio_to_torch_fused"][1] == 1.0
+    assert first["correct"] == {"fused_l2": "ok", "torch fused": "ok", "torch for-loop": "ok"}
+    assert {"date", "cpu", "threads", "torch", "python", "commit", "cpu flags"} <= found["machine"].keys()
+
+
+@needs_library
+@pytest.mark.parametrize("topic", ["limit", "clip", "statistics", "train", "memory"])
+def test_every_topic_runs(bench, topic, capsys, monkeypatch):
+    monkeypatch.setattr(bench("limit"), "SIZES", (256, 1024))
+    case = {"clip": ["--case", "one-64k"], "statistics": ["--case", "one-64k"], "train": ["--case", "mlp"]}.get(topic, [])
+    arguments = [topic, *case, "--provider", "torch fused", "--optimizer", "AdamW", "--seconds", "0.2"]
+    assert bench("cli").main(arguments) == 0
+    assert "AdamW" in capsys.readouterr().out
+
+
+def test_an_option_that_is_wrong_says_what_there_is(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench("cli").main(["step", "--case", "gpt5"])
+    assert "gpt2-small" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_was_measured(bench, tmp_path, monkeypatch, capsys):
+    memory = bench("memory")
+    measure = memory.measure
+
+    def interrupted(optimizer, dtype, options):
+        if dtype is torch.bfloat16:
+            raise KeyboardInterrupt
+        return measure(optimizer, dtype, options)
+
+    monkeypatch.setattr(memory, "measure", interrupted)
+    out = tmp_path / "results.json"
+    assert bench("cli").main(["memory", "--provider", "torch fused", "--json", str(out)]) == 130
+    assert len(json.loads(out.read_text())["results"]["memory"]) == 1
+    assert "what was measured is kept" in capsys.readouterr().err
+
+
+def test_a_case_that_fails_leaves_the_others_and_the_exit_code(bench, monkeypatch, capsys):
+    memory = bench("memory")
+    measure = memory.measure
+
+    def failing(optimizer, dtype, options):
+        if dtype is torch.bfloat16:
+            raise ValueError("out of luck")
+        return measure(optimizer, dtype, options)
+
+    monkeypatch.setattr(memory, "measure", failing)
+    assert bench("cli").main(["memory", "--optimizer", "AdamW", "--provider", "torch fused"]) == 1
+    captured = capsys.readouterr()
+    assert "out of luck" in captured.err
+    assert "AdamW, float32" in captured.out
+
+
+def test_bytes_are_counted(bench):
+    """AdamW in float32: 4 streams read, 3 written; torch's fused too; its for-loop moves and holds more."""
+    memory, topic = bench("memory"), bench("topic")
+    options = topic.Options(optimizers=["AdamW"], providers=["torch fused", "torch for-loop"])
+    rows = memory.measure("AdamW", torch.float32, options)["rows"]
+    assert rows["torch fused"] == rows["fused_l2"] == {
+        "parameter and gradient": 8, "states": 8.0, "temporary": 0.0, "moved": 28,
+    }  # fmt: skip
+    assert rows["torch for-loop"]["moved"] > 50
+    assert rows["torch for-loop"]["temporary"] >= 4
 
 
 def test_the_gpu_report_goes_through_without_a_gpu(bench, tmp_path, capsys):
     """The script for a GPU machine, in a dry run: every case, every provider, what it writes."""
-    report = importlib.import_module("bench.gpu_report")
+    report = bench("gpu_report")
     out = tmp_path / "report.json"
     assert report.main(["--dry-run", "--no-tests", "--json", str(out)]) == 0
     written = json.loads(out.read_text())
@@ -59,21 +127,124 @@ def test_the_gpu_report_goes_through_without_a_gpu(bench, tmp_path, capsys):
 
 
 def test_the_correctness_gate_catches_a_wrong_decay(bench):
-    class Wrong(torch.optim.AdamW):
-        def __init__(self, params, lr, weight_decay):
-            super().__init__(params, lr=lr, weight_decay=0.9 * weight_decay)
+    providers, cases = bench("providers"), bench("cases")
 
-    class Module:
-        AdamW = Wrong
+    def wrong(optimizer, groups, settings):
+        return torch.optim.AdamW(groups, **{**settings, "weight_decay": 0.9 * settings["weight_decay"]})
 
-    bench.providers.PROVIDERS["wrong"] = (Module, {})
-    verdicts = bench.providers.correct("AdamW", {"weight_decay": 1e-2}, torch.float32)
-    assert verdicts["wrong"].startswith("wrong")
-    assert verdicts["fused_l2"] == verdicts["torch fused"] == "ok"
+    providers.PROVIDERS["wrong"] = providers.Provider("wrong", "torch", wrong)
+    case = cases.Case("small", "", lambda: [(5,)])
+    contest = providers.Contest(case, "AdamW", {"lr": 1e-6, "weight_decay": 1e-2}, names=["fused_l2", "torch fused", "wrong"])
+    assert contest.absent["wrong"].startswith("wrong: ")
+    assert list(contest.optimizers) == ["fused_l2", "torch fused"]  # what is wrong is not timed
+
+
+def test_known_broken_peers_are_named_with_the_reason(bench):
+    """T01."""
+    contest = bench("providers").Contest(
+        bench("cases").Case("small", "", lambda: [(64,)], torch.bfloat16),
+        "SGD", {"lr": 1e-6, "momentum": 0.9}, names=["fused_l2", "torch fused"],
+    )  # fmt: skip
+    assert "191763" in contest.absent["torch fused"]
 
 
 def test_ratios_pair_round_by_round(bench):
-    timing = bench.timing
+    timing = bench("timing")
     a, b = timing.Samples([1.0, None, 2.0]), timing.Samples([2.0, 3.0, 8.0])
     assert timing.ratios(a, b) == [2.0, 4.0]
     assert timing.quartiles([1.0, 2.0, 3.0]) == (1.5, 2.0, 2.5)
+
+
+class CountedClock:
+    """Time that passes only when a contestant is called, with noise, slow drift and, now and then, a busy neighbour."""
+
+    def __init__(self, seed, noise=0.04, busy=0.0):
+        self.random = random.Random(seed)
+        self.noise, self.busy = noise, busy
+        self.time = self.queue = self.turn = 0.0
+
+    def now(self):
+        return self.time
+
+    def waited(self):
+        return self.queue
+
+    def contestant(self, cost):
+        def call():
+            self.turn += 1
+            drift = 1 + 0.3 * math.sin(self.turn / 200)
+            spent = cost * drift * self.random.lognormvariate(0, self.noise)
+            if self.random.random() < self.busy:  # another process has the core for as long again
+                self.queue += spent
+                spent *= 2
+            self.time += spent
+
+        return call
+
+
+def ratio_of(timing, clock, first, second, rounds=31):
+    samples = timing.interleave({"a": clock.contestant(first), "b": clock.contestant(second)}, 1e9, rounds, 5e-3, clock)
+    taken = timing.ratios(samples["a"], samples["b"])
+    return timing.quartiles(taken)[1], timing.noise_floor(taken)
+
+
+@pytest.mark.parametrize("rounds", [7, 31])
+def test_the_same_contestant_twice_differs_by_less_than_the_noise_floor(bench, rounds):
+    """In 95 % of the cases. 400 counted runs: a binomial of 0.95 stays above 0.95 - 3 sqrt(0.95 * 0.05 / 400) = 0.917."""
+    timing = bench("timing")
+    within = 0
+    for seed in range(400):
+        ratio, floor = ratio_of(timing, CountedClock(seed), 1e-3, 1e-3, rounds)
+        within += abs(ratio - 1) <= floor
+    assert within / 400 >= 0.917
+
+
+def test_a_slowdown_of_10_percent_is_seen(bench):
+    timing = bench("timing")
+    seen = 0
+    for seed in range(100):
+        ratio, floor = ratio_of(timing, CountedClock(seed), 1.0e-3, 1.1e-3)
+        assert ratio == pytest.approx(1.1, abs=0.05)
+        seen += ratio - 1 > floor
+    assert seen >= 99
+
+
+def test_a_busy_neighbour_does_not_decide_a_ratio(bench):
+    """With a core taken away in a twentieth of the calls the samples concerned are left out."""
+    timing = bench("timing")
+    ratios = [ratio_of(timing, CountedClock(seed, busy=0.05), 1e-3, 1.1e-3)[0] for seed in range(20)]
+    assert all(ratio == pytest.approx(1.1, abs=0.06) for ratio in ratios)
+    clock = CountedClock(0, busy=0.05)
+    samples = timing.interleave({"a": clock.contestant(1e-3), "b": clock.contestant(1e-3)}, 1e9, 31, 5e-3, clock)
+    assert any(s is None for s in samples["a"].seconds)
+
+
+def test_a_machine_that_is_never_free_is_an_error(bench):
+    timing = bench("timing")
+    clock = CountedClock(0, busy=1.0)
+    with pytest.raises(RuntimeError, match="the machine is busy"):
+        timing.interleave({"a": clock.contestant(1e-3)}, 0.1, 31, 5e-3, clock)
+
+
+def test_comparison_names_what_became_slower(bench):
+    compare = bench("compare")
+
+    def run(ratio, noise):
+        result = {"optimizer": "SGD", "case": "one-64k", "ratio": [ratio] * 3, "noise floor": noise}
+        return {"machine": {"date": "2026-01-01", "cpu": "x"}, "results": {"clip": [result]}}
+
+    assert "SLOWER" in compare.table(run(2.0, 0.01), run(1.8, 0.01))
+    assert "SLOWER" not in compare.table(run(2.0, 0.1), run(1.8, 0.1))
+    assert "faster" in compare.table(run(1.8, 0.01), run(2.0, 0.01))
+    assert "nothing to compare" in compare.table({"results": []}, run(1, 0))
+
+
+def test_the_fitted_line_is_the_line(bench):
+    pytest.importorskip("triton")
+    host = bench("host")
+    results = [
+        {"device": "cpu", "tensors": t, "groups": g, "microseconds": {"fused_l2": [0, 5 + 0.5 * t + 2 * g, 0]}}
+        for t, g in host.SIZES
+    ]
+    fit = host.fitted(results, "cpu")
+    assert [fit["constant"], fit["per tensor"], fit["per group"]] == pytest.approx([5, 0.5, 2])
