@@ -84,8 +84,11 @@ def measure(optimizer: str, dtype: torch.dtype, options: Options) -> dict[str, A
     rows, absent = {}, {}
     for name in dict.fromkeys(["fused_l2", *options.providers]):
         provider = PROVIDERS[name]
-        if name == "torch.compile" or (reason := provider.why_not(optimizer, options.device, dtype)):
-            absent[name] = "its operations do not pass the dispatcher" if name == "torch.compile" else reason
+        reason = provider.why_not(optimizer, options.device, dtype)
+        if provider.most_tensors is not None:
+            reason = "compiles its step, whose operations do not pass the dispatcher"
+        if reason is not None:
+            absent[name] = reason
             continue
         p = torch.nn.Parameter(torch.randn(NUMEL).to(options.device, dtype))
         p.grad = torch.randn(NUMEL).to(options.device, dtype)

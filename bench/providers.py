@@ -160,7 +160,7 @@ class Contest:
         self.optimizers: dict[str, Any] = {}
         self.absent: dict[str, str] = {}
         self.verdicts: dict[str, str] = {}
-        shared: dict[Any, dict[str, torch.Tensor]] = {}
+        shared: dict[Any, dict[Any, torch.Tensor]] = {}
         for name in names or PROVIDERS:
             provider = PROVIDERS[name]
             reason = provider.why_not(optimizer, device, dtype, len(shapes))
@@ -181,15 +181,28 @@ class Contest:
             if reason is not None:
                 self.absent[name] = reason
                 continue
-            for p in self.params:
-                for key in made.state[p]:
-                    aliases = {theirs: ours for ours, theirs in provider.state_names.items()}
-                    value, key_of_torch = made.state[p][key], aliases.get(key, key)
-                    if key_of_torch in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-                        made.state[p][key] = shared.setdefault(p, {}).setdefault(key_of_torch, value)
+            self._share(made, provider, shared)
             self.optimizers[name] = made
-        for made in self.optimizers.values():
-            made.step()  # with the shared states, as every step that is timed
+        for name, made in list(self.optimizers.items()):  # with the shared states, as every step that is timed
+            before = [t.clone() for t in self._stepped(made)]
+            made.step()
+            if all(torch.equal(a, b) for a, b in zip(before, self._stepped(made), strict=True)):
+                self.absent[name] = "wrong: its step changed nothing"
+                del self.optimizers[name]
+
+    def _share(self, made: Any, provider: Provider, shared: dict[Any, dict[Any, torch.Tensor]]) -> None:
+        """One set of states for all whose states are of one dtype, so that none has the caches to itself."""
+        names = {theirs: ours for ours, theirs in provider.state_names.items()}
+        for p in self.params:
+            for key, value in made.state[p].items():
+                name = names.get(key, key)
+                if name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                    made.state[p][key] = shared.setdefault(p, {}).setdefault((name, value.dtype), value)
+
+    def _stepped(self, made: Any) -> list[torch.Tensor]:
+        """What a step changes, of the smallest parameter."""
+        p = min(self.params, key=torch.Tensor.numel)
+        return [p.detach(), *(value for value in made.state[p].values() if isinstance(value, torch.Tensor) and value.ndim)]
 
     def _groups(self, numbers: list[int], settings: dict[str, Any]) -> Groups:
         """Param groups with an lr of their own each."""

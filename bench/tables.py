@@ -1,0 +1,162 @@
+"""``python -m bench.tables``: writes the tables of docs/performance.md from the results they name.
+
+A table stands between ``<!-- table TOPIC FILE -->`` and ``<!-- end -->``. No figure in it is typed by hand; a test compares.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import step
+from .cases import CASES, COLD
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "docs" / "performance.md"]
+MARKED = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+WHAT = {case.name: case.what for case in CASES + COLD}
+
+
+def _spread(quartiles: Any) -> str:
+    low, median, high = quartiles
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _by_case(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for r in results:
+        if "failed" not in r:
+            found.setdefault(r["case"], {})[r["optimizer"]] = r
+    return found
+
+
+def _markdown(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def fused(results: list[dict[str, Any]]) -> str:
+    """Our ratio to torch fused, with quartiles, and what was promised."""
+    rows = []
+    for case, of in _by_case(results).items():
+        cells = [WHAT[case]]
+        for optimizer in ("AdamW", "SGD"):
+            ratio = of[optimizer]["rows"]["fused_l2"]["ratio_to_torch_fused"] if optimizer in of else None
+            gate = step.GATES[optimizer].get(case)
+            promised = f"{gate} {'met' if ratio[1] >= gate else 'missed'}" if gate and ratio else ""
+            cells += [_spread(ratio) if ratio else "-", promised]
+        rows.append(cells)
+    return _markdown(["case", "AdamW", "gate", "SGD, momentum", "gate"], rows)
+
+
+def peer(results: list[dict[str, Any]]) -> str:
+    """Our ratio to the fastest other provider, whoever that is, and the noise floor."""
+    rows = []
+    for case, of in _by_case(results).items():
+        cells = [WHAT[case]]
+        for optimizer in ("AdamW", "SGD"):
+            best = step.best_peer(of[optimizer]) if optimizer in of else None
+            gate = step.PEER_GATES.get(case)
+            promised = f"{gate} {'met' if best[1] >= gate else 'missed'}" if gate and best else ""
+            noise = f", noise {100 * of[optimizer]['noise floor']:.1f} %" if best else ""
+            cells += [f"{best[1]:.2f} ({best[0]}{noise})" if best else "-", promised]
+        rows.append(cells)
+    return _markdown(["case", "AdamW", "gate", "SGD, momentum", "gate"], rows)
+
+
+def floor(results: list[dict[str, Any]]) -> str:
+    """The memory floor's time as a share of ours and of torch fused's."""
+    rows = []
+    for case, of in _by_case(results).items():
+        cells = [WHAT[case]]
+        for optimizer in ("AdamW", "SGD"):
+            for who in ("fused_l2", "torch fused"):
+                row = of.get(optimizer, {}).get("rows", {}).get(who)
+                share = row["ratio_to_memory_floor"] if row else None
+                cells.append(f"{100 * share[1]:.0f} %" if share else "-")
+        rows.append(cells)
+    return _markdown(["case", "AdamW: floor / ours", "torch fused", "SGD: floor / ours", "torch fused"], rows)
+
+
+def providers(results: list[dict[str, Any]]) -> str:
+    """AdamW: the time of every provider in times of ours."""
+    of_adamw = [r for r in results if r.get("optimizer") == "AdamW" and "failed" not in r]
+    names = list(dict.fromkeys(name for r in of_adamw for name in r["rows"] if name not in step.NOT_PEERS))
+    rows = []
+    for r in of_adamw:
+        cells = (f"{r['rows'][n]['ours_to_this'][1]:.2f}" if n in r["rows"] else "-" for n in names)
+        rows.append([WHAT[r["case"]], *cells])
+    return _markdown(["AdamW: time / ours", *names], rows)
+
+
+def clip(results: list[dict[str, Any]]) -> str:
+    rows = [
+        [WHAT[case], *(_spread(of[o]["ratio"]) if o in of else "-" for o in ("AdamW", "SGD"))]
+        for case, of in _by_case(results).items()
+    ]
+    return _markdown(["clip + step, torch / ours", "AdamW", "SGD, momentum"], rows)
+
+
+def statistics(results: list[dict[str, Any]]) -> str:
+    rows = [
+        [WHAT[case], *(_spread(of[o]["cost"]) if o in of else "-" for o in ("AdamW", "SGD"))]
+        for case, of in _by_case(results).items()
+    ]
+    return _markdown(["time with / time without", "AdamW", "SGD, momentum"], rows)
+
+
+def train(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for r in results:
+        for name, row in r["rows"].items():
+            if name in ("none", "fused_l2 again"):
+                continue
+            share = f"{100 * row['share of the step'][1]:.0f} %"
+            rows.append([f"{r['optimizer']}, {r['case']}", name, share, _spread(row["ours_to_this"])])
+    return _markdown(["training", "optimizer", "its share of the time", "training step / with ours"], rows)
+
+
+def memory(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for r in results:
+        for name, row in r["rows"].items():
+            figures = (row["parameter and gradient"], row["states"], row["temporary"], row["moved"])
+            cells = ("-" if figure is None else f"{figure:.0f}" for figure in figures)
+            rows.append([f"{r['optimizer']}, {r['dtype']}", name, *cells])
+    return _markdown(["bytes per parameter", "optimizer", "parameter, gradient", "states", "temporary", "moved"], rows)
+
+
+def host(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for r in results:
+        times = (f"{taken[1]:.0f}" for taken in r["microseconds"].values())
+        ratio = _spread(r["ratio, torch's kernel left out"])
+        rows.append([r["device"], str(r["tensors"]), str(r["groups"]), *times, ratio])
+    columns = ["device", "tensors", "groups", "ours, us", "torch fused, us", "its kernel, us", "ratio without the kernel"]
+    return _markdown(columns, rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "fused": ("step", fused), "peer": ("step", peer), "floor": ("step", floor), "providers": ("step", providers),
+    "clip": ("clip", clip), "statistics": ("statistics", statistics), "train": ("train", train), "memory": ("memory", memory),
+    "host": ("host", host),
+}  # fmt: skip
+
+
+def rewritten(page: str) -> str:
+    """The page with each marked table made anew from its file in bench/results."""
+
+    def table(match: re.Match[str]) -> str:
+        topic, make = TABLES[match[2]]
+        found = json.loads((ROOT / "bench" / "results" / match[3]).read_text())
+        return match[1] + make(found["results"][topic]) + match[4]
+
+    return MARKED.sub(table, page)
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(rewritten(path.read_text()))
