@@ -248,3 +248,23 @@ def test_the_fitted_line_is_the_line(bench):
     ]
     fit = host.fitted(results, "cpu")
     assert [fit["constant"], fit["per tensor"], fit["per group"]] == pytest.approx([5, 0.5, 2])
+
+
+def test_tables_of_the_docs_are_those_of_the_result_files(bench):
+    tables = bench("tables")
+    for page in tables.PAGES:
+        text = page.read_text()
+        assert tables.MARKED.search(text)
+        assert tables.rewritten(text) == text, f"{page.name}: run `python -m bench.tables`"
+
+
+def test_the_report_is_one_page_with_its_pictures(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    tables = bench("tables")
+    found = json.loads((tables.ROOT / "bench" / "results" / tables.MARKED.search(tables.PAGES[0].read_text())[3]).read_text())
+    page = bench("report").write(found, tmp_path).read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {"report.html", "bandwidth.png", "ratios.png", "host.png"}
+    assert page.count("<svg") == 3
+    assert "src=" not in page  # nothing from elsewhere
+    assert "prefers-color-scheme: dark" in page
+    assert "#123456" not in page
