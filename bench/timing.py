@@ -1,13 +1,15 @@
 """How things are timed: interleaved, in one run, with samples disturbed by other processes left out.
 
-In each round every contestant is warmed up and timed once, in an order that rotates. A ratio is taken within a round, so that
-what changes slowly (clock frequency, neighbours) divides out; the median over rounds is shown with its quartiles.
+In each round every contestant is warmed up and timed once, in an order drawn anew, so that none always follows the same one.
+A ratio is taken within a round, so that what changes slowly (clock frequency, neighbours) divides out; the median over rounds
+is shown with its quartiles.
 One contestant is timed twice under two names: what their ratio differs from 1 is the method's own error.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 MAX_WAIT = 0.02  # the share of a sample that our threads may have spent waiting for a core
-CONFIDENCE = 0.98
+CONFIDENCE = 0.97
 FEWEST_ROUNDS = 7  # fewer say nothing with that confidence
 
 
@@ -73,7 +75,7 @@ def ratios(of: Samples, to: Samples) -> list[float]:
 
 
 def noise_floor(values: list[float]) -> float:
-    """How far the median of these ratios can lie from the true one by chance, relative, with 98 % confidence.
+    """How far the median of these ratios can lie from the true one by chance, relative, with 97 % confidence.
 
     The confidence interval of a median from order statistics: the k-th smallest and the k-th largest value have the true
     median between them unless fewer than k of n values fall on one side of it, a matter of n coins, whatever the distribution.
@@ -96,7 +98,9 @@ def interleave(
     sample_seconds: float = 20e-3,
     clock: Clock | None = None,
 ) -> dict[str, Samples]:
-    """Time each contestant, warmed up, once per round, in a rotating order, until `budget` seconds or the rounds are over.
+    """Time each contestant, warmed up, once per round, in an order of its own, until `budget` seconds or the rounds are over.
+
+    The first contestant is the one that the others are compared with.
 
     Raises:
         RuntimeError: so little was undisturbed that no ratio of these would mean anything.
@@ -110,9 +114,10 @@ def interleave(
         calls[name] = max(1, round(sample_seconds / max(clock.now() - start, 1e-7)))
     samples = {name: Samples() for name in contestants}
     names = list(contestants)
+    shuffled = random.Random(0)
     started = clock.now()
-    for turn in range(10 * rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    for _ in range(10 * rounds):
+        for name in shuffled.sample(names, len(names)):
             call, count = contestants[name], calls[name]
             for _ in range(count // 2):  # what the contestant before left in the caches is not this one's cost
                 call()
@@ -122,7 +127,7 @@ def interleave(
             elapsed = clock.now() - start
             undisturbed = clock.waited() - wait <= MAX_WAIT * elapsed
             samples[name].seconds.append(elapsed / count if undisturbed else None)
-        fewest = min(len(s.kept) for s in samples.values())
+        fewest = min(len(ratios(samples[names[0]], s)) for s in samples.values())
         over = clock.now() - started > budget
         # On a busy machine up to four times the budget is spent on having enough that is undisturbed.
         if fewest >= rounds or (over and fewest >= FEWEST_ROUNDS) or clock.now() - started > 4 * budget:

@@ -188,6 +188,29 @@ def ratio_of(timing, clock, first, second, rounds=31):
     return timing.quartiles(taken)[1], timing.noise_floor(taken)
 
 
+def test_what_the_contestant_before_left_behind_decides_no_ratio(bench):
+    """Right after "hog" the same call takes 20 % longer; in the list it would always stand before one of them."""
+    timing = bench("timing")
+    clock = CountedClock(0, noise=0.01)
+    last = ""
+
+    def caller(name, cost):
+        call = clock.contestant(cost)
+
+        def wrapped():
+            nonlocal last
+            clock.time += 0.2 * cost if last == "hog" else 0
+            last = name
+            call()
+
+        return wrapped
+
+    costs = {"a": 1e-3, "hog": 1e-2, "b": 1e-3, "c": 1e-3, "d": 1e-3, "e": 1e-3}
+    contestants = {name: caller(name, cost) for name, cost in costs.items()}
+    samples = timing.interleave(contestants, 1e9, 101, 1e-3, clock)  # one call a sample: no warm-up
+    assert abs(timing.quartiles(timing.ratios(samples["a"], samples["b"]))[1] - 1) < 0.05
+
+
 @pytest.mark.parametrize("rounds", [7, 31])
 def test_the_same_contestant_twice_differs_by_less_than_the_noise_floor(bench, rounds):
     """In 95 % of the cases. 400 counted runs: a binomial of 0.95 stays above 0.95 - 3 sqrt(0.95 * 0.05 / 400) = 0.917."""
