@@ -16,15 +16,19 @@ from .topic import Job, Options, spread
 # The ratios that the project holds itself to.
 GATES = {"AdamW": {"gpt2-small": 1.3, "tiny-1000": 10}, "SGD": {"gpt2-small": 1.4, "tiny-1000": 10}}
 
+VISITS = 2
+
 
 def jobs(options: Options) -> Iterator[Job]:
     for optimizer in options.optimizers:
         for case in options.choose(CASES):
             if case.dtype is torch.float32 and case.groups is None:
-                yield Job(f"{optimizer} {case.name}", lambda c=case, o=optimizer: measure(c, o, options.seconds))
+                yield Job(
+                    f"{optimizer} {case.name}", lambda so_far, c=case, o=optimizer: measure(c, o, options.seconds, so_far)
+                )
 
 
-def measure(case: Case, name: str, seconds: float) -> dict[str, Any]:
+def measure(case: Case, name: str, seconds: float, so_far: dict[str, timing.Samples]) -> dict[str, Any]:
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in case.shapes]
     for p in params:
@@ -47,14 +51,14 @@ def measure(case: Case, name: str, seconds: float) -> dict[str, Any]:
     clip_and_step()
     norm = float(clipped.grad_norm)
     contestants = {"fused_l2": clipped.step, "torch": clip_and_step, "fused_l2 again": clipped.step}
-    samples = timing.interleave(contestants, seconds)
+    samples = timing.joined(so_far, timing.interleave(contestants, seconds))
     return {
         "case": case.name,
         "optimizer": name,
         "first norm": norm,
         "seconds": {who: sample.quartiles() for who, sample in samples.items()},
         "ratio": timing.quartiles(timing.ratios(samples["fused_l2"], samples["torch"])),
-        "noise floor": timing.noise_floor(timing.ratios(samples["fused_l2"], samples["fused_l2 again"])),
+        "noise floor": timing.uncertainty(samples, "fused_l2", "fused_l2 again", "torch"),
         "kept": len(samples["fused_l2"].kept),
     }
 
@@ -66,5 +70,5 @@ def show(result: dict[str, Any]) -> str:
     verdict = "" if gate is None else f"gate {gate}: {'met' if result['ratio'][1] >= gate else 'MISSED'}"
     return (
         f"{result['optimizer']:6} {result['case']:12} ours {ours:10.1f} us, torch {theirs:10.1f} us, "
-        f"ratio {ratio} ({quartiles})  {verdict}"
+        f"ratio {ratio} ({quartiles}), noise floor {100 * result['noise floor']:.1f} %  {verdict}"
     )

@@ -77,10 +77,10 @@ def sample(call: Callable[[], Any], before: Callable[[], Any]) -> float:
 
 def jobs(options: Options) -> Iterator[Job]:
     for tensors, groups in SIZES:
-        yield Job(f"cpu {tensors} tensors {groups} groups", lambda t=tensors, g=groups: measure_cpu(t, g))
+        yield Job(f"cpu {tensors} tensors {groups} groups", lambda _, t=tensors, g=groups: measure_cpu(t, g))
     if not why_unavailable():  # the reason, or nothing
         for tensors, groups in SIZES:
-            yield Job(f"cuda {tensors} tensors {groups} groups", lambda t=tensors, g=groups: measure_cuda(t, g))
+            yield Job(f"cuda {tensors} tensors {groups} groups", lambda _, t=tensors, g=groups: measure_cuda(t, g))
 
 
 def measure_cpu(tensors: int, groups: int) -> dict[str, Any]:

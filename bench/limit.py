@@ -60,7 +60,7 @@ def copy_step(numel: int, dtype: torch.dtype) -> Callable[[], Any]:
 def jobs(options: Options) -> Iterator[Job]:
     for optimizer in options.optimizers:
         for numel in SIZES:
-            yield Job(f"{optimizer} {numel:,}", lambda n=numel, o=optimizer: measure(n, o, options))
+            yield Job(f"{optimizer} {numel:,}", lambda _, n=numel, o=optimizer: measure(n, o, options))
 
 
 def measure(numel: int, name: str, options: Options) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def jobs(options: Options) -> Iterator[Job]:
     dtypes = [options.dtype] if options.dtype else [torch.float32, torch.bfloat16]
     for optimizer in options.optimizers:
         for dtype in dtypes:
-            yield Job(f"{optimizer} {dtype}", lambda o=optimizer, d=dtype: measure(o, d, options))
+            yield Job(f"{optimizer} {dtype}", lambda _, o=optimizer, d=dtype: measure(o, d, options))
 
 
 def measure(optimizer: str, dtype: torch.dtype, options: Options) -> dict[str, Any]:

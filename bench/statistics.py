@@ -16,15 +16,19 @@ from .topic import Job, Options
 LIMIT = 1.05  # what statistics may cost on sets of tensors that do not fit the caches
 MEMORY_BOUND = ("one-25m", "gpt2-small", "resnet50")
 
+VISITS = 2
+
 
 def jobs(options: Options) -> Iterator[Job]:
     for optimizer in options.optimizers:
         for case in options.choose(CASES):
             if case.dtype is torch.float32 and case.groups is None:
-                yield Job(f"{optimizer} {case.name}", lambda c=case, o=optimizer: measure(c, o, options.seconds))
+                yield Job(
+                    f"{optimizer} {case.name}", lambda so_far, c=case, o=optimizer: measure(c, o, options.seconds, so_far)
+                )
 
 
-def measure(case: Case, name: str, seconds: float) -> dict[str, Any]:
+def measure(case: Case, name: str, seconds: float, so_far: dict[str, timing.Samples]) -> dict[str, Any]:
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in case.shapes]
     for p in params:
@@ -37,13 +41,14 @@ def measure(case: Case, name: str, seconds: float) -> dict[str, Any]:
         measured.state[p] = state | ({"step": torch.tensor(1.0)} if "step" in plain.state[p] else {})
     for optimizer in (plain, measured):
         optimizer.step()
-    samples = timing.interleave({"without": plain.step, "with": measured.step, "without again": plain.step}, seconds)
+    contestants = {"without": plain.step, "with": measured.step, "without again": plain.step}
+    samples = timing.joined(so_far, timing.interleave(contestants, seconds))
     return {
         "case": case.name,
         "optimizer": name,
         "seconds": {which: sample.quartiles() for which, sample in samples.items()},
         "cost": timing.quartiles(timing.ratios(samples["without"], samples["with"])),
-        "noise floor": timing.noise_floor(timing.ratios(samples["without"], samples["without again"])),
+        "noise floor": timing.uncertainty(samples, "without", "without again", "with"),
         "kept": len(samples["with"].kept),
     }
 

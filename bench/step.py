@@ -25,16 +25,18 @@ GATES = {
 PEER_GATES = {"one-25m": 1.1, "gpt2-small": 1.1, "resnet50": 1.2, "tiny-1000": 12, "one-64k": 1.8}
 NOT_PEERS = ("fused_l2", "fused_l2 again", "memory floor", "copy")
 
+VISITS = 2
+
 
 def jobs(options: Options) -> Iterator[Job]:
     for optimizer in options.optimizers:
         for case in options.choose(CASES):
-            yield Job(f"{optimizer} {case.name}", lambda c=case, o=optimizer: measure(c, o, options))
+            yield Job(f"{optimizer} {case.name}", lambda so_far, c=case, o=optimizer: measure(c, o, options, so_far))
         for case in options.choose(COLD):
-            yield Job(f"{optimizer} {case.name}", lambda c=case, o=optimizer: measure(c, o, options))
+            yield Job(f"{optimizer} {case.name}", lambda so_far, c=case, o=optimizer: measure(c, o, options, so_far))
 
 
-def measure(case: Case, optimizer: str, options: Options) -> dict[str, Any]:
+def measure(case: Case, optimizer: str, options: Options, so_far: dict[str, timing.Samples]) -> dict[str, Any]:
     """One row per provider: seconds, ratio to torch fused, GB/s, share of the memory floor."""
     numel = sum(math.prod(shape) for shape in case.shapes)
     size = case.dtype.itemsize
@@ -52,7 +54,7 @@ def measure(case: Case, optimizer: str, options: Options) -> dict[str, Any]:
     if floors[0] is not None:
         contestants["memory floor"] = _in_turn(floors)
     contestants["copy"] = _in_turn([limit.copy_step(numel, case.dtype) for _ in contests])
-    samples = timing.interleave(contestants, options.seconds)
+    samples = timing.joined(so_far, timing.interleave(contestants, options.seconds))
     base = samples.get("torch fused")
     rows = {}
     for name, sample in samples.items():
@@ -67,11 +69,14 @@ def measure(case: Case, optimizer: str, options: Options) -> dict[str, Any]:
             "rounds": len(sample.seconds),
         }
     twins = timing.ratios(samples["fused_l2"], samples["fused_l2 again"])
+    reference = next(name for name in ("torch fused", *samples) if name in samples and name != "fused_l2")
     absent = contests[0].absent | dict.fromkeys(compiling, "compiles for each set of tensors anew")
     return {
         "case": case.name, "what": case.what, "optimizer": optimizer, "dtype": str(case.dtype).removeprefix("torch."),
         "parameters": numel, "tensors": len(case.shapes), "bytes": step_bytes, "sets in turn": sets,
-        "noise floor": timing.noise_floor(twins), "the same twice": timing.quartiles(twins),
+        "noise floor": timing.uncertainty(samples, "fused_l2", "fused_l2 again", reference),
+        "the same twice": timing.quartiles(twins),
+        "visits": {name: timing.visits(samples["fused_l2"], sample) for name, sample in samples.items()},
         "rows": rows, "correct": contests[0].verdicts, "not measured": absent,
     }  # fmt: skip
 

@@ -3,7 +3,9 @@
 In each round every contestant is warmed up and timed once, in an order drawn anew, so that none always follows the same one.
 A ratio is taken within a round, so that what changes slowly (clock frequency, neighbours) divides out; the median over rounds
 is shown with its quartiles.
-One contestant is timed twice under two names: what their ratio differs from 1 is the method's own error.
+One contestant is timed twice under two names: what their ratio differs from 1 is the method's own error. Where a case is
+visited again, with tensors made anew, what the visits differ by is an error that none of them can see: where the memory happened to be,
+and what the neighbours of a virtual machine did meanwhile.
 """
 
 from __future__ import annotations
@@ -47,9 +49,10 @@ class SystemClock:
 
 @dataclass
 class Samples:
-    """Seconds per call, one entry per round; None where the round was disturbed."""
+    """Seconds per call, one entry per round; None where the round was disturbed. ``ends``: where each visit ends."""
 
     seconds: list[float | None] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
 
     @property
     def kept(self) -> list[float]:
@@ -72,6 +75,30 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 def ratios(of: Samples, to: Samples) -> list[float]:
     """seconds(to) / seconds(of), round by round: above 1 where `of` is faster."""
     return [t / o for o, t in zip(of.seconds, to.seconds, strict=True) if o is not None and t is not None]
+
+
+def joined(so_far: dict[str, Samples], visit: dict[str, Samples]) -> dict[str, Samples]:
+    """``so_far``, with another visit's samples added to it."""
+    for name, samples in visit.items():
+        all_of = so_far.setdefault(name, Samples())
+        all_of.seconds += samples.seconds
+        all_of.ends.append(len(all_of.seconds))
+    return so_far
+
+
+def visits(of: Samples, to: Samples) -> list[float]:
+    """The median ratio of each visit that has one."""
+    begins = [0, *of.ends[:-1]]
+    parts = [(Samples(of.seconds[a:b]), Samples(to.seconds[a:b])) for a, b in zip(begins, of.ends, strict=True)]
+    return [quartiles(found)[1] for found in (ratios(*part) for part in parts) if found]
+
+
+def uncertainty(samples: dict[str, Samples], ours: str, again: str, other: str) -> float:
+    """How far a ratio of ``other`` to ``ours`` may be from what another run finds, relative: the noise floor of the rounds, or
+    what visits differ by, whichever is more."""
+    found = visits(samples[ours], samples[other])
+    apart = (max(found) - min(found)) / statistics.median(found) if found else math.inf
+    return max(noise_floor(ratios(samples[ours], samples[again])), apart)
 
 
 def noise_floor(values: list[float]) -> float:

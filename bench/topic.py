@@ -10,14 +10,18 @@ from typing import Any
 import torch
 
 from .cases import Case
+from .timing import Samples
 
 
 @dataclass(frozen=True)
 class Job:
-    """One result of a topic: what the progress bar calls it, and what measures it."""
+    """One result of a topic: what the progress bar calls it, and what measures it.
+
+    Where a topic has VISITS, ``run`` is called that often, each time with the samples it has left so far.
+    """
 
     label: str
-    run: Callable[[], dict[str, Any]]
+    run: Callable[[dict[str, Samples]], dict[str, Any]]
 
 
 @dataclass(frozen=True)

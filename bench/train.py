@@ -46,15 +46,17 @@ def transformer(device: str) -> tuple[torch.nn.Module, torch.Tensor, torch.Tenso
 
 MODELS = {"mlp": mlp, "transformer": transformer}
 
+VISITS = 2
+
 
 def jobs(options: Options) -> Iterator[Job]:
     for optimizer in options.optimizers:
         for name in MODELS:
             if not options.cases or name in options.cases:
-                yield Job(f"{optimizer} {name}", lambda n=name, o=optimizer: measure(n, o, options))
+                yield Job(f"{optimizer} {name}", lambda so_far, n=name, o=optimizer: measure(n, o, options, so_far))
 
 
-def measure(name: str, optimizer: str, options: Options) -> dict[str, Any]:
+def measure(name: str, optimizer: str, options: Options, so_far: dict[str, timing.Samples]) -> dict[str, Any]:
     contestants: dict[str, Callable[[], Any]] = {}
     absent = {}
     for provider in ["none", *dict.fromkeys(["fused_l2", *options.providers])]:
@@ -73,7 +75,7 @@ def measure(name: str, optimizer: str, options: Options) -> dict[str, Any]:
                 continue
         contestants[provider] = _train_step(model, x, y, made)
     contestants["fused_l2 again"] = contestants["fused_l2"]
-    samples = timing.interleave(contestants, options.seconds)
+    samples = timing.joined(so_far, timing.interleave(contestants, options.seconds))
     rows = {}
     for who, sample in samples.items():
         without = timing.ratios(sample, samples["none"])  # the share of the time that is left without an optimizer
@@ -82,10 +84,9 @@ def measure(name: str, optimizer: str, options: Options) -> dict[str, Any]:
             "share of the step": timing.quartiles([1 - ratio for ratio in without]),
             "ours_to_this": timing.quartiles(timing.ratios(samples["fused_l2"], sample)),
         }
-    twins = timing.ratios(samples["fused_l2"], samples["fused_l2 again"])
     return {
         "case": name, "what": MODELS[name].__doc__, "optimizer": optimizer, "parameters": parameters, "rows": rows,
-        "noise floor": timing.noise_floor(twins), "not measured": absent,
+        "noise floor": timing.uncertainty(samples, "fused_l2", "fused_l2 again", "none"), "not measured": absent,
     }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def test_shapes_have_the_published_numbers_of_parameters(bench):
 def test_one_case_runs_and_writes_json(bench, tmp_path, capsys):
     out = tmp_path / "results.json"
     few = ["--provider", "torch fused", "--provider", "torch for-loop"]
-    assert bench("cli").main(["step", "--case", "one-64k", "--seconds", "0.3", *few, "--json", str(out)]) == 0
+    assert bench("cli").main(["step", "--case", "one-64k", "--seconds", "0.2", *few, "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "torch fused" in printed
     assert "wrong" not in printed
