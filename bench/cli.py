@@ -30,7 +30,7 @@ HELP = {
     "memory": "bytes per parameter, resident and moved", "host": "the host's time against tensors and groups",
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SECONDS = {"limit": 4.0, "step": 2.7, "clip": 2.0, "statistics": 2.0, "train": 2.0, "memory": 0.0, "host": 0.0}  # a visit
+SECONDS = {"limit": 4.0, "step": 2.2, "clip": 1.6, "statistics": 1.6, "train": 2.0, "memory": 0.0, "host": 0.0}  # a visit
 
 
 def topics(chosen: str) -> dict[str, Any]:

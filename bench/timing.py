@@ -3,9 +3,9 @@
 In each round every contestant is warmed up and timed once, in an order drawn anew, so that none always follows the same one.
 A ratio is taken within a round, so that what changes slowly (clock frequency, neighbours) divides out; the median over rounds
 is shown with its quartiles.
-One contestant is timed twice under two names: what their ratio differs from 1 is the method's own error. Where a case is
-visited again, with tensors made anew, what the visits differ by is an error that none of them can see: where the memory happened to be,
-and what the neighbours of a virtual machine did meanwhile.
+One contestant is timed twice under two names: what their ratio differs from 1 is the method's own error. A case that is visited
+again, with tensors made anew, has another error, which no visit sees: what the visits differ by, because of where the memory
+happened to be, and of what the neighbours of a virtual machine did meanwhile.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ def interleave(
     rounds: int = 31,
     sample_seconds: float = 20e-3,
     clock: Clock | None = None,
+    fewest: int = FEWEST_ROUNDS,
 ) -> dict[str, Samples]:
     """Time each contestant, warmed up, once per round, in an order of its own, until `budget` seconds or the rounds are over.
 
@@ -154,12 +155,12 @@ def interleave(
             elapsed = clock.now() - start
             undisturbed = clock.waited() - wait <= MAX_WAIT * elapsed
             samples[name].seconds.append(elapsed / count if undisturbed else None)
-        fewest = min(len(ratios(samples[names[0]], s)) for s in samples.values())
+        pairs = min(len(ratios(samples[names[0]], s)) for s in samples.values())
         over = clock.now() - started > budget
         # On a busy machine up to four times the budget is spent on having enough that is undisturbed.
-        if fewest >= rounds or (over and fewest >= FEWEST_ROUNDS) or clock.now() - started > 4 * budget:
+        if pairs >= rounds or (over and pairs >= fewest) or clock.now() - started > 4 * budget:
             break
-    if fewest == 0:
+    if pairs == 0:
         raise RuntimeError(
             f"every sample of one contestant waited for a core for more than {MAX_WAIT:.0%} of its time: the machine is "
             "busy with something else. Stop that, or use fewer threads (OMP_NUM_THREADS)"

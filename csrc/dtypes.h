@@ -40,12 +40,8 @@ inline float widen(Float16 x) {
 inline void narrow(float x, float& out) { out = x; }
 inline void narrow(double x, double& out) { out = x; }
 inline void narrow(float x, BFloat16& out) {
-  const uint32_t u = bits_of(x);
-  if ((u & 0x7fffffff) > 0x7f800000) {
-    out.bits = uint16_t(u >> 16 | 0x40);  // quiet NaN
-    return;
-  }
-  out.bits = uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+  const uint32_t u = bits_of(x), rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  out.bits = uint16_t((u & 0x7fffffff) > 0x7f800000 ? u >> 16 | 0x40 : rounded);  // a NaN is made quiet
 }
 inline void narrow(float x, Float16& out) {
   const uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;

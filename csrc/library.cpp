@@ -109,6 +109,7 @@ FUSED_L2_EXPORT int64_t fused_l2_check(const Bucket* buckets, int64_t count) {
                                                         : (buckets[b].flags & flag::amsgrad ? 3 : 2);
         for (int k = 0; k < column::state0 + states; ++k)
           if (row[k] == 0) return position;
+        if (buckets[b].flags & (flag::master | flag::remainder | flag::kahan) && row[column::kept] == 0) return position;
       }
       if (row[column::step] == 0) continue;
       float step;
@@ -229,7 +230,7 @@ FUSED_L2_EXPORT double fused_l2_measure_grads(const Bucket* buckets, int64_t cou
   for (int64_t b = 0; b < count; ++b)
     for (int64_t r = 0; r < buckets[b].rows; ++r) {
       const Row row = buckets[b].row(r);
-      chunks.add(row[column::grad], buckets[b].param_dtype, row[column::numel], chunk);
+      chunks.add(row[column::grad], buckets[b].grad_dtype, row[column::numel], chunk);
     }
   chunks.measure((largest ? largest_kernels : sum_of_squares_kernels).get());
   double lanes[kLanes] = {};

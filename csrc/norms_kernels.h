@@ -58,4 +58,5 @@ double largest(const void* x, int64_t element_type, int64_t count) {
 }  // namespace FUSED_L2_NAMESPACE
 }  // namespace fused_l2
 
+#include "low_precision_kernels.h"
 #include "statistics_kernels.h"

@@ -4,13 +4,30 @@
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
+inline double sum_of_squared_params(const Piece& chunk) {
+  const Row row = chunk.row;
+  const int64_t type = chunk.bucket->param_dtype;
+  if (!(chunk.bucket->flags & flag::low_precision))
+    return with_elements(address<const void>(row[column::param]), type,
+                         [&](const auto* values) { return sum_of_squares_of(values + chunk.begin, chunk.count); });
+  Stretch param;
+  double sum = 0;
+  for (int64_t done = 0; done < chunk.count; done += kStretch) {
+    Piece here = chunk;
+    here.begin += done;
+    here.count = std::min(kStretch, chunk.count - done);
+    load_param(here, param);
+    sum += sum_of_squares_of(param.at, here.count);
+  }
+  return sum;
+}
+
 // The figures of a step that is skipped, and the count of gradients that are not finite.
-template <class P> void measure_of(const Piece& chunk, bool skipped, double* out) {
-  const P* param = address<const P>(chunk.row[column::param]) + chunk.begin;
-  const P* grad = address<const P>(chunk.row[column::grad]) + chunk.begin;
+template <class G> void measure_of(const Piece& chunk, bool skipped, double* out) {
+  const G* grad = address<const G>(chunk.row[column::grad]) + chunk.begin;
   if (skipped) {
     out[statistic::grads] = sum_of_squares_of(grad, chunk.count);
-    out[statistic::params] = sum_of_squares_of(param, chunk.count);
+    out[statistic::params] = sum_of_squared_params(chunk);
   }
   if (std::isfinite(out[statistic::grads])) return;  // of float64 gradients finite ones overflow, too
   for (int64_t i = 0; i < chunk.count; ++i)
@@ -25,7 +42,7 @@ void step_measured(const Piece& chunk, PieceFunction update, double* out) {
     update(piece);
   }
   const bool skipped = update == nullptr;
-  switch (chunk.bucket->param_dtype) {
+  switch (chunk.bucket->grad_dtype) {
     case dtype::float32: return measure_of<float>(chunk, skipped, out);
     case dtype::float64: return measure_of<double>(chunk, skipped, out);
     case dtype::bfloat16: return measure_of<BFloat16>(chunk, skipped, out);

@@ -8,10 +8,13 @@
 namespace fused_l2 {
 
 // One tensor of a step: int64 columns, addresses as integers.
-#define FUSED_L2_COLUMNS(X) X(param) X(grad) X(state0) X(state1) X(state2) X(step) X(numel) X(coefficients) X(flags)
+// `kept` is what a low-precision flag keeps beside the parameter; `key`, for random bits: the parameter's key in the low
+// 32 bits, the number of its first element in the high ones.
+#define FUSED_L2_COLUMNS(X)                                                                                        \
+  X(param) X(grad) X(state0) X(state1) X(state2) X(step) X(numel) X(coefficients) X(flags) X(kept) X(key)
 // The tensors of one step that share a rule and a dtype signature: int64 columns.
 #define FUSED_L2_BUCKET(X) \
-  X(rule) X(flags) X(param_dtype) X(state_dtype) X(rows) X(table) X(coefficients) X(steps) X(factor)
+  X(rule) X(flags) X(param_dtype) X(grad_dtype) X(state_dtype) X(rows) X(table) X(coefficients) X(steps) X(factor)
 // The float64 scalars an update rule needs this step, one row per (param group, step count).
 #define FUSED_L2_SGD(X) X(weight_decay) X(decay) X(momentum) X(one_minus_dampening) X(neg_lr)
 #define FUSED_L2_ADAM(X) \
@@ -21,7 +24,9 @@ namespace fused_l2 {
 #define FUSED_L2_DTYPES(X) X(float32) X(float64) X(bfloat16) X(float16)
 // Flags of a bucket: the shape of the computation. Values are powers of two in this order.
 #define FUSED_L2_FLAGS(X) \
-  X(momentum) X(nesterov) X(maximize) X(decoupled) X(amsgrad) X(scaled) X(cautious) X(statistics)
+  X(momentum)             \
+  X(nesterov) X(maximize) X(decoupled) X(amsgrad) X(scaled) X(cautious) X(statistics) X(master) X(remainder) X(kahan) \
+      X(stochastic)
 // Flags of a row.
 #define FUSED_L2_ROW_FLAGS(X) X(first_step)
 // What a step with flag::statistics leaves of each chunk, as float64: sums of g^2, of w^2 before the step, of the
@@ -52,6 +57,7 @@ enum : int64_t {
 #define FUSED_L2_POWER(name) name = int64_t(1) << bit::name,
   FUSED_L2_FLAGS(FUSED_L2_POWER)
 #undef FUSED_L2_POWER
+  low_precision = master | remainder | kahan | stochastic,  // one of them at most
 };
 }  // namespace flag
 namespace row_flag {
@@ -62,15 +68,17 @@ enum : int { FUSED_L2_STATISTICS(FUSED_L2_ENUMERATOR) count };
 }
 #undef FUSED_L2_ENUMERATOR
 
-constexpr int kCoefficients = 8;  // doubles from one coefficient row to the next
-static_assert(sgd_coefficient::count <= kCoefficients && adam_coefficient::count <= kCoefficients);
+constexpr int kStepCount = 8;     // where a coefficient row has the step's count, for random bits
+constexpr int kCoefficients = 9;  // doubles from one coefficient row to the next
+static_assert(sgd_coefficient::count <= kStepCount && adam_coefficient::count <= kStepCount);
 
 using Row = const int64_t*;  // points at `column::count` integers
 
 struct Bucket {
   int64_t rule;
   int64_t flags;
-  int64_t param_dtype;  // of parameters and gradients
+  int64_t param_dtype;
+  int64_t grad_dtype;
   int64_t state_dtype;
   int64_t rows;
   const int64_t* table;        // [rows][column::count]
@@ -82,7 +90,7 @@ struct Bucket {
 };
 
 // Python writes buckets as int64 columns.
-static_assert(sizeof(Bucket) == 9 * sizeof(int64_t));
+static_assert(sizeof(Bucket) == 10 * sizeof(int64_t));
 
 template <class T> T* address(int64_t value) { return reinterpret_cast<T*>(static_cast<intptr_t>(value)); }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -13,6 +14,7 @@ from . import coefficients
 from .coefficients import DecayRule
 from .control import make_clipping
 from .decay import make_decay
+from .low_precision import make_low_precision
 from .optimizer import FusedOptimizer, at_least_zero, number
 from .tensor_table import Flag, Rule
 
@@ -57,6 +59,7 @@ class Adam(FusedOptimizer):
             pass less over the gradients, and no wait for the device.
         decay_rule, max_lr, cautious: see :class:`AdamW`; with decoupled decay only.
         statistics: add up norms, the penalty and more during the step. See :attr:`statistics`.
+        low_precision, state_dtype, seed: 16-bit parameters whose decay survives. See :class:`SGD`.
 
     Raises:
         ValueError, TypeError: if a hyperparameter is out of its range or not a number.
@@ -88,10 +91,14 @@ class Adam(FusedOptimizer):
         max_lr: float | None = None,
         cautious: bool = False,
         statistics: bool = False,
+        low_precision: str = "round",
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
     ) -> None:
         self._clipping = make_clipping(max_grad_norm, norm_type, error_if_nonfinite, skip_if_nonfinite)
         self._step_supports_amp_scaling = bool(amp_scaling)
         self._statistics = bool(statistics)
+        self._low_precision = make_low_precision(low_precision, state_dtype, seed)
         self._decay = make_decay(decay_rule, max_lr, cautious)
         defaults = {
             "lr": lr,
@@ -205,6 +212,7 @@ class AdamW(Adam):
         cautious: shrink only weights that the update moves towards 0 (Cautious Weight Decay, Chen et al. 2025): with u the
             update, w - lr * u, decay where u * w >= 0.
         statistics: add up norms, the penalty and more during the step. See :attr:`statistics`.
+        low_precision, state_dtype, seed: 16-bit parameters whose decay survives. See :class:`SGD`.
 
     Raises:
         ValueError, TypeError: if a hyperparameter is out of its range or not a number.
@@ -233,6 +241,9 @@ class AdamW(Adam):
         max_lr: float | None = None,
         cautious: bool = False,
         statistics: bool = False,
+        low_precision: str = "round",
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -256,6 +267,9 @@ class AdamW(Adam):
             max_lr=max_lr,
             cautious=cautious,
             statistics=statistics,
+            low_precision=low_precision,
+            state_dtype=state_dtype,
+            seed=seed,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

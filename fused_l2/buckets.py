@@ -44,7 +44,7 @@ class Bucket:
 
     def __init__(self, rule: Rule, entries: list[Entry], factor: array[float], on_device: bool = False) -> None:
         self.flags = entries[0].flags
-        self.dtypes = entries[0].param.dtype, entries[0].state_dtype
+        self.dtypes = entries[0].param.dtype, entries[0].grad.dtype, entries[0].state_dtype
         self.has_first_steps = any(e.first_step for e in entries)
         self.on_device: Rows | None = None
         if on_device:
@@ -58,6 +58,7 @@ class Bucket:
             counter = None if on_device else e.counter
             key = (i if on_device else e.group, 0.0 if counter is None else float(counter))
             states = [t.data_ptr() for t in e.states]
+            kept = e.kept
             rows.append(
                 (
                     e.param.data_ptr(),
@@ -68,6 +69,8 @@ class Bucket:
                     e.param.numel(),
                     numbers.setdefault(key, len(numbers)),
                     int(RowFlag.FIRST_STEP) if e.first_step else 0,
+                    0 if kept is None else kept.data_ptr(),
+                    e.key,
                 )
             )
         if on_device:
@@ -87,6 +90,7 @@ class Bucket:
             row = row_of(numbers[group], self.flags, steps[i] + 1)
             start = coefficients.WIDTH * i
             scalars[start : start + len(row)] = array("d", row)
+            scalars[start + coefficients.STEP_COUNT] = steps[i] + 1
 
     def stepped(self) -> None:
         """A step was made: what the next one expects to find."""
@@ -107,7 +111,7 @@ class Part:
         self._library = cpu.library()
         by_signature: dict[tuple[Any, ...], list[int]] = {}
         for i, e in enumerate(entries):
-            by_signature.setdefault((e.flags, e.param.dtype, e.state_dtype), []).append(i)
+            by_signature.setdefault((e.flags, e.param.dtype, e.grad.dtype, e.state_dtype), []).append(i)
         self._factor = array("d", [1.0])  # what gradients are multiplied by where a bucket is SCALED
         self.buckets = [Bucket(rule, [entries[i] for i in at], self._factor, on_device) for at in by_signature.values()]
         # Which gradients belong to which bucket, in the order of its rows; not needed where there is one bucket.
@@ -120,7 +124,7 @@ class Part:
         grads = [e.grad for e in entries]
         self._copied = [i for i, (p, g) in enumerate(zip(self._params, grads, strict=True)) if needs_copy(p, g)]
         self._guard = gradient_guard(grads)
-        tensors = [t for e in entries for t in (e.param, *e.states)]
+        tensors = [t for e in entries for t in (e.param, *e.states, e.kept) if t is not None]
         self._counters = [e.counter for e in entries if e.counter is not None]
         self._watch: Watch = make_watch(self._library, tensors, self._counters)
         self._grads: Sequence[Tensor] = ()  # alive until the step is done, whatever other threads do
@@ -137,7 +141,7 @@ class Part:
             return False
         if self._copied:
             with torch.no_grad():
-                self._copies = [torch.empty_like(self._params[i]).copy_(grads[i]) for i in self._copied]
+                self._copies = [torch.empty_like(self._params[i], dtype=grads[i].dtype).copy_(grads[i]) for i in self._copied]
             for i, copy in zip(self._copied, self._copies, strict=True):
                 addresses[i] = copy.data_ptr()
         if not self._positions:
@@ -255,7 +259,7 @@ class CudaPart(Part):
 
     def prepare(self, clipping: Clipping | None, dtype: torch.dtype) -> None:
         """Compile what precedes a step, which cannot be done while a stream is captured."""
-        dtypes = [bucket.dtypes[0] for bucket in self.buckets]
+        dtypes = [bucket.dtypes[1] for bucket in self.buckets]  # of gradients
         self._measurer = Measurer(self._device, self._tables, [b.table for b in self.buckets], dtypes)
         self._measurer.prepare(clipping is not None and clipping.largest, clipping is not None, dtype)
 

@@ -19,7 +19,8 @@ ADAM = (
     "eps",
     "neg_step_size",
 )
-WIDTH = 8  # float64 numbers from one row to the next
+STEP_COUNT = 8  # where a row has the step's count, for random bits
+WIDTH = 9  # float64 numbers from one row to the next
 NUMBERS = 8  # hyperparameters of a group that rows are made of, at most
 
 

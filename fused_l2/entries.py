@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .low_precision import HALVES, STATE_NAMES, LowPrecision, Mode, parameter_key, widened
 from .tensor_table import DTYPES
 
 
@@ -29,6 +30,8 @@ class Entry:
     new_state: dict[str, Any]
     state_names: tuple[str, ...]
     first_step: bool
+    mode: Mode
+    key: int  # of the parameter's random bits
 
     @property
     def grad(self) -> Tensor:
@@ -42,6 +45,16 @@ class Entry:
     @property
     def states(self) -> list[Tensor]:
         return [self.get(name) for name in self.state_names]
+
+    @property
+    def kept(self) -> Tensor | None:
+        """What is kept beside a 16-bit parameter."""
+        name = self.mode.state_name
+        return self.get(name) if name else None
+
+    def weights(self) -> Tensor:
+        """The parameter's value, in float32 if it is a 16-bit one."""
+        return widened(self.mode, self.param.detach(), self.kept)
 
     @property
     def counter(self) -> Tensor | None:
@@ -70,8 +83,12 @@ def make_entry(
     state_names: tuple[str, ...],
     counts_steps: bool,
     on_device: bool,
+    low_precision: LowPrecision,
+    number: int,
 ) -> Entry:
     """Check a parameter that has a gradient, its gradient and its state, and prepare the state it lacks.
+
+    ``number``: which of the optimizer's parameters it is.
 
     Raises:
         RuntimeError: if the step cannot be made; the message names the parameter, what is wrong and what to do.
@@ -83,16 +100,18 @@ def make_entry(
 
     new_state: dict[str, Any] = {}
     first_step = False
+    mode, wanted = low_precision.mode_of(param), low_precision.state_dtype_of(param)
     for key in state_names:
         value = state.get(key)
         if value is None:
-            new_state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            new_state[key] = torch.zeros_like(param, dtype=wanted or param.dtype, memory_format=torch.preserve_format)
             first_step = True
         else:
             _check_state(param, key, value, name)
-            if not same_layout(value, param):
-                new_state[key] = torch.empty_like(param, dtype=value.dtype).copy_(value)
-    if counts_steps:
+            if not same_layout(value, param) or wanted not in (None, value.dtype):
+                new_state[key] = torch.empty_like(param, dtype=wanted or value.dtype).copy_(value)
+    _prepare_kept(param, mode, state, new_state, name)
+    if counts_steps or mode.is_random:
         counter = as_counter(state.get("step"), param, on_device, name)
         if "step" in state and type(counter) is Tensor and counter.device.type == "cpu" and math.isnan(float(counter)):
             raise RuntimeError(f"{name}: its state 'step' is NaN. Set it to the number of steps made.")
@@ -100,7 +119,39 @@ def make_entry(
             new_state["step"] = counter
     names = group.get("param_names")
     label = str(names[position]) if names else f"{group_index}.{position}"
-    return Entry(param, name, label, group_index, flags, state, new_state, state_names, first_step)
+    flags |= mode
+    random_key = parameter_key(low_precision.seed, number) if mode.is_random else 0
+    return Entry(param, name, label, group_index, flags, state, new_state, state_names, first_step, mode, random_key)
+
+
+def _prepare_kept(param: Tensor, mode: Mode, state: dict[str, Any], new_state: dict[str, Any], name: str) -> None:
+    """Check, or make, what is kept beside a 16-bit parameter."""
+    own = mode.state_name
+    if mode is Mode.REMAINDER and param.dtype is not torch.bfloat16:
+        raise RuntimeError(
+            f"{name}: low_precision='remainder' completes bfloat16 to float32, which 16 bits beside {_name(param.dtype)} "
+            f"cannot. Use low_precision='master'."
+        )
+    for other in STATE_NAMES:
+        if other != own and other in state:
+            of = next(m for m in Mode if m.state_name == other).name.lower()
+            raise RuntimeError(
+                f"{name}: its state holds {other!r}, which low_precision={of!r} has kept, and this optimizer has "
+                f"low_precision={mode.name.lower()!r}. To change over, make it with the former and set "
+                f"optimizer.low_precision; to give up what is kept, delete the entry: optimizer.state[param].pop({other!r})."
+            )
+    if own is None:
+        return
+    value = state.get(own)
+    if value is None:
+        if mode is Mode.MASTER:
+            new_state[own] = torch.empty_like(param, dtype=torch.float32).copy_(param.detach())
+        else:
+            new_state[own] = torch.zeros_like(param, dtype=mode.state_dtype, memory_format=torch.preserve_format)
+        return
+    _check_state(param, own, value, name, mode.state_dtype)
+    if not same_layout(value, param):
+        new_state[own] = torch.empty_like(param, dtype=value.dtype).copy_(value)
 
 
 def check_param(param: Tensor, name: str) -> None:
@@ -139,7 +190,8 @@ def check_grad(param: Tensor, name: str) -> None:
             f"{name}: it is on {param.device}, its gradient on {grad.device}. Move the model before backward(), or set "
             f"its gradients to None."
         )
-    if grad.dtype != param.dtype:
+    # The dtypes that are computed with in float32 may be mixed.
+    if grad.dtype != param.dtype and not {grad.dtype, param.dtype} <= {torch.float32, *HALVES}:
         raise RuntimeError(
             f"{name}: its gradient has dtype {_name(grad.dtype)}. Convert the gradient to the parameter's dtype before step()."
         )
@@ -149,7 +201,7 @@ def check_grad(param: Tensor, name: str) -> None:
         )
 
 
-def _check_state(param: Tensor, key: str, value: Any, name: str) -> None:
+def _check_state(param: Tensor, key: str, value: Any, name: str, dtype: torch.dtype | None = None) -> None:
     remedy = f"Load a checkpoint of this model, or delete the entry: optimizer.state[param].pop({key!r})."
     if not isinstance(value, Tensor):
         raise RuntimeError(f"{name}: its state {key!r} is {value!r}, not a tensor. {remedy}")
@@ -160,7 +212,8 @@ def _check_state(param: Tensor, key: str, value: Any, name: str) -> None:
             f"{name}: it is on {param.device}, its state {key!r} on {value.device}. Move the state to the parameter's "
             f"device, as optimizer.load_state_dict does."
         )
-    if value.dtype not in DTYPES or (value.dtype is torch.float64) != (param.dtype is torch.float64):
+    known = value.dtype in DTYPES and (value.dtype is torch.float64) == (param.dtype is torch.float64)
+    if not (known if dtype is None else value.dtype is dtype):
         raise RuntimeError(f"{name}: its state {key!r} has dtype {_name(value.dtype)}. {remedy}")
     if not has_memory(value):
         raise RuntimeError(f"{name}: the storage of its state {key!r} was freed. Restore it before step().")

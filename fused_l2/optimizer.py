@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
@@ -19,6 +20,7 @@ from torch.optim.optimizer import (
 from .coefficients import DecayRule
 from .control import INV_SCALE, NORM, SKIP, Clipping, Control, Prologue, make_clipping
 from .decay import Decay, make_decay
+from .low_precision import HALVES, STATE_NAMES, LowPrecision, make_low_precision, narrowed, widened
 from .plan import Plan
 from .state import OptimizerState, tell_of_changes
 from .statistics import Recorded, Statistics
@@ -52,6 +54,7 @@ class FusedOptimizer(Optimizer):
         "_decay",
         "_initial_lrs",
         "_statistics",
+        "_low_precision",
     )
     _plan: Plan | None = None
     _clipping: Clipping | None = None
@@ -62,6 +65,8 @@ class FusedOptimizer(Optimizer):
     _recorded: Recorded | None = None  # what the last step's statistics are made of
     _control: Tensor | Control | None = None  # of the last step
     _norm_dtype = torch.float32
+    _low_precision = LowPrecision()
+    _told_of_lost_decay = False
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         if defaults["differentiable"]:
@@ -160,6 +165,9 @@ class FusedOptimizer(Optimizer):
     def _adopt(self, plan: Plan) -> None:
         plan.commit(self)
         self._plan = plan
+        if not self._told_of_lost_decay and (message := plan.lost_decay()):
+            self._told_of_lost_decay = True
+            warnings.warn(message, stacklevel=5)
         tell_of_changes(self)
 
     def _remember(self, plan: Plan) -> None:
@@ -285,6 +293,74 @@ class FusedOptimizer(Optimizer):
     def cautious(self, cautious: bool) -> None:
         self._set_option("_decay", replace(self._decay, cautious=bool(cautious)))
 
+    @property
+    def low_precision(self) -> str:
+        """What is kept of a 16-bit parameter's float32 value: ``"round"``, ``"master"``, ``"remainder"``, ``"kahan"`` or
+        ``"stochastic"``. Setting it carries :meth:`master_params` over."""
+        return self._low_precision.mode.name.lower()
+
+    @low_precision.setter
+    def low_precision(self, mode: str) -> None:
+        new = make_low_precision(mode, self._low_precision.state_dtype, self._low_precision.seed)
+        weights = self.master_params()
+        for p in self._all_params():
+            if (name := self._low_precision.mode.state_name) and p in self.state:
+                self.state[p].pop(name, None)
+        self._low_precision = new
+        self.load_master_params(weights)
+
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        """The dtype of moments and momentum; None: each parameter's own, or float32 with a ``low_precision`` other
+        than ``"round"``."""
+        return self._low_precision.state_dtype
+
+    @state_dtype.setter
+    def state_dtype(self, dtype: torch.dtype | None) -> None:
+        self._low_precision = make_low_precision(self.low_precision, dtype, self._low_precision.seed)
+        self.drop_plan()
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def master_params(self) -> list[Tensor]:
+        """A copy of every parameter, in the order of the param groups: of 16-bit ones the float32 value that the optimizer
+        steps, which is all of it with ``low_precision="master"`` and ``"remainder"``."""
+        found = []
+        for p in self._all_params():
+            mode = self._low_precision.mode_of(p)
+            kept = self.state.get(p, {}).get(mode.state_name) if mode.state_name else None
+            wide = widened(mode, p.detach(), kept)
+            found.append(wide.clone() if wide.dtype is p.dtype else wide)
+        return found
+
+    @torch.no_grad()
+    def load_master_params(self, weights: Sequence[Tensor]) -> None:
+        """Set every parameter to these weights, in the order of the param groups, and what is kept beside 16-bit ones to what
+        their dtype cannot hold: the inverse of :meth:`master_params`, or a float32 model's weights after it was cast.
+
+        Raises:
+            ValueError: if there are more or fewer, or one has another shape than its parameter; nothing has changed then.
+        """
+        params = self._all_params()
+        if len(weights) != len(params):
+            raise ValueError(f"load_master_params got {len(weights)} tensors for {len(params)} parameters")
+        for i, (p, w) in enumerate(zip(params, weights, strict=True)):
+            if w.shape != p.shape:
+                raise ValueError(f"load_master_params: tensor {i} has shape {tuple(w.shape)}, its parameter {tuple(p.shape)}")
+        for p, w in zip(params, weights, strict=True):
+            mode = self._low_precision.mode_of(p)
+            if mode.state_name is None:
+                p.copy_(w)
+                continue
+            wide = torch.empty_like(p, dtype=torch.float32).copy_(w)
+            nearest = torch.full_like(p, 1 << 31, dtype=torch.int64)  # random bits with which rounding is to nearest
+            value, kept = narrowed(mode, wide, p.dtype, nearest)
+            p.copy_(value)
+            self.state[p][mode.state_name] = kept
+        self.drop_plan()
+
     def _set_option(self, name: str, value: Any) -> None:
         """Set an attribute that the checks of hyperparameters look at; leave it as it was if they refuse it."""
         before = getattr(self, name)
@@ -346,8 +422,9 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.
 
-        As torch does, with two differences. Float32 states of 16-bit parameters stay float32 (torch casts every state to
-        its parameter's dtype). Tensors are copied, so that two optimizers loaded from one dict do not step one state.
+        As torch does, with two differences. Float32 states of 16-bit parameters stay float32, and what ``low_precision``
+        keeps beside them stays as it is (torch casts every state to its parameter's dtype). Tensors are copied, so that two
+        optimizers loaded from one dict do not step one state.
         """
         loaded: dict[str, Any] = {}
         capture = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
@@ -367,7 +444,8 @@ class FusedOptimizer(Optimizer):
                 value = self.state[param][key]
                 if not isinstance(value, Tensor) or not isinstance(given, Tensor):
                     continue
-                if key != "step" and given.dtype is torch.float32 and value.dtype in (torch.bfloat16, torch.float16):
+                narrowed_by_torch = given.dtype is torch.float32 and value.dtype in HALVES
+                if key != "step" and (narrowed_by_torch or key in STATE_NAMES):
                     self.state[param][key] = given.to(device=value.device, copy=True)
                 elif value.device == given.device and value.data_ptr() == given.data_ptr():
                     self.state[param][key] = value.clone()

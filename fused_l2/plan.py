@@ -21,6 +21,7 @@ from .control import FACTOR, Control, Prologue, combined
 from .engines import cuda, torch_ops
 from .entries import Entry, check_grad, make_entry
 from .hyperparameters import DeviceValues, is_on_device, sources
+from .low_precision import HALVES, RANDOM, STATE_NAMES, Mode, lost_decay
 from .state import OptimizerState, ParamState
 from .statistics import Recorded, row_of
 from .tensor_table import Flag, Rule
@@ -58,6 +59,7 @@ class Plan:
         self._all_active = all(self._active)
         entries = self._entries = self._make_entries(optimizer)
 
+        self._counts = self._rule is Rule.ADAM or any(e.flags & RANDOM for e in entries)
         devices = [engines.device_of(e.param) if _has_engine(e, self._rule) else None for e in entries]
         for i in _overlapping([e.param for e in entries]):
             devices[i] = None  # steps after the tensor whose memory it shares
@@ -117,7 +119,9 @@ class Plan:
     def _make_entries(self, optimizer: FusedOptimizer) -> list[Entry]:
         entries: list[Entry] = []
         known: dict[int, Entry] = {}
+        low_precision = optimizer._low_precision
         for index, group in enumerate(optimizer.param_groups):
+            start = self._ends[index] - len(group["params"])
             flags = self._flags[index]
             for position, param in enumerate(group["params"]):
                 if param.grad is None:
@@ -126,7 +130,8 @@ class Plan:
                 names, counts = optimizer._state_names(flags), self._rule is Rule.ADAM
                 capturable = bool(group.get("capturable", False))
                 on_device = capturable or (self._on_device and engines.device_of(param).type == "cuda")
-                entry = make_entry(group, index, position, flags, state, names, counts, on_device)
+                number = start + position
+                entry = make_entry(group, index, position, flags, state, names, counts, on_device, low_precision, number)
                 if id(param) in known:  # listed twice: one state
                     entry.new_state = known[id(param)].new_state
                 known.setdefault(id(param), entry)
@@ -143,7 +148,7 @@ class Plan:
                     if e.state.get(key) is not value:
                         e.state[key] = value
         self._known_state = [
-            (e.param, e.state, [(key, e.get(key)) for key in (*e.state_names, "step") if e.get(key) is not None])
+            (e.param, e.state, [(key, e.get(key)) for key in (*e.state_names, *_KEYS) if e.get(key) is not None])
             for e in self._entries
         ]
         self._state = optimizer.state
@@ -253,33 +258,48 @@ class Plan:
         """Make the statistics of a step that is left out."""
         for part, _ in self._parts:
             part.measure_skipped()
-        self._others_rows = [row_of(e.grad, e.param, e.param) for e in self._others]
+        self._others_rows = [row_of(e.grad, e.weights(), e.weights()) for e in self._others]
 
     def recorded(self, weight_decays: list[float | Tensor], inv_scale: float | Tensor) -> Recorded:
         """What the last step left of its tensors."""
         records = [part.record for part, _ in self._parts if part.record is not None]
         return Recorded(records, self._others_rows, *self._measured_entries, weight_decays, inv_scale)
 
+    def lost_decay(self) -> str | None:
+        """A warning, if rounding will leave nothing of the weight decay of some parameter."""
+        for e in self._entries:
+            if e.mode is not Mode.ROUND or e.param.dtype not in HALVES:
+                continue
+            flags = self._flags[e.group]
+            if self._rule is Rule.ADAM and not flags & Flag.DECOUPLED:
+                continue  # it passes through the moments, and is as large as the update
+            row = self._row_of(self._numbers[e.group], flags, 1.0)
+            lr = self._numbers[e.group][0]
+            share = 1 - row[1] if flags & Flag.DECOUPLED else lr * row[0]
+            if message := lost_decay(e.param, share, f" (lr {lr:g}, param group {e.group})"):
+                return message
+        return None
+
     def launch(self, optimizer: FusedOptimizer) -> None:
         """Step every tensor of the plan."""
-        befores = [e.param.detach().clone() for e in self._others] if self._around & Flag.STATISTICS else []
+        befores = [e.weights().clone() for e in self._others] if self._around & Flag.STATISTICS else []
         for part, _ in self._parts:
             part.launch()
-        # SGD's do not depend on the step count, and what the device computes the host need not.
-        self._coefficients_due |= self._rule is Rule.ADAM and (self._host_steps or not self._on_device)
+        # SGD's depend on the step count for random bits only, and what the device computes the host need not.
+        self._coefficients_due |= self._counts and (self._host_steps or not self._on_device)
         self._keep_captured(optimizer)
         if self._others:
             self._launch_others(optimizer)
-        self._others_rows = [row_of(e.grad, b, e.param) for e, b in zip(self._others, befores, strict=False)]
+        self._others_rows = [row_of(e.grad, b, e.weights()) for e, b in zip(self._others, befores, strict=False)]
 
     @torch.no_grad()
     def _launch_others(self, optimizer: FusedOptimizer) -> None:
         # In their order, and neighbours that share a param group in one call.
-        for (group, first_step), found in groupby(self._others, key=lambda e: (e.group, e.first_step)):
+        for (group, first_step, mode), found in groupby(self._others, key=lambda e: (e.group, e.first_step, e.mode)):
             entries = list(found)
             torch_ops.step(
                 self._rule,
-                self._flags[group],
+                self._flags[group] | mode,
                 self._numbers[group],
                 entries[0].counter is not None and entries[0].counter.device.type != "cpu",
                 [e.param for e in entries],
@@ -288,11 +308,14 @@ class Plan:
                 [e.counter for e in entries if e.counter is not None],
                 first_step,
                 self._others_factor,
+                [e.kept for e in entries],
+                [e.key for e in entries],
             )
             for e in entries:
                 e.first_step = False
 
 
+_KEYS = ("step", *STATE_NAMES)
 _FIRST_STEP = "Make one step() before, with the same parameters having gradients."
 
 
@@ -315,12 +338,10 @@ def _has_engine(entry: Entry, rule: Rule) -> bool:
     grad = entry.grad
     if not engines.has_plain_type(grad) or grad._is_zerotensor():
         return False
-    states = entry.states
-    # The kernels know states of the parameter's dtype, and float32 states of 16-bit parameters.
-    dtypes = {t.dtype for t in states}
-    if len(dtypes) > 1 or not dtypes <= {entry.param.dtype, torch.float32} or not all(map(engines.is_plain, states)):
+    states = [*entry.states, *([] if entry.kept is None else [entry.kept])]
+    if len({t.dtype for t in entry.states}) > 1 or not all(map(engines.is_plain, states)):
         return False
-    return engines.has_engine(entry.param, rule, entry.flags, entry.state_dtype)
+    return engines.has_engine(entry.param, rule, entry.flags, grad.dtype, entry.state_dtype)
 
 
 def _may_change_in_place(values: tuple[Any, ...]) -> bool:

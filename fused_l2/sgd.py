@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import coefficients
 from .control import make_clipping
 from .decay import make_decay
+from .low_precision import RANDOM, make_low_precision
 from .optimizer import FusedOptimizer, at_least_zero, number
 from .tensor_table import Flag, Rule
 
@@ -60,6 +62,19 @@ class SGD(FusedOptimizer):
         cautious: decoupled only. Shrink only weights that the update moves towards 0 (Chen et al. 2025): with u the update,
             w - lr * u, decay where u * w >= 0.
         statistics: add up norms, the penalty and more during the step. See :attr:`statistics`.
+        low_precision: what is kept of the float32 value of 16-bit parameters, in which the step is computed. With bfloat16
+            parameters, ``"round"`` loses most of the weight decay, see docs/low-precision.md.
+
+            * ``"round"``: the nearest 16-bit number, as torch's fused step; a warning tells where the decay cannot survive.
+            * ``"remainder"``: all of it, as the bfloat16 parameter and a 16-bit remainder beside it (2 bytes a parameter).
+            * ``"master"``: all of it, in a float32 state (4 bytes a parameter).
+            * ``"kahan"``: what rounding left out, as a bfloat16 compensation (2 bytes a parameter).
+            * ``"stochastic"``: one of the two neighbours at random, with the right mean (nothing).
+
+            With any of the last four, new moments and momentum are float32.
+        state_dtype: ``torch.float32`` or ``torch.bfloat16``: the dtype of moments and momentum. None: the parameter's own.
+        seed: of the random bits of ``"stochastic"`` and ``"kahan"``, which are a hash of it, the step, the parameter and the
+            element: the same on every device.
 
     Raises:
         ValueError, TypeError: if a hyperparameter is out of its range or not a number.
@@ -91,10 +106,14 @@ class SGD(FusedOptimizer):
         max_lr: float | None = None,
         cautious: bool = False,
         statistics: bool = False,
+        low_precision: str = "round",
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
     ) -> None:
         self._clipping = make_clipping(max_grad_norm, norm_type, error_if_nonfinite, skip_if_nonfinite)
         self._step_supports_amp_scaling = bool(amp_scaling)
         self._statistics = bool(statistics)
+        self._low_precision = make_low_precision(low_precision, state_dtype, seed)
         self._decay = make_decay(decay_rule, max_lr, cautious)
         self._decoupled = decoupled_weight_decay
         defaults = {
@@ -153,6 +172,9 @@ class SGD(FusedOptimizer):
         if maximize:
             flags |= Flag.MAXIMIZE
         return flags
+
+    def _counts_on_device(self) -> bool:
+        return bool(self._low_precision.mode & RANDOM)  # whose bits depend on the count, which replays of a graph need
 
     @staticmethod
     def _state_names(flags: int) -> tuple[str, ...]:

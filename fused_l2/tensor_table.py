@@ -16,12 +16,14 @@ import torch
 from . import coefficients
 
 # One tensor of a step: int64 columns, addresses as integers. state0..2 are momentum_buffer, or exp_avg, exp_avg_sq and
-# max_exp_avg_sq; `coefficients` is the number of the tensor's coefficient row.
-COLUMNS = ("param", "grad", "state0", "state1", "state2", "step", "numel", "coefficients", "flags")
-PARAM, GRAD, STATE0, STATE1, STATE2, STEP, NUMEL, COEFFICIENTS, FLAGS = range(len(COLUMNS))
+# max_exp_avg_sq; `coefficients` is the number of the tensor's coefficient row; `kept` is what a low-precision flag keeps
+# beside the parameter; `key`, for random bits: the parameter's key in the low 32 bits, the number of its first element in the
+# high ones.
+COLUMNS = ("param", "grad", "state0", "state1", "state2", "step", "numel", "coefficients", "flags", "kept", "key")
+PARAM, GRAD, STATE0, STATE1, STATE2, STEP, NUMEL, COEFFICIENTS, FLAGS, KEPT, KEY = range(len(COLUMNS))
 WIDTH = len(COLUMNS)
 
-BUCKET = ("rule", "flags", "param_dtype", "state_dtype", "rows", "table", "coefficients", "steps", "factor")
+BUCKET = ("rule", "flags", "param_dtype", "grad_dtype", "state_dtype", "rows", "table", "coefficients", "steps", "factor")
 
 # What a step with Flag.STATISTICS leaves of each chunk: sums of g^2, of w^2 before the step, of the update^2, and how many
 # gradients are not finite.
@@ -52,6 +54,11 @@ class Flag(IntEnum):
     SCALED = 32  # gradients are multiplied by a factor as they are loaded
     CAUTIOUS = 64  # decoupled decay only where it and the update go the same way
     STATISTICS = 128  # chunks are measured as they are stepped
+    # What is left of the float32 value of a 16-bit parameter (low_precision.py); one of them at most.
+    MASTER = 256
+    REMAINDER = 512
+    KAHAN = 1024
+    STOCHASTIC = 2048
 
 
 class RowFlag(IntEnum):
@@ -111,13 +118,14 @@ class TensorTable:
         self.static_rows = self._without_grads()
 
     def bucket_row(
-        self, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype, factor: array[float]
+        self, rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype, factor: array[float]
     ) -> tuple[int, ...]:
         """The row that stands for this table in a list of buckets. ``factor`` holds what gradients are multiplied by."""
         return (
             rule,
             flags,
             DTYPES[param],
+            DTYPES[grad],
             DTYPES[state],
             self.count,
             address_of(self.rows),

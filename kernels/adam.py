@@ -21,11 +21,13 @@ def fused_l2_adam(
     FLAGS: tl.constexpr,
     STATES: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
+    KEPT_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL_BLOCK: tl.constexpr,
 ):
     step_chunk(
         adam, chunk_map, table, grads, coefficients, CHUNK, control, partials,
-        FLAGS, STATES, PARAM_DTYPE, STATE_DTYPE, BLOCK, TAIL_BLOCK,
+        FLAGS, STATES, PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KEPT_DTYPE, BLOCK, TAIL_BLOCK,
     )  # fmt: skip

@@ -8,7 +8,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layout import ADAM, COEFFICIENT_WIDTH, CORRECTED, DECOUPLED, FULLY_DECOUPLED, NUMBERS, SCALED, SKIP
+from .layout import (
+    ADAM,
+    COEFFICIENT_WIDTH,
+    CORRECTED,
+    DECOUPLED,
+    FULLY_DECOUPLED,
+    KAHAN,
+    NUMBERS,
+    SCALED,
+    SKIP,
+    STEP_COUNT,
+    STOCHASTIC,
+)
 
 
 @triton.jit
@@ -29,14 +41,21 @@ def fused_l2_coefficients(
     inside = tensor < COUNT
     first = tl.load(groups + tensor, mask=inside, other=0) * NUMBERS
     out = coefficients + tensor * COEFFICIENT_WIDTH
+    counts: tl.constexpr = RULE == ADAM or BUCKET_FLAGS & (KAHAN | STOCHASTIC)
+    if counts:
+        counter = tl.load(counters + tensor, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+        steps = tl.load(counter, mask=inside, other=0.0)
+        put(out, STEP_COUNT, steps + 1, inside)
+        is_made = inside
+        if BUCKET_FLAGS & SCALED:
+            is_made = inside & (tl.load(control + SKIP) == 0)
+        tl.store(counter, steps + 1, mask=is_made)
     if RULE == ADAM:
         lr = number(numbers, sources, first, inside)
         beta1 = number(numbers, sources, first + 1, inside)
         beta2 = number(numbers, sources, first + 2, inside)
         eps = number(numbers, sources, first + 3, inside)
         weight_decay = number(numbers, sources, first + 4, inside)
-        counter = tl.load(counters + tensor, mask=inside, other=0).to(tl.pointer_type(tl.float32))
-        steps = tl.load(counter, mask=inside, other=0.0)
         count = steps.to(tl.int32) + 1
         bias_correction1 = 1 - power(beta1, count)
         bias_correction2 = 1 - power(beta2, count)
@@ -50,10 +69,6 @@ def fused_l2_coefficients(
         put(out, 5, tl.sqrt(bias_correction2), inside)
         put(out, 6, eps, inside)
         put(out, 7, lr / bias_correction1 * -1.0, inside)
-        is_made = inside
-        if BUCKET_FLAGS & SCALED:
-            is_made = inside & (tl.load(control + SKIP) == 0)
-        tl.store(counter, steps + 1, mask=is_made)
     else:
         lr = number(numbers, sources, first, inside)
         momentum = number(numbers, sources, first + 1, inside)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
+from ..low_precision import FLAGS, Mode
 from ..tensor_table import Flag, Rule
 from .adam import fused_l2_adam
 from .coefficients import fused_l2_coefficients
@@ -33,6 +34,7 @@ DTYPES = {
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.int16: tl.int16,
 }
 
 
@@ -44,21 +46,25 @@ class Specialization(NamedTuple):
     opmath: torch.dtype
 
 
-def specialization(rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> Specialization:
+def specialization(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Specialization:
     """The kernel of a bucket. ``state`` is not looked at where the rule has no states."""
     if rule is Rule.SGD:
         function, states = fused_l2_sgd, 1 if flags & Flag.MOMENTUM else 0
     else:
         function, states = fused_l2_adam, 3 if flags & Flag.AMSGRAD else 2
     state = state if states else param
+    mode = Mode(flags & FLAGS)
+    kept = mode.state_dtype if mode.state_name else param
     # One 128-bit access per thread and tensor of the widest dtype: with two, 16-bit tensors beside 32-bit ones would have
     # their values exchanged between threads.
-    per_thread = 16 // max(param.itemsize, state.itemsize)
+    per_thread = 16 // max(t.itemsize for t in (param, grad, state, kept))
     constants = {
         "FLAGS": int(flags),
         "STATES": states,
-        "PARAM_DTYPE": DTYPES[param],
+        "PARAM_DTYPE": DTYPES[torch.int16 if mode is Mode.REMAINDER else param],
+        "GRAD_DTYPE": DTYPES[grad],
         "STATE_DTYPE": DTYPES[state],
+        "KEPT_DTYPE": DTYPES[kept],
         "BLOCK": THREADS * per_thread,
         "TAIL_BLOCK": THREADS,
     }
@@ -89,8 +95,8 @@ class Kernel:
     time. What is fixed for a bucket is given once; addresses are integers.
     """
 
-    def __init__(self, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> None:
-        function, self._constants, self.opmath = specialization(rule, flags, param, state)
+    def __init__(self, rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> None:
+        function, self._constants, self.opmath = specialization(rule, flags, param, grad, state)
         arguments = (torch.int64, torch.int64, torch.int64, self.opmath, 16, torch.float64, torch.float64)
         self._compiled = compiled(function, arguments, self._constants)
 

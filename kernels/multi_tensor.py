@@ -20,16 +20,24 @@ from .layout import (
     FIGURES,
     FIRST_STEP,
     FLAGS,
+    KAHAN,
+    KEPT,
+    KEY,
+    MASTER,
     NUMEL,
     PARAM,
+    REMAINDER,
     SCALED,
     SKIP,
     STATE0,
     STATE1,
     STATE2,
     STATISTICS,
+    STEP_COUNT,
+    STOCHASTIC,
     WIDTH,
 )
+from .low_precision import compensation, random_bits, rounded_stochastically, split, step_key, widened
 from .sums import pairwise
 
 
@@ -45,8 +53,10 @@ def step_chunk(
     partials,  # float64 [programs][FIGURES]; written with STATISTICS
     BUCKET_FLAGS: tl.constexpr,
     STATES: tl.constexpr,  # how many state tensors the rule has
-    PARAM_DTYPE: tl.constexpr,  # of parameters and gradients
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
+    KEPT_DTYPE: tl.constexpr,  # of what a low-precision flag keeps beside the parameter
     BLOCK: tl.constexpr,
     TAIL_BLOCK: tl.constexpr,
 ):
@@ -70,14 +80,24 @@ def step_chunk(
     if STATES > 2:
         state2 = tl.load(row + STATE2)
         addresses |= state2
+    kept = param
+    if BUCKET_FLAGS & (MASTER | REMAINDER | KAHAN):
+        kept = tl.load(row + KEPT)
+        addresses |= kept
     pointers = (
         typed_pointer(param, PARAM_DTYPE) + begin,
-        typed_pointer(grad, PARAM_DTYPE) + begin,
+        typed_pointer(grad, GRAD_DTYPE) + begin,
         typed_pointer(state0, STATE_DTYPE) + begin,
         typed_pointer(state1, STATE_DTYPE) + begin,
         typed_pointer(state2, STATE_DTYPE) + begin,
+        typed_pointer(kept, KEPT_DTYPE) + begin,
     )
-    scalars = coefficient_row(coefficients + tl.load(row + COEFFICIENTS) * COEFFICIENT_WIDTH)
+    coefficients_at = coefficients + tl.load(row + COEFFICIENTS) * COEFFICIENT_WIDTH
+    scalars = coefficient_row(coefficients_at)
+    random = (tl.program_id(0).to(tl.uint32), tl.program_id(0).to(tl.uint32))
+    if BUCKET_FLAGS & (KAHAN | STOCHASTIC):
+        word = tl.load(row + KEY)
+        random = (step_key(word, tl.load(coefficients_at + STEP_COUNT)), ((word >> 32) + begin).to(tl.uint32))
     first_step = (tl.load(row + FLAGS) & FIRST_STEP) != 0
     count = tl.minimum(tl.load(row + NUMEL) - begin, CHUNK).to(tl.int32)
     factor = 1.0
@@ -88,8 +108,10 @@ def step_chunk(
         if not BUCKET_FLAGS & STATISTICS:
             count = tl.where(is_made, count, 0)
     in_vectors = tl.where((addresses & 15) == 0, count // 8 * 8, 0)
-    a = step_range(rule, pointers, scalars, factor, is_made, first_step, 0, in_vectors, BUCKET_FLAGS, STATES, BLOCK)
-    b = step_range(rule, pointers, scalars, factor, is_made, first_step, in_vectors, count, BUCKET_FLAGS, STATES, TAIL_BLOCK)
+    a = step_range(rule, pointers, scalars, random, factor, is_made, first_step, 0, in_vectors, BUCKET_FLAGS, STATES, BLOCK)
+    b = step_range(
+        rule, pointers, scalars, random, factor, is_made, first_step, in_vectors, count, BUCKET_FLAGS, STATES, TAIL_BLOCK
+    )
     if BUCKET_FLAGS & STATISTICS:
         out = partials + tl.program_id(0) * FIGURES
         at = tl.arange(0, 1)
@@ -108,6 +130,7 @@ def step_range(
     rule: tl.constexpr,
     pointers,
     scalars,
+    random,  # key and first element; looked at with KAHAN and STOCHASTIC
     factor,
     is_made,
     first_step,
@@ -119,7 +142,8 @@ def step_range(
 ):
     """Apply ``rule`` to the elements from ``begin`` to ``end``, a block at a time. With STATISTICS a step that is not made is
     measured all the same; returned are the sums of the squares of gradients, parameters before the step, and updates."""
-    param_at, grad_at, state0_at, state1_at, state2_at = pointers
+    param_at, grad_at, state0_at, state1_at, state2_at, kept_at = pointers
+    random_key, first_element = random
     OPMATH: tl.constexpr = scalars[0].dtype
     lanes = tl.arange(0, BLOCK)
     if BUCKET_FLAGS & STATISTICS:
@@ -130,7 +154,14 @@ def step_range(
         at = start + lanes
         inside = at < end
         written = inside
-        param = tl.load(param_at + at, mask=inside).to(OPMATH)
+        raw = tl.load(param_at + at, mask=inside)
+        kept = raw
+        if BUCKET_FLAGS & (MASTER | REMAINDER | KAHAN):
+            kept = tl.load(kept_at + at, mask=inside)
+        param = raw
+        if BUCKET_FLAGS & (MASTER | REMAINDER | KAHAN):
+            param = widened(raw, kept, BUCKET_FLAGS)
+        param = param.to(OPMATH)
         grad = tl.load(grad_at + at, mask=inside).to(OPMATH)
         if BUCKET_FLAGS & STATISTICS:
             before = param
@@ -150,10 +181,26 @@ def step_range(
         if STATES > 2:
             state2 = tl.load(state2_at + at, mask=inside).to(OPMATH)
         param, state0, state1, state2 = rule(param, grad, state0, state1, state2, scalars, first_step, BUCKET_FLAGS)
-        stored = param.to(param_at.dtype.element_ty)
+        if BUCKET_FLAGS & (KAHAN | STOCHASTIC):
+            bits = random_bits(first_element + at.to(tl.uint32), random_key)
+        if BUCKET_FLAGS & REMAINDER:
+            stored, kept = split(param)
+        elif BUCKET_FLAGS & STOCHASTIC:
+            stored = rounded_stochastically(param, bits, param_at.dtype.element_ty)
+        else:
+            stored = param.to(param_at.dtype.element_ty)
+        if BUCKET_FLAGS & MASTER:
+            kept = param
+        if BUCKET_FLAGS & KAHAN:
+            kept = compensation(param, stored, bits)
         tl.store(param_at + at, stored, mask=written)
+        if BUCKET_FLAGS & (MASTER | REMAINDER | KAHAN):
+            tl.store(kept_at + at, kept, mask=written)
         if BUCKET_FLAGS & STATISTICS:
-            updates += square(stored.to(OPMATH) - before, written)
+            after = stored
+            if BUCKET_FLAGS & (MASTER | REMAINDER | KAHAN):
+                after = widened(stored, kept, BUCKET_FLAGS)
+            updates += square(after.to(OPMATH) - before, written)
         if STATES > 0:
             tl.store(state0_at + at, state0.to(state0_at.dtype.element_ty), mask=written)
         if STATES > 1:

@@ -93,7 +93,7 @@ def device_of(tensor: Tensor) -> torch.device:
     return tensor.device
 
 
-def has_engine(param: Tensor, rule: Rule, flags: int, state_dtype: torch.dtype) -> bool:
+def has_engine(param: Tensor, rule: Rule, flags: int, grad_dtype: torch.dtype, state_dtype: torch.dtype) -> bool:
     """Whether an engine of ours steps this parameter, rather than plain PyTorch.
 
     They take strided tensors of a dtype in ``DTYPES`` that fill their memory without gaps, in any order of dimensions. That
@@ -107,7 +107,7 @@ def has_engine(param: Tensor, rule: Rule, flags: int, state_dtype: torch.dtype) 
             _warn_once(f"fused_l2 steps CPU tensors with plain PyTorch operations: {cpu.why_unavailable()}")
         return cpu.library() is not None
     if device.type == "cuda":
-        kernel, reason = cuda.find_kernel(device, rule, flags, param.dtype, state_dtype)
+        kernel, reason = cuda.find_kernel(device, rule, flags, param.dtype, grad_dtype, state_dtype)
         if kernel is None:
             _warn_once(f"fused_l2 steps tensors on {device} with plain PyTorch operations: {reason}")
         return kernel is not None

@@ -29,12 +29,12 @@ class Device:
         self.device = device
         self.multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count
 
-    def kernel(self, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> Kernel:
+    def kernel(self, rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Kernel:
         """The kernel of a bucket, compiled and loaded. Raises whatever the compiler raises."""
         from ..kernels.launch import Kernel
 
         with self.current():
-            return Kernel(rule, flags, param, state)
+            return Kernel(rule, flags, param, grad, state)
 
     def measure_kernel(self, dtype: torch.dtype, largest: bool) -> MeasureKernel:
         from ..kernels.launch import MeasureKernel
@@ -161,23 +161,27 @@ def triton_version() -> str:
     return str(version())
 
 
-Signature = tuple[torch.device, Rule, int, torch.dtype, torch.dtype]
+Signature = tuple[torch.device, Rule, int, torch.dtype, torch.dtype, torch.dtype]
 _kernels: dict[Signature, tuple[Any, str]] = {}
 
 
-def find_kernel(of: torch.device, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> tuple[Kernel | None, str]:
+def find_kernel(
+    of: torch.device, rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype
+) -> tuple[Kernel | None, str]:
     """The kernel of a bucket on a device, or None and why there is none. Compiles it if need be, once per process."""
-    signature = (of, rule, flags, param, state)
+    signature = (of, rule, flags, param, grad, state)
     if signature not in _kernels:
         _kernels[signature] = _make_kernel(*signature)
     return _kernels[signature]
 
 
-def _make_kernel(of: torch.device, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> tuple[Kernel | None, str]:
+def _make_kernel(
+    of: torch.device, rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype
+) -> tuple[Kernel | None, str]:
     if reason := why_unavailable():
         return None, reason
     try:
-        return device(of).kernel(rule, flags, param, state), ""
+        return device(of).kernel(rule, flags, param, grad, state), ""
     except Exception as error:  # Triton needs a C compiler, Python's headers, a writable cache, a GPU it knows, ...
         if "out of memory" in str(error).lower():  # says nothing about the next time
             raise

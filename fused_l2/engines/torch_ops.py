@@ -1,8 +1,8 @@
 """The plain-PyTorch engine: torch.optim's own functions, for tensors no other engine takes.
 
 float32 and float64 tensors go to ``torch.optim.sgd.sgd`` and ``torch.optim.adam.adam`` as they are. 16-bit tensors
-are widened to float32, stepped, and rounded once, as the other engines do; torch's own loop would round after every
-operation and lose the weight decay.
+are widened to float32, stepped, and rounded once, as the other engines do, or as ``low_precision`` says; torch's own loop would
+round after every operation and lose the weight decay.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from .. import coefficients
+from ..low_precision import FLAGS, RANDOM, Mode, narrowed, random_bits, widened
 from ..tensor_table import Flag, Rule
 
 
@@ -29,15 +30,20 @@ def step(
     counters: Sequence[Tensor],
     first_step: bool,
     factor: Tensor | float | None = None,
+    kept: Sequence[Tensor | None] = (),
+    keys: Sequence[int] = (),
 ) -> None:
     """Step parameters of one param group in place, with their states and counters. Gradients are left as they are.
 
-    ``factor``: what gradients are multiplied by first, on any device.
+    ``factor``: what gradients are multiplied by first, on any device. ``kept``: what is kept beside each parameter, and
+    ``keys`` of random bits, where ``flags`` say a low-precision mode.
 
     ``states`` holds one sequence per kind of state: all momentum buffers, or all exp_avg, all exp_avg_sq, ...
     """
-    kept = [*params, *(t for kind in states for t in kind)]
-    wide_params, wide_grads = [_widened(t) for t in params], [_widened(t) for t in grads]
+    mode = Mode(flags & FLAGS)
+    kept = kept or [None] * len(params)
+    wide_params = [widened(mode, p, k) for p, k in zip(params, kept, strict=True)]
+    wide_grads = [_widened(t) for t in grads]
     if factor is not None:
         wide_grads = [g * (factor.to(g.device, g.dtype) if isinstance(factor, Tensor) else factor) for g in wide_grads]
     wide_states = [[_widened(t) for t in kind] for kind in states]
@@ -45,9 +51,30 @@ def step(
         _sgd(flags, numbers, wide_params, wide_grads, wide_states, first_step)
     else:
         _adam(flags, numbers, capturable, wide_params, wide_grads, wide_states, list(counters))
-    for narrow, stepped in zip(kept, [*wide_params, *(t for kind in wide_states for t in kind)], strict=True):
-        if narrow is not stepped:
-            narrow.copy_(stepped)
+    if rule is Rule.SGD and flags & RANDOM:
+        torch._foreach_add_(list(counters), 1.0)
+    for kind, wide in zip(states, wide_states, strict=True):
+        for narrow, stepped in zip(kind, wide, strict=True):
+            if narrow is not stepped:
+                narrow.copy_(stepped)
+    for i, (param, stepped) in enumerate(zip(params, wide_params, strict=True)):
+        if param is stepped:
+            continue
+        bits = _random_bits(param, keys[i], counters[i]) if flags & RANDOM else None
+        rounded, left = narrowed(mode, stepped, param.dtype, bits)
+        param.copy_(rounded)
+        if left is not None:
+            own = kept[i]
+            assert own is not None
+            own.copy_(left)
+
+
+def _random_bits(param: Tensor, key: int, counter: Tensor) -> Tensor:
+    """Those of each element, which are numbered in the order of memory."""
+    order = sorted(range(param.dim()), key=param.stride, reverse=True)
+    shape = [param.shape[i] for i in order]
+    bits = random_bits(key, int(counter), param.numel()).to(param.device).view(shape)
+    return bits.permute([order.index(i) for i in range(param.dim())])
 
 
 def _widened(tensor: Tensor) -> Tensor:

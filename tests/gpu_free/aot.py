@@ -28,11 +28,16 @@ _POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64"}
 
 @functools.cache
 def compile_for(
-    arch: int | str, rule: Rule, flags: int, param: torch.dtype = torch.float32, state: torch.dtype = torch.float32
+    arch: int | str,
+    rule: Rule,
+    flags: int,
+    param: torch.dtype = torch.float32,
+    grad: torch.dtype = torch.float32,
+    state: torch.dtype = torch.float32,
 ) -> Any:
     """The kernel of a bucket, compiled as ``fused_l2.kernels.launch.Kernel`` compiles it, for an NVIDIA architecture by number
     (90: sm_90) or an AMD one by name."""
-    what = specialization(rule, flags, param, state)
+    what = specialization(rule, flags, param, grad, state)
     arguments = {
         "chunk_map": "*i64",
         "table": "*i64",

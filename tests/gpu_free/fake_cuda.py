@@ -33,7 +33,8 @@ from . import aot
 from .interpreter import interpreted, repaired
 from .ptx_emulator import Emulator
 
-Signature = tuple[Rule, int, torch.dtype, torch.dtype]  # rule, flags, dtypes of param and state: what names a kernel
+# Rule, flags, dtypes of param, grad and state: what names a kernel.
+Signature = tuple[Rule, int, torch.dtype, torch.dtype, torch.dtype]
 # Runs a kernel: which one (a Signature, or the kind and options of a kernel for norms), the tensors it may access, how many
 # programs, its arguments.
 Run = Callable[[Any, Sequence[Tensor], int, Sequence[int]], None]
@@ -235,9 +236,9 @@ class FakeDevice(cuda.Device):
 
     # What the engine asks for.
 
-    def kernel(self, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> Any:
-        self.compiled.append((rule, flags, param, state))
-        return self._kernel(rule, flags, param, state)
+    def kernel(self, rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Any:
+        self.compiled.append((rule, flags, param, grad, state))
+        return self._kernel(rule, flags, param, grad, state)
 
     def measure_kernel(self, dtype: torch.dtype, largest: bool) -> Any:
         return self._kernel("measure", dtype, largest)

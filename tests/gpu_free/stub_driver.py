@@ -88,9 +88,9 @@ class StubDevice(FakeDevice):
         super().__init__(nothing)
         self.multiprocessors = 132
 
-    def kernel(self, rule: Rule, flags: int, param: torch.dtype, state: torch.dtype) -> Any:
-        self.compiled.append((rule, flags, param, state))
-        return Kernel(rule, flags, param, state)
+    def kernel(self, rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Any:
+        self.compiled.append((rule, flags, param, grad, state))
+        return Kernel(rule, flags, param, grad, state)
 
     def measure_kernel(self, dtype: torch.dtype, largest: bool) -> Any:
         return MeasureKernel(dtype, largest)

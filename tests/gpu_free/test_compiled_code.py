@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,12 @@ each_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
 
 def elements_per_thread(param: torch.dtype, state: torch.dtype) -> int:
     return 16 // max(param.itemsize, state.itemsize)
+
+
+def compile_signature(arch: int | str, signature: tuple[Rule, int, torch.dtype, torch.dtype]) -> Any:
+    """With gradients of the parameter's dtype."""
+    rule, flags, param, state = signature
+    return aot.compile_for(arch, rule, flags, param, param, state)
 
 
 @each_architecture
@@ -53,7 +60,7 @@ def test_sgd(arch):
 def test_no_kernel_spills_and_each_access_is_as_wide_as_can_be(signature):
     """Every dtype signature on sm_90, where the widest dtype of a bucket is accessed 128 bits at a time."""
     rule, flags, param, state = signature
-    compiled = aot.compile_for(90, *signature)
+    compiled = compile_signature(90, signature)
     registers, local_bytes, shared_bytes = aot.resources(compiled)
     assert local_bytes == shared_bytes == 0
     assert registers <= 96
@@ -69,7 +76,7 @@ def test_no_kernel_spills_and_each_access_is_as_wide_as_can_be(signature):
 @pytest.mark.parametrize("signature", SIGNATURES, ids=str)
 def test_every_operation_is_ieee(signature):
     """No approximate division or root, no flush to zero, no product that may be fused: each says how it rounds."""
-    ptx = aot.compile_for(90, *signature).asm["ptx"]
+    ptx = compile_signature(90, signature).asm["ptx"]
     floating = [
         o for o in re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][\w.]+)", ptx, re.MULTILINE) if re.search(r"\.(f32|f64|bf16|f16)", o)
     ]
@@ -82,7 +89,7 @@ def test_every_operation_is_ieee(signature):
 @pytest.mark.parametrize("signature", [s for s in SIGNATURES if s[1] in (ADAMW, NESTEROV)], ids=str)
 def test_amd_gpus_compile_too(signature):
     """Compiled, not run: nobody has measured or tested this on an AMD GPU."""
-    code = aot.compile_for("gfx942", *signature).asm["amdgcn"]
+    code = compile_signature("gfx942", signature).asm["amdgcn"]
     assert "v_fma" in code
     assert "scratch_store" not in code
 

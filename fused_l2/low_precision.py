@@ -1,0 +1,247 @@
+"""16-bit parameters whose small updates survive: what is kept beside them, and how it is rounded.
+
+A bfloat16 number has 8 significant bits: ``w * (1 - lr * weight_decay)`` rounds back to w where lr * weight_decay < 2^-9, so
+that weight decay silently does nothing. Each :class:`Mode` computes a step in float32 and says what stays of the result. This
+module is the definition in PyTorch; ``csrc/low_precision_kernels.h`` and ``kernels/low_precision.py`` state the same formulas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tensor_table import Flag
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class Mode(IntEnum):
+    """What a step leaves of a 16-bit parameter's float32 value. The values are bits of ``Flag``."""
+
+    ROUND = 0  # the nearest 16-bit number
+    MASTER = Flag.MASTER  # all of it, in a float32 state; the parameter is its rounding
+    REMAINDER = Flag.REMAINDER  # all of it: the parameter's 16 bits and 16 more, in an int16 state
+    KAHAN = Flag.KAHAN  # the rounding, and a bfloat16 state with what it left out
+    STOCHASTIC = Flag.STOCHASTIC  # one of the two neighbours, at random, so that the mean is right
+
+    @property
+    def state_name(self) -> str | None:
+        """The key of what is kept beside the parameter."""
+        return _STATE_NAMES.get(self)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return {Mode.MASTER: torch.float32, Mode.REMAINDER: torch.int16}.get(self, torch.bfloat16)
+
+    @property
+    def is_random(self) -> bool:
+        return self in (Mode.KAHAN, Mode.STOCHASTIC)
+
+
+_STATE_NAMES = {Mode.MASTER: "master_param", Mode.REMAINDER: "param_remainder", Mode.KAHAN: "kahan_comp"}
+STATE_NAMES = tuple(_STATE_NAMES.values())
+FLAGS = sum(Mode)  # the bits that say which
+RANDOM = Flag.KAHAN | Flag.STOCHASTIC
+
+
+@dataclass(frozen=True)
+class LowPrecision:
+    """The options of an optimizer that concern dtypes. They are attributes of it, not param-group keys."""
+
+    mode: Mode = Mode.ROUND
+    state_dtype: torch.dtype | None = None
+    seed: int = 0
+
+    def mode_of(self, param: Tensor) -> Mode:
+        return self.mode if param.dtype in HALVES else Mode.ROUND
+
+    def state_dtype_of(self, param: Tensor) -> torch.dtype | None:
+        """The dtype that moments and momentum of this parameter have to have; None: any, the parameter's if new."""
+        if param.dtype is torch.float64:
+            return None
+        if self.state_dtype is None and self.mode_of(param) is not Mode.ROUND:
+            return torch.float32
+        return self.state_dtype
+
+
+def make_low_precision(mode: str, state_dtype: torch.dtype | None, seed: int) -> LowPrecision:
+    """Check the arguments of an optimizer.
+
+    Raises:
+        ValueError, TypeError: if one of them is none of what there is.
+    """
+    names = [m.name.lower() for m in Mode]
+    if mode not in names:
+        raise ValueError(f"low_precision must be one of {', '.join(map(repr, names))}, got {mode!r}")
+    if state_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"state_dtype must be torch.float32, torch.bfloat16 or None (each parameter's own dtype), got {state_dtype!r}"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {seed!r}")
+    return LowPrecision(Mode[mode.upper()], state_dtype, seed)
+
+
+# Random bits: a hash of where they are used, so that no result depends on who computes it, in which order.
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(x: Any) -> Any:
+    """A bijection of 32-bit words without visible structure (Wellons 2018, "lowbias32"); of ints, or of int64 tensors."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D & _MASK
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B & _MASK
+    return x ^ (x >> 16)
+
+
+def parameter_key(seed: int, position: int) -> int:
+    """What tells the random bits of one parameter from those of another; ``position``: among all of the optimizer's."""
+    return int(_mix(_mix(_mix(seed & _MASK) ^ (seed >> 32 & _MASK)) ^ position & _MASK))
+
+
+def random_bits(key: int, step: int, numel: int, offset: int = 0) -> Tensor:
+    """32 random bits for each element of a parameter at the step with this count, as int64.
+
+    Elements count from ``offset``, modulo 2^32, in the order of memory.
+    """
+    step_key = _mix(key ^ _mix(step & _MASK))
+    element = torch.arange(offset, offset + numel, dtype=torch.int64, device="cpu") & _MASK
+    return _mix((_mix(element ^ step_key) + step_key) & _MASK)
+
+
+# float32 and 16 bits of it.
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The bits of a float32 tensor as unsigned numbers."""
+    return x.contiguous().view(torch.int32).to(torch.int64) & _MASK
+
+
+def _float(bits: Tensor) -> Tensor:
+    return _signed(bits, 32).to(torch.int32).view(torch.float32)
+
+
+def _signed(x: Tensor, width: int) -> Tensor:
+    return torch.where(x >= 1 << (width - 1), x - (1 << width), x)
+
+
+def _bfloat16(bits: Tensor) -> Tensor:
+    return _signed(bits, 16).to(torch.int16).view(torch.bfloat16)
+
+
+def split(w: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 tensor as bfloat16 and an int16 remainder: with magnitudes as integers, |w| = |p| * 2^16 + remainder.
+
+    p is w rounded to nearest, ties away from zero, for a remainder of +2^15 would not fit. A NaN keeps its sign and upper bits,
+    is made quiet, and has no remainder: added to the bits it could make a zero of it.
+    """
+    u = _bits(w)
+    sign, magnitude = u >> 16 & 0x8000, u & 0x7FFFFFFF
+    upper = (magnitude + 0x8000) >> 16
+    nan = magnitude > 0x7F800000
+    p = torch.where(nan, u >> 16 | 0x40, sign | upper)
+    return _bfloat16(p), torch.where(nan, 0, magnitude - (upper << 16)).to(torch.int16)
+
+
+def join(p: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 tensor that was :func:`split`.
+
+    A parameter that was written to since keeps its new value, up to half a unit in its last place: what is left of the old
+    remainder does not carry it past zero or infinity.
+    """
+    u = p.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF
+    magnitude = (u & 0x7FFF) << 16
+    joined = (magnitude + remainder.to(torch.int64)).clamp(0, 0x7F800000)
+    return _float((u & 0x8000) << 16 | torch.where(magnitude > 0x7F800000, magnitude, joined))
+
+
+def master_or_param(master: Tensor, p: Tensor) -> Tensor:
+    """The float32 value of a parameter with a master: the master, unless the parameter is not its rounding.
+
+    Then it was written to since, and is what counts.
+    """
+    return torch.where(master.to(p.dtype).view(torch.int16) == p.view(torch.int16), master, p.float())
+
+
+def compensated(p: Tensor, compensation: Tensor) -> Tensor:
+    """The float32 value of a parameter with a compensation: their sum, unless the parameter was written to since.
+
+    That is taken to be so if the compensation is larger than half a unit in the parameter's last place can be.
+    """
+    wide, c = p.float(), compensation.float()
+    relative, least = (2.0**-8, 2.0**-134) if p.dtype is torch.bfloat16 else (2.0**-11, 2.0**-25)
+    return torch.where(c.abs() <= (wide.abs() * relative).clamp_min(least), wide + c, wide)
+
+
+def compensation(w: Tensor, p: Tensor, bits: Tensor) -> Tensor:
+    """What rounding w to p left out, as bfloat16; 0 where that is not finite.
+
+    Rounded stochastically: to nearest, an eighth bit of the compensation would swallow what is smaller than 2^-17 of w, as p
+    swallows what is smaller than 2^-9.
+    """
+    left = w - p.float()
+    return round_stochastically(torch.where(left.isfinite(), left, 0.0), torch.bfloat16, bits)
+
+
+def round_stochastically(w: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """One of the two 16-bit neighbours of each element, with the mean w: random bits are added below the last place, and what
+    is below it is cut off. ``bits``: 32 for each element, of which the upper ones are used."""
+    u = _bits(w)
+    sign, magnitude = u >> 16 & 0x8000, u & 0x7FFFFFFF
+    nan = magnitude > 0x7F800000
+    if dtype is torch.bfloat16:
+        return _bfloat16(torch.where(nan, u >> 16 | 0x40, (u + (bits >> 16)) >> 16))
+    normal = (magnitude - (112 << 23) + (bits >> 19)) >> 13
+    # Below 2^-14 the last place is 2^-24 throughout.
+    units = _float(torch.where(magnitude < 0x38800000, magnitude, 0)) * 2.0**24
+    whole = units.to(torch.int32).float()
+    upwards = (bits >> 8).to(torch.float32) * 2.0**-24 < units - whole
+    below = whole.to(torch.int64) + upwards
+    rounded = torch.where(magnitude < 0x38800000, below, normal)
+    rounded = torch.where(magnitude >= 0x47800000, 0x7C00, rounded)
+    return _signed(torch.where(nan, sign | 0x7E00, sign | rounded), 16).to(torch.int16).view(torch.float16)
+
+
+def widened(mode: Mode, p: Tensor, kept: Tensor | None) -> Tensor:
+    """The float32 value of a parameter, from it and what its mode keeps beside it."""
+    if kept is None:
+        return p.float() if p.dtype in HALVES else p
+    if mode is Mode.MASTER:
+        return master_or_param(kept, p)
+    return join(p, kept) if mode is Mode.REMAINDER else compensated(p, kept)
+
+
+def narrowed(mode: Mode, w: Tensor, dtype: torch.dtype, bits: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A parameter and what its mode keeps beside it, from the float32 value. ``bits``: for the random modes."""
+    if mode is Mode.REMAINDER:
+        return split(w)
+    if mode is Mode.STOCHASTIC:
+        assert bits is not None
+        return round_stochastically(w, dtype, bits), None
+    p = w.to(dtype)
+    if mode is Mode.MASTER:
+        return p, w
+    if mode is Mode.KAHAN:
+        assert bits is not None
+        return p, compensation(w, p, bits)
+    return p, None
+
+
+def lost_decay(param: Tensor, share: float, where: str) -> str | None:
+    """A warning if decay by this share of each weight per step changes no value of the parameter's dtype."""
+    bits = {torch.bfloat16: 8, torch.float16: 11}[param.dtype]
+    if not 0 < share < 2.0 ** -(bits + 1):
+        return None
+    name = str(param.dtype).removeprefix("torch.")
+    return (
+        f"fused_l2: weight decay takes {share:.2g} of each weight per step{where}, and no {name} number changes by less than "
+        f"2^-{bits + 1} = {2.0 ** -(bits + 1):.2g} of it: rounded to {name}, weight decay does little or nothing. Keep what "
+        f"rounding leaves out with low_precision='remainder' (bfloat16), 'master' or 'kahan', or round with the right mean "
+        f"with low_precision='stochastic'; low_precision='round' is what you have."
+    )
