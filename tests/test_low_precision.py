@@ -55,15 +55,18 @@ def same_float(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 # The definitions.
 
 
+def sampled_halves(count: int) -> torch.Tensor:
+    """Upper halves of float32 words: those at the edges, and others."""
+    edges = torch.tensor([0, 0x8000, 0x7F7F, 0xFF7F, 0x7F80, 0x7F81, 0x7FFF, 0xFF80, 0xFFFF, 0x0001, 0x007F, 0x0080])
+    found = torch.randperm(65536, generator=torch.Generator().manual_seed(0))[:count]
+    found[: len(edges)] = edges
+    return found
+
+
 def test_every_bfloat16_and_every_remainder_splits_and_reassembles():
-    """All 65,536 upper halves; all 65,536 lower halves for 4096 of them, and 64 of each for the others. T31: NaN stays NaN."""
-    generator = torch.Generator().manual_seed(0)
-    few = torch.cat([torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]), torch.randint(0, 65536, (58,), generator=generator)])
-    sample = torch.randperm(65536, generator=generator)[:4096]
-    special = torch.tensor([0, 0x8000, 0x7F7F, 0x7F80, 0x7F81, 0x7FFF, 0xFF80, 0xFFFF, 0x0001, 0x007F, 0x0080])
-    sample[: len(special)] = special
-    grids = [(torch.arange(65536), few), *((part, torch.arange(65536)) for part in sample.split(256))]
-    for upper, lower in grids:
+    """All 65,536 upper halves with 64 lower ones, and 128 with all lower ones. T31: NaN stays NaN."""
+    few = torch.cat([torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]), torch.randint(0, 65536, (58,))])
+    for upper, lower in ((torch.arange(65536), few), (sampled_halves(128), torch.arange(65536))):
         bits = (upper.view(-1, 1) << 16 | lower).flatten()
         w = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
         p, remainder = low_precision.split(w)
@@ -71,10 +74,32 @@ def test_every_bfloat16_and_every_remainder_splits_and_reassembles():
         assert bool((p.isnan() == w.isnan()).all())
         assert bool((torch.signbit(p) == torch.signbit(w)).all())
         assert bool((p.isinf() | ~w.isinf()).all())
-        # To nearest: as far as torch's own rounding but for ties, which go away from zero.
+        # To nearest: as torch's own rounding but for ties, which go away from zero.
         nearest = w.to(torch.bfloat16)
         differs = (p.view(torch.int16) != nearest.view(torch.int16)) & ~w.isnan()
         assert bool((remainder[differs] == -(2**15)).all())
+
+
+@needs_library
+def test_the_library_reassembles_and_splits_every_remainder_of_4096_parameters():
+    """Through steps that change nothing, at lr 0; 268 million words. Pairs that no split makes are left out."""
+    remainders = torch.arange(-(2**15), 2**15).to(torch.int16)
+    made = fused_l2.SGD([torch.nn.Parameter(torch.zeros(256 * 65536).bfloat16())], lr=0.0, low_precision="remainder")
+    p = made.param_groups[0]["params"][0]
+    p.grad = torch.zeros_like(p)
+    for upper in sampled_halves(4096).split(256):
+        halves = torch.where(upper >= 2**15, upper - 2**16, upper).to(torch.int16).view(-1, 1).expand(-1, 65536)
+        pairs = remainders.expand(256, -1).clone()
+        magnitude = halves & 0x7FFF
+        pairs[magnitude == 0] = pairs[magnitude == 0].clamp_min(0)
+        pairs[magnitude == 0x7F80] = pairs[magnitude == 0x7F80].clamp_max(0)
+        pairs[magnitude > 0x7F80] = 0
+        given = torch.where(magnitude > 0x7F80, halves | 0x40, halves).reshape(-1)  # a NaN is made quiet
+        p.data.copy_(given.view(torch.bfloat16))
+        made.state[p]["param_remainder"] = pairs.view(-1).clone()
+        made.step()
+        assert torch.equal(p.detach().view(torch.int16), given)
+        assert torch.equal(made.state[p]["param_remainder"], pairs.view(-1))
 
 
 def test_a_remainder_does_not_carry_a_parameter_that_was_written_to_away():
@@ -181,11 +206,10 @@ def test_the_library_and_plain_pytorch_have_the_bits_of_the_definition(signature
             if own.state_name:
                 w = weights(p.numel(), 7 * i)
                 fits = torch.arange(p.numel()) % 5 > 0
-                other = torch.tensor(0.37)
                 kept = {
-                    Mode.MASTER: lambda w=w, fits=fits: torch.where(fits, w, other),
+                    Mode.MASTER: lambda w=w, fits=fits: torch.where(fits, w, 0.37),
                     Mode.REMAINDER: lambda w=w: low_precision.split(w)[1],
-                    Mode.KAHAN: lambda w=w, p=p, fits=fits: torch.where(fits, w - p.detach().float(), other).bfloat16(),
+                    Mode.KAHAN: lambda w=w, p=p, fits=fits: torch.where(fits, w - p.detach().float(), 0.37).bfloat16(),
                 }[own]()
                 made.state[p][own.state_name] = kept
         return params, made
@@ -467,7 +491,7 @@ def test_errors():
         fused_l2.AdamW([p], state_dtype=torch.float16)
     with pytest.raises(TypeError, match="seed must be an int"):
         fused_l2.AdamW([p], seed=1.5)
-    with pytest.raises(RuntimeError, match="parameter 0 of group 0.*float16 cannot. Use low_precision='master'"):
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*float16 cannot. Use low_precision='master'"):
         fused_l2.AdamW([p], low_precision="remainder").step()
     q = torch.nn.Parameter(torch.ones(3).bfloat16())
     q.grad = torch.ones_like(q)
@@ -475,7 +499,7 @@ def test_errors():
     made.step()
     other = fused_l2.AdamW([q], low_precision="kahan")
     other.load_state_dict(made.state_dict())
-    with pytest.raises(RuntimeError, match="its state holds 'master_param'.*has low_precision='kahan'"):
+    with pytest.raises(RuntimeError, match=r"its state holds 'master_param'.*has low_precision='kahan'"):
         other.step()
     made.state[q]["master_param"] = torch.ones(3, dtype=torch.int16)
     with pytest.raises(RuntimeError, match="its state 'master_param' has dtype int16"):

@@ -351,10 +351,11 @@ def _rounded(operation: Callable[..., Any]) -> Callable[[Emulator, Instruction],
     return checked
 
 
-def _minimum(emulator: Emulator, i: Instruction) -> Any:
-    """Of two floating-point numbers of which one is NaN, min is the other one, min.NaN is NaN."""
+def _extreme(emulator: Emulator, i: Instruction) -> Any:
+    """Of two floating-point numbers of which one is NaN, min and max are the other one, min.NaN and max.NaN are NaN."""
     propagates = "NaN" in i.suffixes or not i.suffixes[-1].startswith("f")
-    return _elementwise(np.minimum if propagates else np.fmin)(emulator, i)
+    operations = {"min": (np.fmin, np.minimum), "max": (np.fmax, np.maximum)}
+    return _elementwise(operations[i.name][propagates])(emulator, i)
 
 
 def _absolute(emulator: Emulator, i: Instruction) -> Any:
@@ -409,6 +410,17 @@ def _select(emulator: Emulator, i: Instruction) -> Any:
     return np.where(emulator.read(i.operands[3], "pred"), a, b)
 
 
+def _permute(emulator: Emulator, i: Instruction) -> Any:
+    """prmt: each byte of the result is the byte of {b, a} that a digit of the selector names."""
+    a, b = (emulator.read(o, "b32").astype("u8") for o in i.operands[1:3])
+    selector, both = int(i.operands[3].rstrip("U"), 16), a | b << np.uint64(32)
+    if i.suffixes != ["b32"] or selector & 0x8888:  # modes, and digits that replicate a sign
+        raise NotImplementedError(i.text)
+    digits = [selector >> 4 * k & 7 for k in range(4)]
+    parts = [(both >> np.uint64(8 * d) & np.uint64(0xFF)) << np.uint64(8 * k) for k, d in enumerate(digits)]
+    return (parts[0] | parts[1] | parts[2] | parts[3]).astype("u4")
+
+
 def _shift(operation: Callable[..., Any]) -> Callable[[Emulator, Instruction], Any]:
     def execute(emulator: Emulator, i: Instruction) -> Any:
         value, by = emulator.read(i.operands[1], i.suffixes[-1]), emulator.read(i.operands[2], "u32")
@@ -440,8 +452,8 @@ def _convert(emulator: Emulator, i: Instruction) -> Any:
         return _narrowed(value, to)
     if (to, source, modifiers) == ("f32", "f64", ["rn"]):
         return value.astype("f4")
-    if (to, modifiers) == ("f64", ["rn"]) and source in ("u32", "s32"):  # exact
-        return value.astype("f8")
+    if to in ("f32", "f64") and modifiers == ["rn"] and source in ("u32", "s32"):
+        return value.astype(_TYPES[to])
     if (to, source, modifiers) == ("s32", "f32", ["rzi"]):
         return np.trunc(np.clip(np.nan_to_num(value.astype("f8"), nan=0.0), -(2.0**31), 2.0**31 - 1)).astype("i4")
     if to[0] in "us" and source[0] in "us" and not modifiers:
@@ -459,7 +471,8 @@ _OPERATIONS: dict[str, Callable[[Emulator, Instruction], Any]] = {
     "sqrt": _rounded(np.sqrt),
     "neg": _elementwise(np.negative),
     "abs": _absolute,
-    "min": _minimum,
+    "min": _extreme,
+    "max": _extreme,
     "mov": _elementwise(lambda a: a),
     "and": _elementwise(np.bitwise_and),
     "or": _elementwise(np.bitwise_or),
@@ -470,4 +483,5 @@ _OPERATIONS: dict[str, Callable[[Emulator, Instruction], Any]] = {
     "setp": _compare,
     "selp": _select,
     "cvt": _convert,
+    "prmt": _permute,
 }

@@ -98,6 +98,15 @@ def test_conversions():
     half = f"mov.b32 %r1, 0f{f32(65520.0):08X};\ncvt.rn.f16.f32 %rs1, %r1;\ncvt.f32.f16 %r9, %rs1;"
     assert compute(half) == f32(float("inf"))
     assert compute("cvt.u32.u64 %r9, %rd1;", (5 << 32) + 7) == 7
+    assert compute("mov.b32 %r1, 0x01000003;\ncvt.rn.f32.u32 %r9, %r1;") == f32(2.0**24 + 4)  # ties to even
+
+
+def test_bytes_are_permuted():
+    words = "mov.b32 %r1, 0x33221100;\nmov.b32 %r2, 0x77665544;\n"
+    for selector, expected in (("0x5410U", 0x55441100), ("0x7632U", 0x77663322), ("0x0246U", 0x00224466)):
+        assert compute(words + f"prmt.b32 %r9, %r1, %r2, {selector};") == expected
+    with pytest.raises(NotImplementedError):
+        compute(words + "prmt.b32 %r9, %r1, %r2, 0x9000U;")
 
 
 def test_integers():
@@ -131,7 +140,7 @@ def test_comparisons_of_1_with_2_and_1_and_nan(comparison, expected):
     assert got == expected
 
 
-def test_min_of_a_number_and_nan_is_the_number():
+def test_min_and_max_of_a_number_and_nan_are_the_number():
     load = f"mov.b32 %r1, 0f{f32(float('nan')):08X};\nmov.b32 %r2, 0f{f32(2.0):08X};\n"
     assert compute(load + "min.f32 %r9, %r1, %r2;") == f32(2.0)
     assert compute(load + "min.NaN.f32 %r9, %r1, %r2;") & 0x7F800000 == 0x7F800000
