@@ -17,20 +17,31 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import clip, compare, limit, machine, memory, providers, statistics, step, train
+from . import clip, compare, limit, machine, memory, precision, providers, statistics, step, train
 from .cases import CASES, COLD, OPTIMIZERS
 from .topic import Job, Options
 
 TOPICS: dict[str, Any] = {
     "limit": limit, "step": step, "clip": clip, "statistics": statistics, "train": train, "memory": memory,
 }  # fmt: skip
+APART = {"precision": precision}  # not measured unless asked for
 HELP = {
     "all": "every topic", "limit": "copy, triad and steps, from the caches to memory", "step": "one optimizer step",
     "clip": "clipping and a step", "statistics": "what statistics cost", "train": "whole training steps",
     "memory": "bytes per parameter, resident and moved", "host": "the host's time against tensors and groups",
+    "precision": "bfloat16: decay that arrives, training, speed; five minutes, not part of all",
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SECONDS = {"limit": 4.0, "step": 2.2, "clip": 1.6, "statistics": 1.6, "train": 2.0, "memory": 0.0, "host": 0.0}  # a visit
+SECONDS = {
+    "limit": 4.0,
+    "step": 2.2,
+    "clip": 1.6,
+    "statistics": 1.6,
+    "train": 2.0,
+    "memory": 0.0,
+    "host": 0.0,
+    "precision": 2.0,
+}  # a visit
 
 
 def topics(chosen: str) -> dict[str, Any]:
@@ -41,6 +52,7 @@ def topics(chosen: str) -> dict[str, Any]:
         found["host"] = host
     if chosen == "all":
         return found
+    found |= APART
     if chosen not in found:
         raise SystemExit(f"python -m bench: {chosen} needs pytest and triton: pip install -e '.[test]' triton")
     return {chosen: found[chosen]}

@@ -18,7 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from . import clip, limit, memory, statistics, step, train
+from . import clip, limit, memory, precision, statistics, step, train
 
 INK = "#123456"  # stands for the page's text colour until the SVG is written
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -45,6 +45,8 @@ def write(found: dict[str, Any], folder: Path) -> Path:
     figures = []
     for name, (topic, title, draw) in FIGURES.items():
         if not results.get(topic):
+            continue
+        if topic == "precision" and name not in {r["kind"] for r in results[topic]}:  # its pictures have the names of its kinds
             continue
         figure = _drawn(draw, results[topic])
         figure.savefig(folder / f"{name}.png", dpi=150, facecolor="white")
@@ -148,6 +150,48 @@ def _host(results: list[dict[str, Any]]) -> Any:
     return figure
 
 
+STYLES = ("-", "--", ":", "-.")
+
+
+def _line(axis: Any, i: int, xs: Any, ys: Any, label: str) -> None:
+    colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+    style = STYLES[i // len(PALETTE)]
+    axis.plot(xs, ys, style, color=colour, marker=marker, markersize=4, markevery=(i % 4, 4), linewidth=1.2, label=label)
+
+
+def _decay(results: list[dict[str, Any]]) -> Any:
+    of = [r for r in results if r["kind"] == "decay"]
+    rows = max(1, math.ceil(len(of) / 2))
+    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.4 * rows), sharey=True, squeeze=False, layout="constrained")
+    for axis, r in zip(axes.flat, of, strict=False):
+        for i, (name, shares) in enumerate((n, s) for n, s in r["shares"].items() if n != "float32"):
+            _line(axis, i, r["steps"], [100 * share for share in shares], name)
+        gradients = "normal gradients" if r["noise"] else "gradients of 0"
+        axis.set(title=f"lr {r['lr']:g}, {gradients}", xlabel="steps", ylim=(-5, 130))
+        axis.grid(alpha=0.3)
+    for row in axes:
+        row[0].set_ylabel("% of the decay in float32")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncol=5, fontsize=8)
+    return figure
+
+
+def _training(results: list[dict[str, Any]]) -> Any:
+    r = next(r for r in results if r["kind"] == "training")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    means = {n: [sum(curve[k : k + 25]) / 25 for k in range(0, len(curve), 25)] for n, curve in r["losses"].items()}
+    steps = [25 * (k + 1) for k in range(len(means["float32"]))]
+    for i, (name, curve) in enumerate(means.items()):
+        _line(left, i, steps, curve, name)
+        _line(middle, i, steps, [a - b for a, b in zip(curve, means["float32"], strict=True)], name)
+        norms = [a / b for a, b in zip(r["norms"][name], r["norms"]["float32"], strict=True)]
+        _line(right, i, steps, norms, name)
+    for axis, title in ((left, "loss"), (middle, "loss, minus float32's"), (right, "|w|, of float32's")):
+        axis.set(title=title, xlabel="steps")
+        axis.grid(alpha=0.3)
+    left.legend(frameon=False, fontsize=8)
+    return figure
+
+
 # File name: the topic it is drawn from, its caption, what draws it.
 FIGURES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "bandwidth": ("limit", "Bandwidth of steps, from the caches to memory (one float32 tensor)", _bandwidth),
@@ -157,9 +201,11 @@ FIGURES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
         _ratios,
     ),
     "host": ("host", "The host's time for a step of AdamW (cuda: into a stub of the driver, without a GPU)", _host),
+    "decay": ("precision", "bfloat16: share of the weight decay that arrived (AdamW, weight_decay 0.1)", _decay),
+    "training": ("precision", "A transformer in bfloat16, against the same in float32 (AdamW, mean of 25 steps)", _training),
 }
 SHOW = {"limit": limit.show, "step": step.show, "clip": clip.show, "statistics": statistics.show, "train": train.show}
-SHOW |= {"memory": memory.show}
+SHOW |= {"memory": memory.show, "precision": precision.show}
 
 
 def _page(found: dict[str, Any], results: dict[str, Any], figures: list[tuple[str, str, str]]) -> str:

@@ -15,7 +15,7 @@ from . import step
 from .cases import CASES, COLD
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "low-precision.md"]
 MARKED = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WHAT = {case.name: case.what for case in CASES + COLD}
 
@@ -153,11 +153,42 @@ def host(results: list[dict[str, Any]]) -> str:
     return _markdown(columns, rows)
 
 
+def decay(results: list[dict[str, Any]]) -> str:
+    """The share of weight decay that arrived at the end."""
+    of = [r for r in results if r.get("kind") == "decay"]
+    columns = ["AdamW, bfloat16", *(f"lr {r['lr']:g}, {'normal gradients' if r['noise'] else 'gradients of 0'}" for r in of)]
+    names = [name for name in of[0]["shares"] if name != "float32"]
+    return _markdown(columns, [[name, *(f"{100 * r['shares'][name][-1]:.1f} %" for r in of)] for name in names])
+
+
+def training(results: list[dict[str, Any]]) -> str:
+    """How far a training in bfloat16 is from the one in float32."""
+    r = next(r for r in results if r.get("kind") == "training")
+    rows = []
+    for name, curve in r["losses"].items():
+        figures = (sum(curve[-50:]) / 50, r["largest difference"][name], r["norm, of float32's"][name])
+        rows.append([name, *(f"{x:.3f}" for x in figures)])
+    return _markdown(["AdamW", "loss, mean of the last 50 steps", "largest difference to float32", "|w|, of float32's"], rows)
+
+
+def speed(results: list[dict[str, Any]]) -> str:
+    """What the modes hold, move and take."""
+    r = next(r for r in results if r.get("kind") == "speed")
+    rows = [
+        [name, f"{row['parameter, gradient']} + {row['states']:.0f}", f"{row['moved']:.0f}", f"{1e3 * row['seconds'][1]:.1f}",
+         f"{row['GB/s']:.0f}", _spread(row["GB/s, of float32's"])]
+        for name, row in r["rows"].items()
+    ]  # fmt: skip
+    columns = ["AdamW, 25M", "bytes a parameter: it and its gradient + states", "moved", "ms", "GB/s", "GB/s, of float32's"]
+    return _markdown(columns, rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "short": ("step", short), "fused": ("step", fused), "peer": ("step", peer), "floor": ("step", floor),
     "providers": ("step", providers),
     "clip": ("clip", clip), "statistics": ("statistics", statistics), "train": ("train", train), "memory": ("memory", memory),
     "host": ("host", host),
+    "decay": ("precision", decay), "training": ("precision", training), "speed": ("precision", speed),
 }  # fmt: skip
 
 

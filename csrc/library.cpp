@@ -109,7 +109,8 @@ FUSED_L2_EXPORT int64_t fused_l2_check(const Bucket* buckets, int64_t count) {
                                                         : (buckets[b].flags & flag::amsgrad ? 3 : 2);
         for (int k = 0; k < column::state0 + states; ++k)
           if (row[k] == 0) return position;
-        if (buckets[b].flags & (flag::master | flag::remainder | flag::kahan) && row[column::kept] == 0) return position;
+        if (buckets[b].flags & (flag::master | flag::remainder | flag::kahan) && row[column::kept] == 0)
+          return position;
       }
       if (row[column::step] == 0) continue;
       float step;

@@ -43,7 +43,8 @@ FUSED_L2_INLINE Float16 rounded_stochastically(float w, uint32_t random, Float16
   const bool small = magnitude < 0x38800000;  // below 2^-14 the last place is 2^-24 throughout
   const float units = float_of(small ? magnitude : 0) * 0x1p24f;
   const auto whole = static_cast<int32_t>(units);
-  const bool upwards = static_cast<float>(static_cast<int32_t>(random >> 8)) * 0x1p-24f < units - static_cast<float>(whole);
+  const bool upwards =
+      static_cast<float>(static_cast<int32_t>(random >> 8)) * 0x1p-24f < units - static_cast<float>(whole);
   uint32_t rounded = small ? static_cast<uint32_t>(whole) + upwards : normal;
   rounded = magnitude >= 0x47800000 ? 0x7c00 : rounded;
   rounded = magnitude > 0x7f800000 ? 0x7e00 : rounded;

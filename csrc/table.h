@@ -8,9 +8,9 @@
 namespace fused_l2 {
 
 // One tensor of a step: int64 columns, addresses as integers.
-// `kept` is what a low-precision flag keeps beside the parameter; `key`, for random bits: the parameter's key in the low
-// 32 bits, the number of its first element in the high ones.
-#define FUSED_L2_COLUMNS(X)                                                                                        \
+// `kept` is what a low-precision flag keeps beside the parameter; `key`, for random bits: the parameter's key in the
+// low 32 bits, the number of its first element in the high ones.
+#define FUSED_L2_COLUMNS(X) \
   X(param) X(grad) X(state0) X(state1) X(state2) X(step) X(numel) X(coefficients) X(flags) X(kept) X(key)
 // The tensors of one step that share a rule and a dtype signature: int64 columns.
 #define FUSED_L2_BUCKET(X) \
@@ -23,9 +23,10 @@ namespace fused_l2 {
 #define FUSED_L2_RULES(X) X(sgd) X(adam)
 #define FUSED_L2_DTYPES(X) X(float32) X(float64) X(bfloat16) X(float16)
 // Flags of a bucket: the shape of the computation. Values are powers of two in this order.
-#define FUSED_L2_FLAGS(X) \
-  X(momentum)             \
-  X(nesterov) X(maximize) X(decoupled) X(amsgrad) X(scaled) X(cautious) X(statistics) X(master) X(remainder) X(kahan) \
+#define FUSED_L2_FLAGS(X)                                                                                 \
+  X(momentum)                                                                                             \
+  X(nesterov)                                                                                             \
+  X(maximize) X(decoupled) X(amsgrad) X(scaled) X(cautious) X(statistics) X(master) X(remainder) X(kahan) \
       X(stochastic)
 // Flags of a row.
 #define FUSED_L2_ROW_FLAGS(X) X(first_step)
@@ -57,7 +58,7 @@ enum : int64_t {
 #define FUSED_L2_POWER(name) name = int64_t(1) << bit::name,
   FUSED_L2_FLAGS(FUSED_L2_POWER)
 #undef FUSED_L2_POWER
-  low_precision = master | remainder | kahan | stochastic,  // one of them at most
+      low_precision = master | remainder | kahan | stochastic,  // one of them at most
 };
 }  // namespace flag
 namespace row_flag {

@@ -71,25 +71,39 @@ struct Fuzz {
   }
 
   bool once() {
-    const int64_t rule = below(rule::count), types[] = {below(dtype::count), 0};
-    const int64_t param_type = types[0];
-    const int64_t state_type =
-        param_type >= dtype::bfloat16 && below(2) ? static_cast<int64_t>(dtype::float32) : param_type;
-    const int64_t flags = below(int64_t(1) << flag::bit::count);
+    const int64_t rule = below(rule::count), param_type = below(dtype::count);
+    int64_t flags = below(int64_t(1) << flag::bit::count) & ~int64_t(flag::low_precision);
+    int64_t grad_type = param_type, state_type = param_type, kept_type = -1;
+    if (param_type != dtype::float64) {
+      const int64_t narrow[] = {dtype::float32, dtype::bfloat16, dtype::float16};
+      if (below(2) == 0) grad_type = narrow[below(3)];
+      if (below(2) == 0) state_type = narrow[below(2)];
+    }
+    if (param_type >= dtype::bfloat16) {
+      const int64_t modes[] = {0, flag::master, flag::kahan, flag::stochastic, flag::remainder};
+      const int64_t kept[] = {-1, dtype::float32, dtype::bfloat16, -1, dtype::bfloat16};
+      const int64_t mode = below(param_type == dtype::bfloat16 ? 5 : 4);
+      flags |= modes[mode];
+      kept_type = kept[mode];
+    }
     const int states = rule == rule::adam ? (flags & flag::amsgrad ? 3 : 2) : (flags & flag::momentum ? 1 : 0);
     double coefficients[2 * kCoefficients];
     for (double& c : coefficients) c = static_cast<double>(1 + below(1000)) / 1001;
     if (below(2)) coefficients[0] = 0;  // weight_decay of the first coefficient row
+    for (int row = 0; row < 2; ++row) coefficients[row * kCoefficients + kStepCount] = static_cast<double>(below(1000));
+    std::vector<int64_t> element_types = {param_type, grad_type};
+    for (int k = 0; k < states; ++k) element_types.push_back(state_type);
+    if (kept_type >= 0) element_types.push_back(kept_type);
 
     const int64_t tensors = 1 + below(12);
     std::vector<std::vector<Buffer>> all, expected;
     std::vector<int64_t> table, single;
     for (int64_t t = 0; t < tensors; ++t) {
       const int64_t numel = below(8) ? below(700) : below(60000);
+      const int64_t key = below(int64_t(1) << 32);
       std::vector<Buffer> buffers;
-      buffers.push_back(make(numel, param_type, false));
-      buffers.push_back(make(numel, param_type, false));
-      for (int k = 0; k < states; ++k) buffers.push_back(make(numel, state_type, rule == rule::adam && k > 0));
+      for (size_t k = 0; k < element_types.size(); ++k)
+        buffers.push_back(make(numel, element_types[k], rule == rule::adam && k > 2));
       all.push_back(buffers);
       expected.push_back(buffers);
       const int64_t row_flags = below(2) ? row_flag::first_step : 0, row = below(2);
@@ -98,8 +112,12 @@ struct Fuzz {
         const int64_t step = list == &all ? numel : 1;
         for (int64_t i = 0; i < numel || (list == &all && i == 0); i += step ? step : 1) {
           int64_t columns[column::count] = {};
-          for (size_t k = 0; k < here.size(); ++k)
-            columns[k] = reinterpret_cast<intptr_t>(here[k].data()) + i * kSizes[k < 2 ? param_type : state_type];
+          for (size_t k = 0; k < here.size(); ++k) {
+            const bool kept = kept_type >= 0 && k + 1 == here.size();
+            columns[kept ? static_cast<size_t>(column::kept) : k] =
+                reinterpret_cast<intptr_t>(here[k].data()) + i * kSizes[element_types[k]];
+          }
+          columns[column::key] = key | i << 32;
           columns[column::numel] = step;
           columns[column::coefficients] = row;
           columns[column::flags] = row_flags;
@@ -113,9 +131,9 @@ struct Fuzz {
       (piece.bucket->rule == rule::sgd ? sgd_kernels : adam_kernels).get()(piece);
     };
     const double factor = below(2) ? 1 : 0.37;
-    Bucket bucket{
-        rule,          flags,        param_type, state_type, static_cast<int64_t>(single.size() / column::count),
-        single.data(), coefficients, nullptr,    &factor};
+    const auto singles = static_cast<int64_t>(single.size() / column::count);
+    Bucket bucket{rule,    flags,         param_type,   grad_type, state_type,
+                  singles, single.data(), coefficients, nullptr,   &factor};
     threads = 1;
     activate(Capability::baseline);
     for_each_piece(&bucket, 1, update);
@@ -129,10 +147,10 @@ struct Fuzz {
 
     for (int64_t t = 0; t < tensors; ++t)
       for (size_t k = 0; k < all[t].size(); ++k)
-        if (!same(all[t][k], expected[t][k], k < 2 ? param_type : state_type)) {
-          std::printf("rule %d flags %d dtypes %d %d, %s, %u threads: tensor %d of %d, buffer %d differs\n", int(rule),
-                      int(flags), int(param_type), int(state_type), name_of(active_capability()), threads, int(t),
-                      int(tensors), int(k));
+        if (!same(all[t][k], expected[t][k], element_types[k])) {
+          std::printf("rule %d flags %d dtypes %d %d %d, %s, %u threads: tensor %d of %d, buffer %d differs\n",
+                      int(rule), int(flags), int(param_type), int(grad_type), int(state_type),
+                      name_of(active_capability()), threads, int(t), int(tensors), int(k));
           return false;
         }
     return true;

@@ -110,8 +110,10 @@ def test_no_top_level_kernels_is_installed():
 FLOORS = [
     {"_version", "coefficients", "state"},
     {"tensor_table"},
+    {"low_precision"},
     {"control", "decay", "statistics", "engines.cpu", "engines.torch_ops", "reference", "kernels.layout"},
-    {"kernels.sums", "kernels.update_rules", "kernels.multi_tensor", "kernels.norms", "kernels.write"},
+    {"kernels.sums", "kernels.update_rules", "kernels.low_precision"},
+    {"kernels.multi_tensor", "kernels.norms", "kernels.write"},
     {"kernels.sgd", "kernels.adam", "kernels.control", "kernels.coefficients"},
     {"kernels.launch"},
     {"engines.cuda"},

@@ -282,8 +282,9 @@ SGD = [(0.1, 0.9, 0.0, 1e-4, 0.3, 2), (0.3, 0.5, 0.3, 0.0, 1.0, 0)]
 
 
 def adam_row(numbers: tuple[float, ...], decoupled: bool, step: float) -> tuple[float, ...]:
+    """With the step's count."""
     *first, max_lr, rule = numbers
-    return coefficients.adam(*first, decoupled, step, max_lr, int(rule))
+    return (*coefficients.adam(*first, decoupled, step, max_lr, int(rule)), step)
 
 
 LONG = [*range(600), 999, 1023, 4095, 9999, 99_999, 1_000_000, 2**24 - 2]
@@ -299,7 +300,7 @@ def test_rows_from_the_compiled_kernel_are_the_host_s(arch, flags):
     assert_same_bits(rows, torch.tensor(expected, dtype=torch.float64).float())
     wide = rows_on_device(emulated(arch), Rule.ADAM, int(flags), ADAM, steps, torch.float64)
     exact = torch.tensor(expected, dtype=torch.float64)
-    others = [0, 1, 2, 3, 4, 6]
+    others = [0, 1, 2, 3, 4, 6, coefficients.STEP_COUNT]
     assert_same_bits(wide[:, others].contiguous(), exact[:, others].contiguous())
     for column, beta in ((5, 0.9999), (7, 0.95)):
         # An ulp of beta^t is at most 2^-53; the correction is at least 1 - beta.

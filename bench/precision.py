@@ -1,0 +1,198 @@
+"""``python -m bench precision``: what is left of weight decay and of training in bfloat16, and what keeping it costs.
+
+Three kinds of results: ``decay``, how much of it arrives over 8000 steps; ``training``, a small transformer on the text of the
+standard library; ``speed``, bytes and time of a step. Not part of ``python -m bench all``.
+"""
+
+from __future__ import annotations
+
+import math
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_l2
+
+from . import timing
+from .providers import PROVIDERS
+from .topic import Job, Options, spread
+from .train import Block
+
+MODES = ("round", "remainder", "master", "kahan", "stochastic")
+PEERS = ("torch for-loop", "torch foreach", "torch fused", "optimi")
+STEPS, ELEMENTS, WEIGHT_DECAY = 8000, 1 << 16, 0.1
+TRAINING_STEPS, CONTEXT, BATCH = 500, 64, 8
+
+
+def jobs(options: Options) -> Iterator[Job]:
+    for lr in (3e-4, 3e-5):
+        for noise in (False, True):
+            yield Job(f"decay lr {lr:g}{' noise' * noise}", lambda _, lr=lr, n=noise: decay(lr, n, options))
+    yield Job("training", lambda _: training())
+    yield Job("speed", lambda _: speed(options.seconds))
+
+
+def decay(lr: float, noise: bool, options: Options) -> dict[str, Any]:
+    """AdamW at a constant lr, on weights in (0.025, 0.075), with normal gradients or with none.
+
+    The share of decay that arrived after t steps is log(sum w_0 / sum w_t), over the same of float32 parameters.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = (0.05 * (torch.rand(ELEMENTS, generator=generator) + 0.5)).bfloat16()
+    pool = torch.randn(1 << 20, generator=generator) * noise
+    settings = {"lr": lr, "weight_decay": WEIGHT_DECAY}
+    contestants: dict[str, tuple[torch.nn.Parameter, Any]] = {}
+    wide = torch.nn.Parameter(start.float())
+    contestants["float32"] = wide, fused_l2.AdamW([wide], **settings)
+    for mode in MODES:
+        p = torch.nn.Parameter(start.clone())
+        contestants[f"fused_l2 {mode}"] = p, fused_l2.AdamW([p], **settings, low_precision=mode, seed=1)
+    absent = {}
+    for name in PEERS:
+        if name not in options.providers:
+            continue
+        p = torch.nn.Parameter(start.clone())
+        try:
+            contestants[name] = p, PROVIDERS[name].make("AdamW", [p], settings)
+        except ImportError as error:
+            absent[name] = f"not installed ({error})"
+    curves: dict[str, list[float]] = {name: [] for name in contestants}
+    for step in range(1, STEPS + 1):
+        begin = int(torch.randint(0, len(pool) - ELEMENTS, (), generator=generator))
+        grad = pool[begin : begin + ELEMENTS].bfloat16()
+        for name, (p, optimizer) in contestants.items():
+            p.grad = grad.to(p.dtype)
+            optimizer.step()
+            if step % 400 == 0:
+                full = optimizer.master_params()[0] if name.startswith("fused_l2") else p.detach()
+                curves[name].append(math.log(float(start.double().sum() / full.double().sum())))
+    shares = {name: [c / t for c, t in zip(curve, curves["float32"], strict=True)] for name, curve in curves.items()}
+    return {
+        "case": f"decay-{lr:g}{'-noise' * noise}", "kind": "decay", "lr": lr, "weight_decay": WEIGHT_DECAY, "noise": noise,
+        "steps": [400 * (i + 1) for i in range(STEPS // 400)], "shares": shares, "not measured": absent,
+    }  # fmt: skip
+
+
+def text() -> torch.Tensor:
+    """The sources of some modules of the standard library, as bytes."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    names = ("argparse.py", "ast.py", "datetime.py", "decimal.py", "doctest.py", "inspect.py", "tarfile.py", "typing.py")
+    sources = [(folder / name).read_bytes() for name in names if (folder / name).exists()]
+    return torch.frombuffer(bytearray(b"".join(sources)), dtype=torch.uint8).long()
+
+
+def training() -> dict[str, Any]:
+    """A character transformer in float32, and in bfloat16 throughout (activations, too), on the same batches."""
+    data = text()
+    runs: dict[str, tuple[torch.dtype, Callable[[Any], Any]]] = {
+        "float32": (torch.float32, lambda ps: fused_l2.AdamW(ps, lr=1e-3, weight_decay=0.5)),
+        **{
+            f"fused_l2 {mode}": (
+                torch.bfloat16,
+                lambda ps, mode=mode: fused_l2.AdamW(
+                    ps, lr=1e-3, weight_decay=0.5, low_precision=mode, state_dtype=torch.float32
+                ),
+            )
+            for mode in MODES
+        },
+        "torch foreach": (torch.bfloat16, lambda ps: torch.optim.AdamW(ps, lr=1e-3, weight_decay=0.5, foreach=True)),
+    }
+    losses: dict[str, list[float]] = {}
+    norms: dict[str, list[float]] = {}
+    for name, (dtype, make) in runs.items():
+        torch.manual_seed(0)
+        width = 128
+        model = torch.nn.Sequential(
+            torch.nn.Embedding(256, width), *[Block(width, 4) for _ in range(2)], torch.nn.LayerNorm(width),
+            torch.nn.Linear(width, 256),
+        )  # fmt: skip
+        start = [p.detach().clone() for p in model.parameters()]
+        model.to(dtype)
+        optimizer = make(list(model.parameters()))
+        if name.startswith("fused_l2"):
+            optimizer.load_master_params(start)
+        generator = torch.Generator().manual_seed(1)
+        losses[name], norms[name] = [], []
+        for step in range(TRAINING_STEPS):
+            begins = torch.randint(0, len(data) - CONTEXT - 1, (BATCH,), generator=generator)
+            batch = torch.stack([data[b : b + CONTEXT + 1] for b in begins.tolist()])
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1).float(), batch[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            losses[name].append(float(loss.detach()))
+            if (step + 1) % 25 == 0:
+                full = optimizer.master_params() if name.startswith("fused_l2") else [p.detach() for p in model.parameters()]
+                norms[name].append(math.sqrt(sum(float(w.double().square().sum()) for w in full)))
+    differences = {
+        name: max(abs(a - b) for a, b in zip(curve, losses["float32"], strict=True)) for name, curve in losses.items()
+    }
+    return {
+        "case": "training", "kind": "training", "characters": len(data), "losses": losses, "norms": norms,
+        "largest difference": differences, "norm, of float32's": {n: c[-1] / norms["float32"][-1] for n, c in norms.items()},
+    }  # fmt: skip
+
+
+def speed(seconds: float) -> dict[str, Any]:
+    """AdamW on one tensor of 25M: bytes of parameter, gradient and states, bytes moved, and GB/s against float32's."""
+    numel = 25_000_000
+    contestants, rows = {}, {}
+    states: dict[Any, torch.Tensor] = {}
+    variants: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+        "float32": (torch.float32, {}),
+        "float32, bfloat16 states": (torch.float32, {"state_dtype": torch.bfloat16}),
+        "round, bfloat16 states": (torch.bfloat16, {}),
+        **{mode: (torch.bfloat16, {"low_precision": mode, "state_dtype": torch.float32}) for mode in MODES},
+    }
+    params = {d: torch.nn.Parameter(torch.randn(numel).to(d)) for d in (torch.float32, torch.bfloat16)}
+    for p in params.values():
+        p.grad = torch.randn_like(p)
+    for name, (dtype, options) in variants.items():
+        p = params[dtype]
+        optimizer = fused_l2.AdamW([p], lr=1e-6, **options)
+        optimizer.step()
+        for key, value in optimizer.state[p].items():  # one set of states, so that none has the caches to itself
+            if key != "step":
+                optimizer.state[p][key] = states.setdefault((key, value.dtype), value)
+        kept = sum(v.nbytes for k, v in optimizer.state[p].items() if k != "step") / numel
+        rows[name] = {
+            "parameter, gradient": 2 * dtype.itemsize, "states": kept, "moved": 3 * dtype.itemsize + 2 * kept,
+        }  # fmt: skip
+        contestants[name] = optimizer.step
+    contestants["float32 again"] = contestants["float32"]
+    samples = timing.interleave(contestants, 10 * seconds)
+    for name, row in rows.items():
+        per_byte = rows["float32"]["moved"] / row["moved"]
+        ratios = timing.ratios(samples[name], samples["float32"])
+        row["seconds"] = samples[name].quartiles()
+        row["GB/s"] = numel * row["moved"] / row["seconds"][1] * 1e-9
+        row["GB/s, of float32's"] = [r / per_byte for r in timing.quartiles(ratios)]
+    noise = timing.noise_floor(timing.ratios(samples["float32"], samples["float32 again"]))
+    return {"case": "speed", "kind": "speed", "rows": rows, "noise floor": noise}
+
+
+def show(result: dict[str, Any]) -> str:
+    if result["kind"] == "decay":
+        head = f"share of the decay that arrived, lr {result['lr']:g}, weight_decay {result['weight_decay']}, "
+        lines = [head + ("normal gradients" if result["noise"] else "no gradients") + f", {STEPS} steps"]
+        return "\n".join([*lines, *(f"  {name:22}{100 * curve[-1]:>8.1f} %" for name, curve in result["shares"].items())])
+    if result["kind"] == "training":
+        lines = [
+            f"transformer in bfloat16, {TRAINING_STEPS} steps",
+            f"  {'':22}{'loss':>8}{'largest difference':>20}{'|w|':>8}",
+        ]
+        for name, curve in result["losses"].items():
+            mean = sum(curve[-50:]) / 50
+            norm = result["norm, of float32's"][name]
+            lines.append(f"  {name:22}{mean:>8.3f}{result['largest difference'][name]:>20.3f}{norm:>8.3f}")
+        return "\n".join(lines)
+    lines = [f"AdamW, one tensor of 25M, bytes per parameter, noise floor {100 * result['noise floor']:.1f} %"]
+    lines.append(f"  {'':26}{'states':>8}{'moved':>8}{'ms':>8}{'GB/s':>8}{'of float32':>12}")
+    for name, row in result["rows"].items():
+        ratio, quartiles = spread(row["GB/s, of float32's"])
+        timed = f"{1e3 * row['seconds'][1]:>8.1f}{row['GB/s']:>8.1f}{ratio:>12} ({quartiles})"
+        lines.append(f"  {name:26}{row['states']:>8.0f}{row['moved']:>8.0f}{timed}")
+    return "\n".join(lines)
