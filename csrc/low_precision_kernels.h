@@ -8,9 +8,10 @@
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
-// Branch-free loops over stretches, which compilers make vectors of.
+// Branch-free loops over stretches, which compilers make vectors of. Short ones: what one stretch writes and the next
+// one reads overlaps in the processor's queues. 2048 elements took a third longer (AMD EPYC, 25M elements).
 
-constexpr int64_t kStretch = 2048;
+constexpr int64_t kStretch = 256;
 
 FUSED_L2_INLINE uint32_t mix(uint32_t x) {  // Wellons 2018, "lowbias32"
   x ^= x >> 16;
