@@ -10,6 +10,7 @@ import importlib.util
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         from . import gpu_report
 
         return gpu_report.main(["--json", str(given.json)] if given.json else [])
+    warnings.filterwarnings("ignore", "fused_l2: weight decay takes")  # nobody trains here; the topic precision is about it
     old = json.loads(given.compare.read_text()) if given.compare else None
     if given.plot and not importlib.util.find_spec("matplotlib"):
         raise SystemExit("python -m bench: --plot needs matplotlib: pip install -e '.[bench]'")

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ SECONDS = 8 * 60
 # Ratios to torch fused, wall clock; the share of the copy's bandwidth for the first. None where only the figure is asked for.
 GATES = {"one-1b": 1.0, "vit-28-groups": 3.0, "465-groups": 3.0, "resnet50": 2.0, "tiny-1000": 2.0}
 SHARE_OF_COPY = 0.92
+AROUND = ("gpt2-small", "tiny-1000")  # cases of clipping and statistics
 
 
 class Clock:
@@ -101,12 +102,13 @@ def assumptions(device: str) -> dict[str, Any]:
         from fused_l2.kernels.launch import Kernel, current_stream
 
         for name, rule, flags in (("AdamW", Rule.ADAM, Flag.DECOUPLED), ("SGD", Rule.SGD, Flag.MOMENTUM)):
-            kernel = Kernel(rule, int(flags), torch.float32, torch.float32)
+            kernel = Kernel(rule, int(flags), *[torch.float32] * 3)
             found[f"{name} registers, spills"] = [kernel._compiled.n_regs, kernel._compiled.n_spills]
-        empty = torch.zeros(64, dtype=torch.int64, device="cuda")  # row 0: numel 0
-        launch = kernel.launcher(1, *[empty.data_ptr()] * 3, 1024)
+        empty = torch.zeros(64, dtype=torch.int64, device="cuda").data_ptr()  # row 0: numel 0
+        launch = kernel.launcher(1, empty, empty, 1024, empty)
         stream = current_stream(torch.cuda.current_device())
-        found["host microseconds per launch"] = 1e6 * Clock("cuda").measure(lambda: launch(stream), 500)["host"]
+        launched = Clock("cuda").measure(lambda: launch(stream, empty, empty, empty), 500)
+        found["host microseconds per launch"] = 1e6 * launched["host"]
     return found
 
 
@@ -117,13 +119,24 @@ def measure(case: Case, optimizer: str, device: str, rounds: int) -> dict[str, A
     plan = contest.optimizers["fused_l2"]._plan
     if plan._others or not plan._parts:
         raise RuntimeError("fused_l2 stepped with plain PyTorch, so torch would be compared with itself; a warning said why")
-    contestants = contest.steps()
     numel = sum(math.prod(shape) for shape in case.shapes)
-    size = case.dtype.itemsize
+    step_bytes = numel * case.dtype.itemsize * sum(STREAMS[optimizer])
+    rows = timed(contest.steps(), dict.fromkeys(contest.optimizers, step_bytes), "torch fused", device, rounds)
+    return {
+        "case": case.name, "what": case.what, "optimizer": optimizer, "parameters": numel, "rows": rows,
+        "correct": contest.verdicts, "not measured": contest.absent,
+    }  # fmt: skip
+
+
+def timed(
+    contestants: dict[str, Callable[[], Any]], moved: dict[str, float], base: str, device: str, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """One row per contestant and one for a copy: times, ratios to ``base``, GB/s of the bytes that each has ``moved``."""
     # 256 MB at least: a smaller copy would stay in the cache and say nothing about memory.
-    words = max(numel * size // 8, 2**25 if device == "cuda" else 64)
+    words = max(int(max(moved.values())) // 16, 2**25) if device == "cuda" else 64
     source, target = (torch.zeros(words, dtype=torch.int64, device=device) for _ in range(2))
-    contestants["copy"] = lambda: target.copy_(source)
+    contestants = {**contestants, "copy": lambda: target.copy_(source)}
+    moved = {**moved, "copy": 16 * words}
     clock = Clock(device)
     counts = {}
     for name, call in contestants.items():
@@ -138,8 +151,7 @@ def measure(case: Case, optimizer: str, device: str, rounds: int) -> dict[str, A
     copy_bandwidth = 16 * words / timing.quartiles([s["device"] for s in samples["copy"]])[1]
     rows = {}
     for name, taken in samples.items():
-        moved = 16 * words if name == "copy" else numel * size * sum(STREAMS[optimizer])
-        fused = samples["torch fused"]
+        fused = samples[base]
         wall_ratios = [b["wall"] / a["wall"] for a, b in zip(taken, fused, strict=True)]
         device_ratios = [b["device"] / a["device"] for a, b in zip(taken, fused, strict=True)]
         seconds = {kind: timing.quartiles([s[kind] for s in taken]) for kind in ("wall", "host", "device")}
@@ -147,20 +159,71 @@ def measure(case: Case, optimizer: str, device: str, rounds: int) -> dict[str, A
             **seconds,
             "wall ratio to torch fused": timing.quartiles(wall_ratios),
             "device ratio to torch fused": timing.quartiles(device_ratios),
-            "GB/s": moved / seconds["device"][1] * 1e-9,
-            "share of copy": moved / seconds["device"][1] / copy_bandwidth,
+            "GB/s": moved[name] / seconds["device"][1] * 1e-9,
+            "share of copy": moved[name] / seconds["device"][1] / copy_bandwidth,
         }
-    return {
-        "case": case.name, "what": case.what, "optimizer": optimizer, "parameters": numel, "rows": rows,
-        "correct": contest.verdicts, "not measured": contest.absent,
+    return rows
+
+
+def around(case: Case, optimizer: str, device: str, rounds: int) -> dict[str, Any]:
+    """Clipping inside the step against clip_grad_norm_ before it, and what statistics cost."""
+    params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in case.shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    settings = OPTIMIZERS[optimizer]
+    ours = {
+        "fused_l2": {}, "fused_l2, clipped": {"max_grad_norm": 1.0}, "fused_l2, statistics": {"statistics": True},
     }  # fmt: skip
+    contestants = {name: getattr(fused_l2, optimizer)(params, **settings, **options).step for name, options in ours.items()}
+    theirs = getattr(torch.optim, optimizer)(params, **settings, fused=True)
+
+    def clip_and_step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
+        theirs.step()
+
+    contestants["torch, clipped"] = clip_and_step
+    numel = sum(p.numel() for p in params)
+    moved = numel * 4 * sum(STREAMS[optimizer])
+    bytes_of = {name: moved + 4 * numel * ("clipped" in name) for name in contestants}
+    rows = timed(contestants, bytes_of, "torch, clipped", device, rounds)
+    return {"case": f"{case.name}, around", "what": case.what, "optimizer": optimizer, "parameters": numel, "rows": rows}
+
+
+def modes(device: str, rounds: int) -> dict[str, Any]:
+    """Low-precision modes of AdamW on one tensor, with float32 moments."""
+    p = torch.nn.Parameter(torch.randn(2**28 if device == "cuda" else 7, device=device).bfloat16())
+    p.grad = torch.randn_like(p)
+    contestants, moved = {}, {}
+    for mode in ("round", "remainder", "master", "kahan", "stochastic"):
+        made = fused_l2.AdamW([p], lr=1e-6, low_precision=mode, state_dtype=torch.float32)
+        made.step()
+        states = sum(v.nbytes for key, v in made.state[p].items() if key != "step")
+        contestants[mode], moved[mode] = made.step, 6 * p.numel() + 2 * states
+    rows = timed(contestants, moved, "round", device, rounds)
+    what = "low-precision modes, bfloat16, float32 moments"
+    return {"case": "modes", "what": what, "optimizer": "AdamW", "parameters": p.numel(), "rows": rows}
+
+
+def jobs(device: str, rounds: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """What is measured, and how it is called."""
+    for case in GPU_CASES:
+        if device == "cpu":
+            case = dataclasses.replace(case, make_shapes=lambda c=case: [(7,) for _ in c.shapes])
+        for optimizer in OPTIMIZERS:
+            if case.dtype is torch.bfloat16 and optimizer == "SGD":
+                continue  # torch fused SGD leaves most bfloat16 parameters as they were (pytorch issue 191763)
+            yield f"{optimizer} {case.name}", lambda c=case, o=optimizer: measure(c, o, device, rounds)
+            if case.name in AROUND:
+                yield f"{optimizer} {case.name}, around", lambda c=case, o=optimizer: around(c, o, device, rounds)
+    yield "AdamW modes", lambda: modes(device, rounds)
 
 
 def gate_of(result: dict[str, Any]) -> str:
     """Whether the figure that was promised was met; empty where none was."""
-    row, gate = result["rows"]["fused_l2"], GATES.get(result["case"])
+    gate = GATES.get(result["case"])
     if gate is None or result["optimizer"] != "AdamW":
         return ""
+    row = result["rows"]["fused_l2"]
     met = row["wall ratio to torch fused"][1] >= gate
     if result["case"] == "one-1b":
         met = met and row["share of copy"] >= SHARE_OF_COPY
@@ -212,24 +275,19 @@ def main(arguments: list[str] | None = None) -> int:
         report["assumptions"] = {"not checked": repr(error)}
     print("\n".join(f"{key}: {value}" for key, value in report["assumptions"].items()))
     write()
-    for case in GPU_CASES:
-        for optimizer in OPTIMIZERS:
-            if case.dtype is torch.bfloat16 and optimizer == "SGD":
-                continue  # torch fused SGD leaves most bfloat16 parameters as they were (pytorch issue 191763)
-            if left() < 30:
-                report["not measured"].append(f"{optimizer} {case.name}: out of time")
-                continue
-            if device == "cpu":
-                case = dataclasses.replace(case, make_shapes=lambda c=case: [(7,) for _ in c.shapes])
-            try:
-                result = measure(case, optimizer, device, rounds=3 if device == "cpu" else 11)
-            except Exception as error:  # out of memory, above all; the other cases are worth having
-                report["not measured"].append(f"{optimizer} {case.name}: {error!r}")
-                continue
-            report["results"].append({**result, "gate": gate_of(result)})
-            print(result["correct"])
-            show(result)
-            write()
+    for label, run in jobs(device, rounds=3 if device == "cpu" else 11):
+        if left() < 30:
+            report["not measured"].append(f"{label}: out of time")
+            continue
+        try:
+            result = run()
+        except Exception as error:  # out of memory, above all; the other cases are worth having
+            report["not measured"].append(f"{label}: {error!r}")
+            continue
+        report["results"].append({**result, "gate": gate_of(result)})
+        print(result.get("correct", ""))
+        show(result)
+        write()
     for line in report["not measured"]:
         print("not measured:", line)
     write()

@@ -26,7 +26,6 @@ PEER_GATES = {"one-25m": 1.1, "gpt2-small": 1.1, "resnet50": 1.2, "tiny-1000": 1
 NOT_PEERS = ("fused_l2", "fused_l2 again", "memory floor", "copy")
 
 VISITS = 2
-FEWEST = 4  # rounds of a visit
 
 
 def jobs(options: Options) -> Iterator[Job]:
@@ -55,7 +54,7 @@ def measure(case: Case, optimizer: str, options: Options, so_far: dict[str, timi
     if floors[0] is not None:
         contestants["memory floor"] = _in_turn(floors)
     contestants["copy"] = _in_turn([limit.copy_step(numel, case.dtype) for _ in contests])
-    samples = timing.joined(so_far, timing.interleave(contestants, options.seconds, fewest=FEWEST))
+    samples = timing.joined(so_far, timing.interleave(contestants, options.seconds, fewest=timing.FEWEST_OF_A_VISIT))
     base = samples.get("torch fused")
     rows = {}
     for name, sample in samples.items():

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 MAX_WAIT = 0.02  # the share of a sample that our threads may have spent waiting for a core
 CONFIDENCE = 0.97
 FEWEST_ROUNDS = 7  # fewer say nothing with that confidence
+FEWEST_OF_A_VISIT = 4  # where there are two of them
 
 
 class Clock(Protocol):

@@ -75,7 +75,7 @@ def measure(name: str, optimizer: str, options: Options, so_far: dict[str, timin
                 continue
         contestants[provider] = _train_step(model, x, y, made)
     contestants["fused_l2 again"] = contestants["fused_l2"]
-    samples = timing.joined(so_far, timing.interleave(contestants, options.seconds))
+    samples = timing.joined(so_far, timing.interleave(contestants, options.seconds, fewest=timing.FEWEST_OF_A_VISIT))
     rows = {}
     for who, sample in samples.items():
         without = timing.ratios(sample, samples["none"])  # the share of the time that is left without an optimizer

@@ -13,8 +13,9 @@ and reports the penalty; ``fused_l2.capabilities()`` tells which engine serves w
 from . import weight_decay
 from ._version import __version__
 from .adam import Adam, AdamW
+from .backward import step_in_backward
 from .engines import capabilities
 from .sgd import SGD
 from .statistics import Statistics
 
-__all__ = ["SGD", "Adam", "AdamW", "Statistics", "__version__", "capabilities", "weight_decay"]
+__all__ = ["SGD", "Adam", "AdamW", "Statistics", "__version__", "capabilities", "step_in_backward", "weight_decay"]

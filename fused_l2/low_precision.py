@@ -55,6 +55,7 @@ class LowPrecision:
     mode: Mode = Mode.ROUND
     state_dtype: torch.dtype | None = None
     seed: int = 0
+    first: int = 0  # which parameter, for random bits, the optimizer's first one is
 
     def mode_of(self, param: Tensor) -> Mode:
         return self.mode if param.dtype in HALVES else Mode.ROUND

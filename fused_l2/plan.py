@@ -121,7 +121,7 @@ class Plan:
         known: dict[int, Entry] = {}
         low_precision = optimizer._low_precision
         for index, group in enumerate(optimizer.param_groups):
-            start = self._ends[index] - len(group["params"])
+            start = low_precision.first + self._ends[index] - len(group["params"])
             flags = self._flags[index]
             for position, param in enumerate(group["params"]):
                 if param.grad is None:

@@ -127,6 +127,26 @@ def make_clipped(name: str, params: list[Any], max_grad_norm: float | None, norm
     return optimizer
 
 
+@pytest.mark.parametrize("mode", ["remainder", "master", "kahan", "stochastic"])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@each
+def test_low_precision_modes_have_the_bits_of_the_cpu_engine(name, mode, state_dtype):
+    on_cpu = [*make_params(SIZES, torch.bfloat16), *make_params((70_001,))]
+    on_device = moved(on_cpu)
+    optimizers = [
+        getattr(fused_l2, name)(params, **CASES[name], low_precision=mode, state_dtype=state_dtype, seed=4)
+        for params in (on_device, on_cpu)
+    ]
+    for i in range(3):
+        set_grads(on_cpu, i)
+        give(on_device, on_cpu)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert steps_on_device(optimizers[0])
+    assert_same_bits(back(on_device), back(on_cpu), "parameter")
+    assert_same_bits(back(optimizers[0].master_params()), optimizers[1].master_params(), "float32 value")
+
+
 @each
 def test_same_bits_as_the_cpu_engine_after_1000_steps(name):
     on_cpu = make_params((1000, 3, 65))
