@@ -33,16 +33,16 @@ HELP = {
     "precision": "bfloat16: decay that arrives, training, speed; five minutes, not part of all",
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SECONDS = {
-    "limit": 4.0,
-    "step": 2.2,
-    "clip": 1.6,
-    "statistics": 1.6,
-    "train": 2.0,
+SECONDS = {  # of a visit
+    "limit": 2.5,
+    "step": 1.5,
+    "clip": 1.1,
+    "statistics": 1.1,
+    "train": 1.3,
     "memory": 0.0,
     "host": 0.0,
     "precision": 2.0,
-}  # a visit
+}
 
 
 def topics(chosen: str) -> dict[str, Any]:
