@@ -38,10 +38,11 @@ def jobs(options: Options) -> Iterator[Job]:
 def decay(lr: float, noise: bool, options: Options) -> dict[str, Any]:
     """AdamW at a constant lr, on weights in (0.025, 0.075), with normal gradients or with none.
 
-    The share of decay that arrived after t steps is log(sum w_0 / sum w_t), over the same of float32 parameters.
+    The share of decay that arrived after t steps is log(sum w_0 / sum w_t), over the same of float32 parameters. Each weight has a
+    twin with the gradients' other sign, so that what gradients move leaves the sum where it is.
     """
     generator = torch.Generator().manual_seed(0)
-    start = (0.05 * (torch.rand(ELEMENTS, generator=generator) + 0.5)).bfloat16()
+    start = (0.05 * (torch.rand(ELEMENTS // 2, generator=generator) + 0.5)).bfloat16().repeat(2)
     pool = torch.randn(1 << 20, generator=generator) * noise
     settings = {"lr": lr, "weight_decay": WEIGHT_DECAY}
     contestants: dict[str, tuple[torch.nn.Parameter, Any]] = {}
@@ -62,7 +63,8 @@ def decay(lr: float, noise: bool, options: Options) -> dict[str, Any]:
     curves: dict[str, list[float]] = {name: [] for name in contestants}
     for step in range(1, STEPS + 1):
         begin = int(torch.randint(0, len(pool) - ELEMENTS, (), generator=generator))
-        grad = pool[begin : begin + ELEMENTS].bfloat16()
+        half = pool[begin : begin + ELEMENTS // 2].bfloat16()
+        grad = torch.cat([half, -half])
         for name, (p, optimizer) in contestants.items():
             p.grad = grad.to(p.dtype)
             optimizer.step()
