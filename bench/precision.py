@@ -38,8 +38,8 @@ def jobs(options: Options) -> Iterator[Job]:
 def decay(lr: float, noise: bool, options: Options) -> dict[str, Any]:
     """AdamW at a constant lr, on weights in (0.025, 0.075), with normal gradients or with none.
 
-    The share of decay that arrived after t steps is log(sum w_0 / sum w_t), over the same of float32 parameters. Each weight has a
-    twin with the gradients' other sign, so that what gradients move leaves the sum where it is.
+    The share of decay that arrived after t steps is log(sum w_0 / sum w_t), over the same of float32 parameters. Each weight
+    has a twin with the gradients' other sign, so that what gradients move leaves the sum where it is.
     """
     generator = torch.Generator().manual_seed(0)
     start = (0.05 * (torch.rand(ELEMENTS // 2, generator=generator) + 0.5)).bfloat16().repeat(2)

@@ -23,11 +23,11 @@ namespace fused_l2 {
 #define FUSED_L2_RULES(X) X(sgd) X(adam)
 #define FUSED_L2_DTYPES(X) X(float32) X(float64) X(bfloat16) X(float16)
 // Flags of a bucket: the shape of the computation. Values are powers of two in this order.
-#define FUSED_L2_FLAGS(X)                                                                                 \
-  X(momentum)                                                                                             \
-  X(nesterov)                                                                                             \
-  X(maximize) X(decoupled) X(amsgrad) X(scaled) X(cautious) X(statistics) X(master) X(remainder) X(kahan) \
-      X(stochastic)
+// clang-format off
+#define FUSED_L2_FLAGS(X)                                                                         \
+  X(momentum) X(nesterov) X(maximize) X(decoupled) X(amsgrad) X(scaled) X(cautious) X(statistics) \
+  X(master) X(remainder) X(kahan) X(stochastic)
+// clang-format on
 // Flags of a row.
 #define FUSED_L2_ROW_FLAGS(X) X(first_step)
 // What a step with flag::statistics leaves of each chunk, as float64: sums of g^2, of w^2 before the step, of the

@@ -29,7 +29,9 @@ class StepInBackward:
 
     def _hook(self, single: FusedOptimizer, group: dict[str, Any]) -> Any:
         optimizer = self._optimizer
-        own = {key: single.param_groups[0][key] for key in ("params", "param_names") if key in single.param_groups[0]}
+        own: dict[str, Any] = {
+            key: single.param_groups[0][key] for key in ("params", "param_names") if key in single.param_groups[0]
+        }
 
         def step(param: Tensor) -> None:
             if id(param) in self._stepped:

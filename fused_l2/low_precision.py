@@ -113,7 +113,8 @@ def random_bits(key: int, step: int, numel: int, offset: int = 0) -> Tensor:
     """
     step_key = _mix(key ^ _mix(step & _MASK))
     element = torch.arange(offset, offset + numel, dtype=torch.int64, device="cpu") & _MASK
-    return _mix((_mix(element ^ step_key) + step_key) & _MASK)
+    bits: Tensor = _mix((_mix(element ^ step_key) + step_key) & _MASK)
+    return bits
 
 
 # float32 and 16 bits of it.
