@@ -421,6 +421,14 @@ def _permute(emulator: Emulator, i: Instruction) -> Any:
     return (parts[0] | parts[1] | parts[2] | parts[3]).astype("u4")
 
 
+def _extract(emulator: Emulator, i: Instruction) -> Any:
+    """bfe: so many bits from a position on, of an unsigned number."""
+    if i.suffixes[0] not in ("u32", "u64"):
+        raise NotImplementedError(i.text)
+    value, position, count = emulator.read(i.operands[1], i.suffixes[0]), int(i.operands[2], 0), int(i.operands[3], 0)
+    return value >> value.dtype.type(position) & value.dtype.type((1 << count) - 1)
+
+
 def _shift(operation: Callable[..., Any]) -> Callable[[Emulator, Instruction], Any]:
     def execute(emulator: Emulator, i: Instruction) -> Any:
         value, by = emulator.read(i.operands[1], i.suffixes[-1]), emulator.read(i.operands[2], "u32")
@@ -484,4 +492,5 @@ _OPERATIONS: dict[str, Callable[[Emulator, Instruction], Any]] = {
     "selp": _select,
     "cvt": _convert,
     "prmt": _permute,
+    "bfe": _extract,
 }

@@ -121,6 +121,7 @@ def test_integers():
         ("shl.b64 %rd9, %rd1, 3;", 1007 << 3),
         ("shr.s64 %rd9, %rd1, 3;", 1007 >> 3),
         ("min.s64 %rd9, %rd1, %rd2;", 9),
+        ("bfe.u64 %rd9, %rd1, 3, 4;", 1007 >> 3 & 15),
     ):
         assert compute(instruction, 1007, 9, size=8) == expected, instruction
     assert compute("cvt.u32.u64 %r1, %rd1;\nmul.wide.s32 %rd9, %r1, 4;", -3 & 0xFFFFFFFF, size=8) == -12 & (2**64 - 1)
