@@ -87,6 +87,7 @@ def _single(optimizer: FusedOptimizer, index: int, param: Tensor, number: int) -
     """An optimizer of one parameter that shares the state of ``optimizer``, and its options as they are now."""
     single: FusedOptimizer = object.__new__(type(optimizer))
     single.__dict__.update(optimizer.__dict__)
+    single.__dict__.pop("step", None)  # schedulers put a wrapper there, which would step the whole optimizer
     single.param_groups = [{**optimizer.param_groups[index], "params": [param]}]
     if "param_names" in single.param_groups[0]:
         position = next(i for i, p in enumerate(optimizer.param_groups[index]["params"]) if p is param)

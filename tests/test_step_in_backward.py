@@ -100,6 +100,7 @@ def test_what_cannot_work_is_refused_with_the_reason():
     with pytest.raises(TypeError, match="takes an optimizer of fused_l2, got AdamW"):
         fused_l2.step_in_backward(torch.optim.AdamW(model.parameters()))
     optimizer = fused_l2.AdamW(model.parameters())
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.9**t)  # wraps optimizer.step
     fused_l2.step_in_backward(optimizer)
     model(torch.randn(4, 8)).mean().backward()
     with pytest.raises(RuntimeError, match=r"second gradient before optimizer.step"):
