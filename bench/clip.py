@@ -10,8 +10,8 @@ import torch
 import fused_l2
 
 from . import timing
-from .cases import CASES, OPTIMIZERS, Case
-from .topic import Job, Options, spread
+from .cases import OPTIMIZERS, Case
+from .topic import Job, Options, spread, ungrouped_float32
 
 # The ratios that the project holds itself to.
 GATES = {"AdamW": {"gpt2-small": 1.3, "tiny-1000": 10}, "SGD": {"gpt2-small": 1.4, "tiny-1000": 10}}
@@ -20,12 +20,7 @@ VISITS = 2
 
 
 def jobs(options: Options) -> Iterator[Job]:
-    for optimizer in options.optimizers:
-        for case in options.choose(CASES):
-            if case.dtype is torch.float32 and case.groups is None:
-                yield Job(
-                    f"{optimizer} {case.name}", lambda so_far, c=case, o=optimizer: measure(c, o, options.seconds, so_far)
-                )
+    return ungrouped_float32(options, measure)
 
 
 def measure(case: Case, name: str, seconds: float, so_far: dict[str, timing.Samples]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import torch
 import fused_l2
 
 from . import timing
-from .cases import CASES, OPTIMIZERS, Case
-from .topic import Job, Options
+from .cases import OPTIMIZERS, Case
+from .topic import Job, Options, ungrouped_float32
 
 LIMIT = 1.05  # what statistics may cost on sets of tensors that do not fit the caches
 MEMORY_BOUND = ("one-25m", "gpt2-small", "resnet50")
@@ -20,12 +20,7 @@ VISITS = 2
 
 
 def jobs(options: Options) -> Iterator[Job]:
-    for optimizer in options.optimizers:
-        for case in options.choose(CASES):
-            if case.dtype is torch.float32 and case.groups is None:
-                yield Job(
-                    f"{optimizer} {case.name}", lambda so_far, c=case, o=optimizer: measure(c, o, options.seconds, so_far)
-                )
+    return ungrouped_float32(options, measure)
 
 
 def measure(case: Case, name: str, seconds: float, so_far: dict[str, timing.Samples]) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .cases import Case
+from .cases import CASES, Case
 from .timing import Samples
 
 
@@ -37,6 +38,15 @@ class Options:
         """The cases of the topic that were asked for; without a word, all that are not heavy."""
         chosen = [c for c in cases if (c.name in self.cases if self.cases else not c.heavy)]
         return [dataclasses.replace(c, dtype=self.dtype) for c in chosen] if self.dtype else chosen
+
+
+def ungrouped_float32(options: Options, measure: Callable[..., dict[str, Any]]) -> Iterator[Job]:
+    """A job for each optimizer and float32 case of one param group: ``measure(case, optimizer, seconds, so_far)``."""
+    for optimizer in options.optimizers:
+        for case in options.choose(CASES):
+            if case.dtype is torch.float32 and case.groups is None:
+                run = functools.partial(measure, case, optimizer, options.seconds)
+                yield Job(f"{optimizer} {case.name}", run)
 
 
 def spread(quartiles: Any) -> tuple[str, str]:

@@ -157,6 +157,25 @@ def test_ratios_pair_round_by_round(bench):
     assert timing.quartiles([1.0, 2.0, 3.0]) == (1.5, 2.0, 2.5)
 
 
+def test_what_visits_differ_by_counts_as_noise(bench):
+    """Twins that agree to 1 %, and a ratio of 2 in the first visit, of 3 in the second."""
+    timing = bench("timing")
+
+    def visit(ratio):
+        ours = [1.0 + 0.001 * i for i in range(10)]
+        return {
+            "ours": timing.Samples(list(ours)), "again": timing.Samples([1.01 * s for s in ours]),
+            "other": timing.Samples([ratio * s for s in ours]),
+        }  # fmt: skip
+
+    so_far = {}
+    timing.joined(so_far, visit(2.0))
+    assert timing.uncertainty(so_far, "ours", "again", "other") < 0.01
+    samples = timing.joined(so_far, visit(3.0))
+    assert timing.visits(samples["ours"], samples["other"]) == pytest.approx([2.0, 3.0])
+    assert timing.uncertainty(samples, "ours", "again", "other") == pytest.approx(1 / 2.5)
+
+
 class CountedClock:
     """Time that passes only when a contestant is called, with noise, slow drift and, now and then, a busy neighbour."""
 
