@@ -44,7 +44,7 @@ class Bucket:
 
     def __init__(self, rule: Rule, entries: list[Entry], factor: array[float], on_device: bool = False) -> None:
         self.flags = entries[0].flags
-        self.dtypes = entries[0].param.dtype, entries[0].grad.dtype, entries[0].state_dtype
+        self.dtypes = entries[0].local.dtype, entries[0].grad.dtype, entries[0].state_dtype
         self.has_first_steps = any(e.first_step for e in entries)
         self.on_device: Rows | None = None
         if on_device:
@@ -61,16 +61,16 @@ class Bucket:
             kept = e.kept
             rows.append(
                 (
-                    e.param.data_ptr(),
+                    e.local.data_ptr(),
                     0,  # the gradient: set each step
                     *states,
                     *[0] * (3 - len(states)),
                     0 if counter is None else counter.data_ptr(),
-                    e.param.numel(),
+                    e.local.numel(),
                     numbers.setdefault(key, len(numbers)),
                     int(RowFlag.FIRST_STEP) if e.first_step else 0,
                     0 if kept is None else kept.data_ptr(),
-                    e.key,
+                    e.key - (e.key >> 63 << 64),  # as a signed number
                 )
             )
         if on_device:
@@ -103,7 +103,8 @@ class Bucket:
 
 
 class Part:
-    """The entries of a plan that one device steps, with an engine of ours."""
+    """The entries of a plan that one device steps, with an engine of ours. Where something is measured, ``ranks`` are those of
+    each entry."""
 
     record: Record | None = None  # with statistics
 
@@ -111,7 +112,7 @@ class Part:
         self._library = cpu.library()
         by_signature: dict[tuple[Any, ...], list[int]] = {}
         for i, e in enumerate(entries):
-            by_signature.setdefault((e.flags, e.param.dtype, e.grad.dtype, e.state_dtype), []).append(i)
+            by_signature.setdefault((e.flags, e.local.dtype, e.grad.dtype, e.state_dtype), []).append(i)
         self._factor = array("d", [1.0])  # what gradients are multiplied by where a bucket is SCALED
         self.buckets = [Bucket(rule, [entries[i] for i in at], self._factor, on_device) for at in by_signature.values()]
         # Which gradients belong to which bucket, in the order of its rows; not needed where there is one bucket.
@@ -120,11 +121,13 @@ class Part:
         self._bucket_rows = array("q", [value for b in self.buckets for value in b.row])
         self._address, self._count = address_of(self._bucket_rows), len(self.buckets)
 
+        self.ranks = entries[0].ranks
         self._params = [e.param for e in entries]
+        self._locals = [e.local for e in entries]
         grads = [e.grad for e in entries]
-        self._copied = [i for i, (p, g) in enumerate(zip(self._params, grads, strict=True)) if needs_copy(p, g)]
+        self._copied = [i for i, (p, g) in enumerate(zip(self._locals, grads, strict=True)) if needs_copy(p, g)]
         self._guard = gradient_guard(grads)
-        tensors = [t for e in entries for t in (e.param, *e.states, e.kept) if t is not None]
+        tensors = [t for e in entries for t in (e.local, *e.states, e.kept) if t is not None]
         self._counters = [e.counter for e in entries if e.counter is not None]
         self._watch: Watch = make_watch(self._library, tensors, self._counters)
         self._grads: Sequence[Tensor] = ()  # alive until the step is done, whatever other threads do
@@ -141,7 +144,7 @@ class Part:
             return False
         if self._copied:
             with torch.no_grad():
-                self._copies = [torch.empty_like(self._params[i], dtype=grads[i].dtype).copy_(grads[i]) for i in self._copied]
+                self._copies = [torch.empty_like(self._locals[i], dtype=grads[i].dtype).copy_(grads[i]) for i in self._copied]
             for i, copy in zip(self._copied, self._copies, strict=True):
                 addresses[i] = copy.data_ptr()
         if not self._positions:
@@ -201,7 +204,7 @@ class CpuPart(Part):
 
     def __init__(self, rule: Rule, entries: list[Entry]) -> None:
         super().__init__(rule, entries)
-        elements = sum(e.param.numel() for e in entries)
+        elements = sum(e.local.numel() for e in entries)
         self._chunk, self._statistics_chunk = norm_chunk(elements), statistics_chunk(elements)
         self._statistics = bool(entries[0].flags & Flag.STATISTICS)
         if self._statistics:
@@ -307,7 +310,7 @@ class CudaPart(Part):
     def use(self, control: Tensor | Control) -> None:
         if not isinstance(control, Tensor):
             control = torch.tensor(control, dtype=torch.float64, device="cpu")
-        self._control = control.to(self._params[0].device, non_blocking=True)
+        self._control = control.to(self._locals[0].device, non_blocking=True)
 
     def _launch_tables(self) -> None:
         control = 0 if self._control is None else self._control.data_ptr()

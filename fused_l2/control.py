@@ -126,18 +126,23 @@ def on_host(measured: float, prologue: Prologue, dtype: torch.dtype) -> Control:
     return Control((1.0 if factor > 1 else factor) * inv_scale, float(skip), norm, inv_scale)
 
 
+def total(measured: Sequence[Tensor], largest: bool) -> Tensor:
+    """Several sums (or largest values) as one, on the device of the first one."""
+    together = torch.stack([m.to(measured[0].device, non_blocking=True) for m in measured])
+    return together.max() if largest else together.sum()
+
+
 def combined(measured: Sequence[Tensor], prologue: Prologue, dtype: torch.dtype) -> Tensor | Control:
     """The same of several sums, 0-dim and float64, on one or several devices; on the device of the first one."""
-    first = measured[0].device
-    together = torch.stack([m.to(first, non_blocking=True) for m in measured])
-    total = together.max() if prologue.largest else together.sum()
+    whole = total(measured, prologue.largest)
+    first = whole.device
     if first.type == "cpu":
-        return on_host(float(total), prologue, dtype)
+        return on_host(float(whole), prologue, dtype)
 
     def here(t: Tensor) -> Tensor:
         return t.detach().reshape(()).to(device=first, dtype=torch.float32, non_blocking=True)
 
-    norm = total if prologue.largest else total.sqrt()
+    norm = whole if prologue.largest else whole.sqrt()
     inv_scale = torch.ones((), dtype=torch.float64, device=first)
     if prologue.grad_scale is not None:
         inv_scale = here(prologue.grad_scale).double().reciprocal().float().double()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .low_precision import HALVES, STATE_NAMES, LowPrecision, Mode, parameter_key, widened
+from .shards import LocalGradients, Ranks, first_element, is_dtensor, local, matches, ranks_of, redistributed, why_refused
 from .tensor_table import DTYPES
 
 
@@ -17,11 +18,17 @@ from .tensor_table import DTYPES
 class Entry:
     """A parameter that has a gradient, with the state its update rule needs.
 
+    ``param`` and the state may be DTensors. What is stepped is the memory of theirs in this process: ``local``, ``grad``,
+    ``states`` and ``kept``, plain tensors that are cut up alike. ``ranks``: of the processes that hold parts of the parameter.
+
     ``state`` is the parameter's entry in ``optimizer.state`` (empty if there is none yet), ``new_state`` what the step adds
     to it or replaces in it once every parameter has passed its checks.
     """
 
     param: Tensor
+    local: Tensor
+    ranks: Ranks
+    gradients: LocalGradients
     name: str  # in messages
     label: str  # in statistics
     group: int
@@ -35,26 +42,24 @@ class Entry:
 
     @property
     def grad(self) -> Tensor:
-        grad = self.param.grad
-        assert grad is not None
-        return grad
+        return self.gradients.of(self.param)
 
     def get(self, key: str) -> Any:
         return self.new_state.get(key, self.state.get(key))
 
     @property
     def states(self) -> list[Tensor]:
-        return [self.get(name) for name in self.state_names]
+        return [local(self.get(name)) for name in self.state_names]
 
     @property
     def kept(self) -> Tensor | None:
         """What is kept beside a 16-bit parameter."""
         name = self.mode.state_name
-        return self.get(name) if name else None
+        return local(self.get(name)) if name else None
 
     def weights(self) -> Tensor:
         """The parameter's value, in float32 if it is a 16-bit one."""
-        return widened(self.mode, self.param.detach(), self.kept)
+        return widened(self.mode, self.local.detach(), self.kept)
 
     @property
     def counter(self) -> Tensor | None:
@@ -85,6 +90,7 @@ def make_entry(
     on_device: bool,
     low_precision: LowPrecision,
     number: int,
+    gradients: LocalGradients,
 ) -> Entry:
     """Check a parameter that has a gradient, its gradient and its state, and prepare the state it lacks.
 
@@ -96,7 +102,7 @@ def make_entry(
     param: Tensor = group["params"][position]
     name = describe(group, group_index, position)
     check_param(param, name)
-    check_grad(param, name)
+    check_grad(param, name, gradients)
 
     new_state: dict[str, Any] = {}
     first_step = False
@@ -107,9 +113,11 @@ def make_entry(
             new_state[key] = torch.zeros_like(param, dtype=wanted or param.dtype, memory_format=torch.preserve_format)
             first_step = True
         else:
-            _check_state(param, key, value, name)
-            if not same_layout(value, param) or wanted not in (None, value.dtype):
-                new_state[key] = torch.empty_like(param, dtype=wanted or value.dtype).copy_(value)
+            value = _check_state(param, key, value, name)
+            if not same_layout(local(value), local(param)) or wanted not in (None, value.dtype):
+                value = torch.empty_like(param, dtype=wanted or value.dtype).copy_(value)
+            if value is not state[key]:
+                new_state[key] = value
     _prepare_kept(param, mode, state, new_state, name)
     if counts_steps or mode.is_random:
         counter = as_counter(state.get("step"), param, on_device, name)
@@ -120,8 +128,25 @@ def make_entry(
     names = group.get("param_names")
     label = str(names[position]) if names else f"{group_index}.{position}"
     flags |= mode
-    random_key = parameter_key(low_precision.seed, number) if mode.is_random else 0
-    return Entry(param, name, label, group_index, flags, state, new_state, state_names, first_step, mode, random_key)
+    random_key = 0
+    if mode.is_random:
+        random_key = parameter_key(low_precision.seed, number) | (first_element(param) & 0xFFFFFFFF) << 32
+    return Entry(
+        param,
+        local(param),
+        ranks_of(param),
+        gradients,
+        name,
+        label,
+        group_index,
+        flags,
+        state,
+        new_state,
+        state_names,
+        first_step,
+        mode,
+        random_key,
+    )
 
 
 def _prepare_kept(param: Tensor, mode: Mode, state: dict[str, Any], new_state: dict[str, Any], name: str) -> None:
@@ -149,12 +174,14 @@ def _prepare_kept(param: Tensor, mode: Mode, state: dict[str, Any], new_state: d
         else:
             new_state[own] = torch.zeros_like(param, dtype=mode.state_dtype, memory_format=torch.preserve_format)
         return
-    _check_state(param, own, value, name, mode.state_dtype)
-    if not same_layout(value, param):
-        new_state[own] = torch.empty_like(param, dtype=value.dtype).copy_(value)
+    value = _check_state(param, own, value, name, mode.state_dtype)
+    if not same_layout(local(value), local(param)):
+        value = torch.empty_like(param, dtype=value.dtype).copy_(value)
+    if value is not state[own]:
+        new_state[own] = value
 
 
-def check_param(param: Tensor, name: str) -> None:
+def check_param(param: Any, name: str) -> None:
     if param.dtype not in DTYPES:
         known = ", ".join(_name(d) for d in DTYPES)
         raise RuntimeError(
@@ -164,14 +191,19 @@ def check_param(param: Tensor, name: str) -> None:
         raise RuntimeError(
             f"{name}: it is an expanded tensor, whose elements share memory. Optimize the tensor it was made from."
         )
-    if not has_memory(param):
+    if is_dtensor(param) and any(placement.is_partial() for placement in param.placements):
+        raise RuntimeError(
+            f"{name}: its placements are {param.placements}, so that every process holds a summand of it. Redistribute it to "
+            f"Shard and Replicate, and make the optimizer of that."
+        )
+    if not has_memory(local(param)):
         raise RuntimeError(
             f"{name}: its storage holds fewer elements than its shape says, as after untyped_storage().resize_(0). "
             f"Restore the storage before step()."
         )
 
 
-def check_grad(param: Tensor, name: str) -> None:
+def check_grad(param: Tensor, name: str, gradients: LocalGradients) -> None:
     """Refuse a gradient that cannot be applied."""
     grad = param.grad
     assert grad is not None
@@ -190,18 +222,21 @@ def check_grad(param: Tensor, name: str) -> None:
             f"{name}: it is on {param.device}, its gradient on {grad.device}. Move the model before backward(), or set "
             f"its gradients to None."
         )
+    if reason := why_refused(grad, param):
+        raise RuntimeError(f"{name}: its gradient cannot be applied to it: {reason}. Distribute both in the same way.")
     # The dtypes that are computed with in float32 may be mixed.
     if grad.dtype != param.dtype and not {grad.dtype, param.dtype} <= {torch.float32, *HALVES}:
         raise RuntimeError(
             f"{name}: its gradient has dtype {_name(grad.dtype)}. Convert the gradient to the parameter's dtype before step()."
         )
-    if not grad._is_zerotensor() and not has_memory(grad):
+    if not grad._is_zerotensor() and not has_memory(gradients.of(param)):
         raise RuntimeError(
             f"{name}: its gradient's storage holds fewer elements than its shape says. Set the gradient to None or restore it."
         )
 
 
-def _check_state(param: Tensor, key: str, value: Any, name: str, dtype: torch.dtype | None = None) -> None:
+def _check_state(param: Any, key: str, value: Any, name: str, dtype: torch.dtype | None = None) -> Any:
+    """A state tensor, cut up as its parameter."""
     remedy = f"Load a checkpoint of this model, or delete the entry: optimizer.state[param].pop({key!r})."
     if not isinstance(value, Tensor):
         raise RuntimeError(f"{name}: its state {key!r} is {value!r}, not a tensor. {remedy}")
@@ -215,8 +250,16 @@ def _check_state(param: Tensor, key: str, value: Any, name: str, dtype: torch.dt
     known = value.dtype in DTYPES and (value.dtype is torch.float64) == (param.dtype is torch.float64)
     if not (known if dtype is None else value.dtype is dtype):
         raise RuntimeError(f"{name}: its state {key!r} has dtype {_name(value.dtype)}. {remedy}")
-    if not has_memory(value):
+    if reason := why_refused(value, param):
+        raise RuntimeError(
+            f"{name}: its state {key!r} cannot be used: {reason}. Load states with set_optimizer_state_dict of "
+            f"torch.distributed.checkpoint.state_dict, which cuts them up as the parameters are."
+        )
+    if is_dtensor(param) and not matches(value, param):
+        return redistributed(value, param)
+    if not has_memory(local(value)):
         raise RuntimeError(f"{name}: the storage of its state {key!r} was freed. Restore it before step().")
+    return value
 
 
 def as_counter(value: Any, param: Tensor, on_device: bool, name: str) -> Tensor:
@@ -228,6 +271,8 @@ def as_counter(value: Any, param: Tensor, on_device: bool, name: str) -> Tensor:
     device = param.device if on_device else torch.device("cpu")
     if value is None:
         return torch.tensor(0.0, dtype=torch.float32, device=device)
+    if is_dtensor(value):
+        value = value.full_tensor()
     if isinstance(value, Tensor) and value.numel() == 1:
         if value.dim() == 0 and value.dtype is torch.float32 and value.device == device and value.layout is torch.strided:
             return value

@@ -1,10 +1,11 @@
-"""Hyperparameters that are tensors on a CUDA device: a step reads them there, and the host does not wait for them.
+"""Hyperparameters: as numbers, and as tensors on a CUDA device. A step reads those there, and the host does not wait for them.
 
-Their values are looked at once, when a tensor is first seen, to check them and to decide the shape of the computation.
+The values of such tensors are looked at once, when one is first seen, to check them and to decide the shape of the computation.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -67,3 +68,29 @@ def _flat(values: tuple[Any, ...]) -> Iterator[Any]:
             yield from _flat(tuple(value))
         else:
             yield value
+
+
+def number(value: Any, argument: str, where: str = "") -> float:
+    """A hyperparameter as a float.
+
+    Raises:
+        TypeError: if it is not a number or a tensor of one element.
+        ValueError: if it is NaN or a tensor of several elements.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {argument} must be 1-element{where}, got shape {tuple(value.shape)}")
+    elif isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{argument} must be a number{where}, got {value!r} of type {type(value).__name__}")
+    result = float(value)
+    if math.isnan(result):
+        raise ValueError(f"Invalid {argument}{where}: {value}; expected a number that is not NaN")
+    return result
+
+
+def at_least_zero(value: Any, argument: str, where: str = "", advice: str = "") -> float:
+    """A hyperparameter as a float that is 0 or more, else ValueError."""
+    result = number(value, argument, where)
+    if result < 0:
+        raise ValueError(f"Invalid {argument}{where}: {value}; expected a number >= 0{advice}")
+    return result

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .shards import is_dtensor, like, local
 from .tensor_table import Flag
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -233,6 +234,28 @@ def narrowed(mode: Mode, w: Tensor, dtype: torch.dtype, bits: Tensor | None) -> 
         assert bits is not None
         return p, compensation(w, p, bits)
     return p, None
+
+
+# Remainders in a state dict: no collective communication knows int16, neither NCCL's nor gloo's, and casting every state to its
+# parameter's dtype, as torch.optim does, would ruin it. So they travel as the bfloat16 numbers of the same bits.
+
+
+def transferable(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state as a state dict has it."""
+    return {
+        key: _reinterpreted(value, torch.int16, torch.bfloat16) if key in STATE_NAMES else value for key, value in state.items()
+    }
+
+
+def with_kept_dtype(key: str, value: Tensor) -> Tensor:
+    """What a mode keeps beside a parameter, from a state dict."""
+    return _reinterpreted(value, torch.bfloat16, torch.int16) if key == Mode.REMAINDER.state_name else value
+
+
+def _reinterpreted(value: Any, dtype: torch.dtype, other: torch.dtype) -> Any:
+    if not isinstance(value, Tensor) or value.dtype is not dtype:
+        return value
+    return like(value, local(value).view(other)) if is_dtensor(value) else value.view(other)
 
 
 def lost_decay(param: Tensor, share: float, where: str) -> str | None:

@@ -20,8 +20,19 @@ from torch.optim.optimizer import (
 from .coefficients import DecayRule
 from .control import INV_SCALE, NORM, SKIP, Clipping, Control, Prologue, make_clipping
 from .decay import Decay, make_decay
-from .low_precision import HALVES, STATE_NAMES, LowPrecision, make_low_precision, narrowed, widened
+from .hyperparameters import number
+from .low_precision import (
+    HALVES,
+    STATE_NAMES,
+    LowPrecision,
+    make_low_precision,
+    narrowed,
+    transferable,
+    widened,
+    with_kept_dtype,
+)
 from .plan import Plan
+from .shards import LocalGradients, is_dtensor, like, local, why_refused
 from .state import OptimizerState, tell_of_changes
 from .statistics import Recorded, Statistics
 from .tensor_table import Rule
@@ -78,6 +89,7 @@ class FusedOptimizer(Optimizer):
         self._decay.check_count(len(self.param_groups))
         self.state = OptimizerState()
         self._captured: list[Plan] = []  # what CUDA graphs read
+        self._gradients = LocalGradients()
 
     # What a subclass provides.
 
@@ -133,6 +145,13 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        try:
+            self._step_gradients()
+        finally:
+            self._gradients.clear()
+        return loss
+
+    def _step_gradients(self) -> None:
         plan = self._plan
         if plan is None or not plan.refresh(self):
             plan = self._make_plan()
@@ -145,7 +164,6 @@ class FusedOptimizer(Optimizer):
             plan.measure_skipped()
         if self._statistics:
             self._remember(plan)
-        return loss
 
     _observed_step = Optimizer.profile_hook_step(_step)
     # Within a compiled function the step stands between two graphs: there is nothing in it to trace.
@@ -167,7 +185,7 @@ class FusedOptimizer(Optimizer):
         self._plan = plan
         if not self._told_of_lost_decay and (message := plan.lost_decay()):
             self._told_of_lost_decay = True
-            warnings.warn(message, stacklevel=5)
+            warnings.warn(message, stacklevel=6)
         tell_of_changes(self)
 
     def _remember(self, plan: Plan) -> None:
@@ -331,8 +349,9 @@ class FusedOptimizer(Optimizer):
         for p in self._all_params():
             mode = self._low_precision.mode_of(p)
             kept = self.state.get(p, {}).get(mode.state_name) if mode.state_name else None
-            wide = widened(mode, p.detach(), kept)
-            found.append(wide.clone() if wide.dtype is p.dtype else wide)
+            wide = widened(mode, local(p).detach(), local(kept))
+            wide = wide.clone() if wide.dtype is p.dtype else wide
+            found.append(like(p, wide) if is_dtensor(p) else wide)
         return found
 
     @torch.no_grad()
@@ -349,16 +368,18 @@ class FusedOptimizer(Optimizer):
         for i, (p, w) in enumerate(zip(params, weights, strict=True)):
             if w.shape != p.shape:
                 raise ValueError(f"load_master_params: tensor {i} has shape {tuple(w.shape)}, its parameter {tuple(p.shape)}")
+            if reason := why_refused(w, p):
+                raise ValueError(f"load_master_params: tensor {i} cannot be used: {reason}. Distribute it as its parameter is")
         for p, w in zip(params, weights, strict=True):
             mode = self._low_precision.mode_of(p)
             if mode.state_name is None:
                 p.copy_(w)
                 continue
             wide = torch.empty_like(p, dtype=torch.float32).copy_(w)
-            nearest = torch.full_like(p, 1 << 31, dtype=torch.int64)  # random bits with which rounding is to nearest
-            value, kept = narrowed(mode, wide, p.dtype, nearest)
-            p.copy_(value)
-            self.state[p][mode.state_name] = kept
+            nearest = torch.full_like(local(p), 1 << 31, dtype=torch.int64)  # random bits with which rounding is to nearest
+            value, kept = narrowed(mode, local(wide), p.dtype, nearest)
+            p.copy_(like(p, value) if is_dtensor(p) else value)
+            self.state[p][mode.state_name] = like(p, kept) if is_dtensor(p) and kept is not None else kept
         self.drop_plan()
 
     def _set_option(self, name: str, value: Any) -> None:
@@ -416,7 +437,7 @@ class FusedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's state dict: plain dicts, torch's keys. ``torch.optim`` loads it, and this class loads torch's."""
         packed = super().state_dict()
-        packed["state"] = {k: dict(v) if isinstance(v, dict) else v for k, v in packed["state"].items()}
+        packed["state"] = {k: transferable(v) if isinstance(v, dict) else v for k, v in packed["state"].items()}
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -446,8 +467,8 @@ class FusedOptimizer(Optimizer):
                     continue
                 narrowed_by_torch = given.dtype is torch.float32 and value.dtype in HALVES
                 if key != "step" and (narrowed_by_torch or key in STATE_NAMES):
-                    self.state[param][key] = given.to(device=value.device, copy=True)
-                elif value.device == given.device and value.data_ptr() == given.data_ptr():
+                    self.state[param][key] = with_kept_dtype(key, given.to(device=value.device, copy=True))
+                elif value.device == given.device and local(value).data_ptr() == local(given).data_ptr():
                     self.state[param][key] = value.clone()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -458,6 +479,7 @@ class FusedOptimizer(Optimizer):
         if type(self.state) is not OptimizerState:
             self.state = OptimizerState(self.state)
         self.__dict__.setdefault("_captured", [])
+        self._gradients = LocalGradients()
         self.drop_plan()
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -471,29 +493,3 @@ def _has_step_hooks(optimizer: Optimizer) -> bool:
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
     )
-
-
-def number(value: Any, argument: str, where: str = "") -> float:
-    """A hyperparameter as a float.
-
-    Raises:
-        TypeError: if it is not a number or a tensor of one element.
-        ValueError: if it is NaN or a tensor of several elements.
-    """
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"Tensor {argument} must be 1-element{where}, got shape {tuple(value.shape)}")
-    elif isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{argument} must be a number{where}, got {value!r} of type {type(value).__name__}")
-    result = float(value)
-    if math.isnan(result):
-        raise ValueError(f"Invalid {argument}{where}: {value}; expected a number that is not NaN")
-    return result
-
-
-def at_least_zero(value: Any, argument: str, where: str = "", advice: str = "") -> float:
-    """A hyperparameter as a float that is 0 or more, else ValueError."""
-    result = number(value, argument, where)
-    if result < 0:
-        raise ValueError(f"Invalid {argument}{where}: {value}; expected a number >= 0{advice}")
-    return result

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import engines
 from .buckets import CudaPart, Part, make_part
-from .control import FACTOR, Control, Prologue, combined
+from .control import FACTOR, Control, Prologue, combined, total
 from .engines import cuda, torch_ops
 from .entries import Entry, check_grad, make_entry
 from .hyperparameters import DeviceValues, is_on_device, sources
 from .low_precision import HALVES, RANDOM, STATE_NAMES, Mode, lost_decay
+from .shards import Shards, is_dtensor, sum_over
 from .state import OptimizerState, ParamState
 from .statistics import Recorded, row_of
 from .tensor_table import Flag, Rule
@@ -60,16 +62,21 @@ class Plan:
         entries = self._entries = self._make_entries(optimizer)
 
         self._counts = self._rule is Rule.ADAM or any(e.flags & RANDOM for e in entries)
-        devices = [engines.device_of(e.param) if _has_engine(e, self._rule) else None for e in entries]
-        for i in _overlapping([e.param for e in entries]):
+        devices = [engines.device_of(e.local) if _has_engine(e, self._rule) else None for e in entries]
+        for i in _overlapping([e.local for e in entries]):
             devices[i] = None  # steps after the tensor whose memory it shares
         self._others = [e for e, device in zip(entries, devices, strict=True) if device is None]
         # Other devices first: they work while the CPU does.
         self._parts: list[tuple[Part, list[bool]]] = []
-        for device in sorted({d for d in devices if d is not None}, key=lambda d: (d.type == "cpu", str(d))):
-            belongs = [d == device for d in devices]
-            part = make_part(device, self._rule, list(compress(entries, belongs)), self._on_device)
+        self._ranks = list(dict.fromkeys(e.ranks for e in entries))  # in an order that is the same in all processes
+        places = [(device, e.ranks if self._around else ()) for e, device in zip(entries, devices, strict=True)]
+        distinct = dict.fromkeys((device, ranks) for device, ranks in places if device is not None)
+        for place in sorted(distinct, key=lambda place: (place[0].type == "cpu", str(place[0]))):
+            belongs = [p == place for p in places]
+            part = make_part(place[0], self._rule, list(compress(entries, belongs)), self._on_device)
             self._parts.append((part, belongs))
+        cut = any(is_dtensor(e.param) for e in entries)
+        self._shards = Shards([e.param for e in entries], optimizer._gradients) if cut else None
         dtypes = {e.param.dtype for e in entries}
         self.norm_dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
         self._cuda_parts = [part for part, _ in self._parts if isinstance(part, CudaPart)]
@@ -82,6 +89,7 @@ class Plan:
         self._others_rows: list[Tensor] = []
         in_order = [e for _, belongs in self._parts for e in compress(entries, belongs)] + self._others
         self._measured_entries = [e.group for e in in_order], [e.label for e in in_order]
+        self._measured_ranks = [e.ranks for e in in_order]
         self._is_committed = False
 
     @property
@@ -131,7 +139,9 @@ class Plan:
                 capturable = bool(group.get("capturable", False))
                 on_device = capturable or (self._on_device and engines.device_of(param).type == "cuda")
                 number = start + position
-                entry = make_entry(group, index, position, flags, state, names, counts, on_device, low_precision, number)
+                entry = make_entry(
+                    group, index, position, flags, state, names, counts, on_device, low_precision, number, optimizer._gradients
+                )
                 if id(param) in known:  # listed twice: one state
                     entry.new_state = known[id(param)].new_state
                 known.setdefault(id(param), entry)
@@ -191,10 +201,15 @@ class Plan:
             if any(map(is_not, compress(grads, map(not_, self._active)), repeat(None))):
                 return False
             grads = list(compress(grads, self._active))
+        if self._shards is not None:
+            localized = self._shards.localized(grads)
+            if localized is None:
+                return False
+            grads = localized
         for e in self._others:
             if e.param.grad is None:
                 return False
-            check_grad(e.param, e.name)
+            check_grad(e.param, e.name, e.gradients)
         if len(self._parts) == 1 and not self._others:
             return self._parts[0][0].refresh(grads)
         return all(part.refresh(list(compress(grads, belongs))) for part, belongs in self._parts)
@@ -233,13 +248,14 @@ class Plan:
     @torch.no_grad()
     def decide(self, prologue: Prologue) -> Tensor | Control:
         """What precedes the step: the factor of all gradients, whether the step is skipped, and the norm."""
-        if len(self._parts) == 1 and not self._others:
+        if len(self._parts) == 1 and not self._others and not self._parts[0][0].ranks:
             return self._parts[0][0].control(prologue, self.norm_dtype)
         measured = []
-        if prologue.clipping is not None:
-            measured = [part.measure(prologue.largest) for part, _ in self._parts]
-            measured += [_measured(e.grad, prologue.largest) for e in self._others]
-        nothing = torch.zeros((), dtype=torch.float64, device=self._entries[0].param.device if self._entries else "cpu")
+        for ranks in self._ranks if prologue.clipping is not None else ():
+            here = [part.measure(prologue.largest) for part, _ in self._parts if part.ranks == ranks]
+            here += [_measured(e.grad, prologue.largest) for e in self._others if e.ranks == ranks]
+            measured += [sum_over(total(here, prologue.largest), ranks, prologue.largest)] if ranks else here
+        nothing = torch.zeros((), dtype=torch.float64, device=self._entries[0].local.device if self._entries else "cpu")
         return combined(measured or [nothing], prologue, self.norm_dtype)
 
     def read(self, control: Tensor | Control) -> Control:
@@ -263,12 +279,20 @@ class Plan:
     def recorded(self, weight_decays: list[float | Tensor], inv_scale: float | Tensor) -> Recorded:
         """What the last step left of its tensors."""
         records = [part.record for part, _ in self._parts if part.record is not None]
-        return Recorded(records, self._others_rows, *self._measured_entries, weight_decays, inv_scale)
+        recorded = Recorded(records, self._others_rows, *self._measured_entries, weight_decays, inv_scale)
+        if not any(self._ranks):
+            return recorded
+        # Now, because somebody may ask for them in one process only.
+        rows = recorded.rows()
+        for ranks in filter(None, self._ranks):
+            at = [i for i, r in enumerate(self._measured_ranks) if r == ranks]
+            rows[at] = sum_over(rows[at], ranks)
+        return recorded._replace(records=[], others=rows.unbind())
 
     def lost_decay(self) -> str | None:
         """A warning, if rounding will leave nothing of the weight decay of some parameter."""
         for e in self._entries:
-            if e.mode is not Mode.ROUND or e.param.dtype not in HALVES:
+            if e.mode is not Mode.ROUND or e.local.dtype not in HALVES:
                 continue
             flags = self._flags[e.group]
             if self._rule is Rule.ADAM and not flags & Flag.DECOUPLED:
@@ -276,7 +300,7 @@ class Plan:
             row = self._row_of(self._numbers[e.group], flags, 1.0)
             lr = self._numbers[e.group][0]
             share = 1 - row[1] if flags & Flag.DECOUPLED else lr * row[0]
-            if message := lost_decay(e.param, share, f" (lr {lr:g}, param group {e.group})"):
+            if message := lost_decay(e.local, share, f" (lr {lr:g}, param group {e.group})"):
                 return message
         return None
 
@@ -302,7 +326,7 @@ class Plan:
                 self._flags[group] | mode,
                 self._numbers[group],
                 entries[0].counter is not None and entries[0].counter.device.type != "cpu",
-                [e.param for e in entries],
+                [e.local for e in entries],
                 [e.grad for e in entries],
                 list(zip(*(e.states for e in entries), strict=True)),
                 [e.counter for e in entries if e.counter is not None],
@@ -313,6 +337,7 @@ class Plan:
             )
             for e in entries:
                 e.first_step = False
+        increment_version([e.param for e in self._others if e.local is not e.param])
 
 
 _KEYS = ("step", *STATE_NAMES)
@@ -341,7 +366,7 @@ def _has_engine(entry: Entry, rule: Rule) -> bool:
     states = [*entry.states, *([] if entry.kept is None else [entry.kept])]
     if len({t.dtype for t in entry.states}) > 1 or not all(map(engines.is_plain, states)):
         return False
-    return engines.has_engine(entry.param, rule, entry.flags, grad.dtype, entry.state_dtype)
+    return engines.has_engine(entry.local, rule, entry.flags, grad.dtype, entry.state_dtype)
 
 
 def _may_change_in_place(values: tuple[Any, ...]) -> bool:

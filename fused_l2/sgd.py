@@ -13,8 +13,9 @@ from torch.optim.optimizer import ParamsT
 from . import coefficients
 from .control import make_clipping
 from .decay import make_decay
+from .hyperparameters import at_least_zero, number
 from .low_precision import RANDOM, make_low_precision
-from .optimizer import FusedOptimizer, at_least_zero, number
+from .optimizer import FusedOptimizer
 from .tensor_table import Flag, Rule
 
 _read: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(

@@ -125,11 +125,15 @@ class Recorded(NamedTuple):
     inv_scale: float | Tensor
 
     @torch.no_grad()
-    def statistics(self) -> Statistics:
+    def rows(self) -> Tensor:
+        """A row for each tensor, on the first one's device."""
         rows = [*(record.rows() for record in self.records), *([torch.stack(list(self.others))] if self.others else [])]
         rows = rows or [torch.zeros(0, len(STATISTICS), dtype=torch.float64, device="cpu")]
-        together = torch.cat([r.to(rows[0].device) for r in rows])
-        return make_statistics(Measured(together, self.groups, self.names, self.weight_decays, self.inv_scale))
+        return torch.cat([r.to(rows[0].device) for r in rows])
+
+    @torch.no_grad()
+    def statistics(self) -> Statistics:
+        return make_statistics(Measured(self.rows(), self.groups, self.names, self.weight_decays, self.inv_scale))
 
 
 @torch.no_grad()

@@ -70,10 +70,10 @@ def step(
 
 
 def _random_bits(param: Tensor, key: int, counter: Tensor) -> Tensor:
-    """Those of each element, which are numbered in the order of memory."""
+    """Those of each element, which are numbered in the order of memory; ``key`` as in a tensor's row."""
     order = sorted(range(param.dim()), key=param.stride, reverse=True)
     shape = [param.shape[i] for i in order]
-    bits = random_bits(key, int(counter), param.numel()).to(param.device).view(shape)
+    bits = random_bits(key & 0xFFFFFFFF, int(counter), param.numel(), key >> 32).to(param.device).view(shape)
     return bits.permute([order.index(i) for i in range(param.dim())])
 
 

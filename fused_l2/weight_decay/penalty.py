@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from ..engines import cpu, is_dense
 from ..entries import has_memory
+from ..shards import local, ranks_of, sum_over
 from ..tensor_table import DTYPES
 from .conversion import Reduction, from_lambda
 
@@ -30,6 +31,7 @@ def penalty(
     same number if each group's ``weight_decay`` is lam / n.
 
     One pass over the weights. On a CPU the sum is made in float64 in a fixed order: the same bits for any number of threads.
+    Shards of DTensors are summed over their meshes, so that all ranks have to call this.
 
     Args:
         groups: an optimizer, or param groups as passed to one (each with its ``weight_decay``).
@@ -64,6 +66,8 @@ def penalty(
 
 def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
     """Sum of x^2 per tensor, in float64. RuntimeError if a tensor's storage was freed."""
+    cut_up = [ranks_of(t) for t in tensors]
+    tensors = [local(t) for t in tensors]
     for i, t in enumerate(tensors):
         if not has_memory(t):
             raise RuntimeError(
@@ -88,4 +92,9 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
             sums[i] = total
     for i in set(range(len(tensors))) - set(native):
         sums[i] = float(tensors[i].double().square().sum())
+    for ranks in dict.fromkeys(filter(None, cut_up)):
+        at = [i for i, r in enumerate(cut_up) if r == ranks]
+        here = torch.tensor([sums[i] for i in at], dtype=torch.float64, device=tensors[at[0]].device)
+        for i, total in zip(at, sum_over(here, ranks).tolist(), strict=True):
+            sums[i] = total
     return sums

@@ -1,0 +1,171 @@
+"""DTensors: the shard of each that lies in this process, and sums over the processes that hold the others.
+
+A step is made on local shards, without DTensor's dispatch, which costs the host tens of microseconds for each operation on each
+tensor. That is right only where parameter, gradient and state are cut up alike. A gradient that is not, above all one of which
+every process holds a summand (``Partial``), is redistributed first.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Process groups over whose ranks a tensor is cut up, one for each dimension of its mesh that cuts it. Empty for tensors that
+# every process has as a whole: those of which it has a replica count once.
+Ranks = tuple[Any, ...]
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor. There are none unless somebody has imported the module, which takes a while."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Any:
+    """The memory of a tensor in this process: a DTensor's shard, without copying it, and other tensors themselves."""
+    return _waited(tensor._local_tensor) if is_dtensor(tensor) else tensor
+
+
+def _waited(tensor: Any) -> Tensor:
+    """What an asynchronous collective leaves is a wrapper around memory that may still be written to."""
+    found: Tensor = tensor if type(tensor) is Tensor or not hasattr(tensor, "wait") else tensor.wait()
+    return found
+
+
+def like(dtensor: Any, shard: Tensor) -> Tensor:
+    """This shard as a DTensor that is cut up as another one."""
+    kind = type(dtensor)
+    made: Tensor = kind.from_local(
+        shard, dtensor.device_mesh, dtensor.placements, run_check=False, shape=dtensor.shape, stride=dtensor.stride()
+    )
+    return made
+
+
+def matches(tensor: Any, param: Any) -> bool:
+    """Whether two tensors are cut up alike."""
+    a, b = tensor._spec, param._spec
+    if a is b:
+        return True
+    orders = [getattr(spec, "shard_order", None) for spec in (a, b)]  # torch >= 2.11
+    return bool(a.placements == b.placements and a.mesh == b.mesh and orders[0] == orders[1])
+
+
+def redistributed(tensor: Any, param: Any) -> Any:
+    """A tensor cut up as the parameter is. Communicates: all ranks have to do it."""
+    return tensor.redistribute(param.device_mesh, param.placements)
+
+
+def why_refused(tensor: Any, param: Any) -> str:
+    """Why a gradient or a state cannot be brought to its parameter's placements; or nothing."""
+    if is_dtensor(tensor) != is_dtensor(param):
+        return "it is a DTensor, and the parameter is not" if is_dtensor(tensor) else "it is no DTensor, as the parameter is"
+    if is_dtensor(tensor) and tensor._spec.mesh != param._spec.mesh:
+        return f"it is on the mesh {tensor._spec.mesh}, and the parameter on {param._spec.mesh}"
+    return ""
+
+
+def ranks_of(param: Any) -> Ranks:
+    """The process groups over which a parameter is cut up."""
+    if not is_dtensor(param) or param.device_mesh.get_coordinate() is None:
+        return ()
+    mesh = param.device_mesh
+    cut = [i for i, placement in enumerate(param.placements) if not placement.is_replicate() and mesh.size(i) > 1]
+    return tuple(mesh.get_group(i) for i in cut)
+
+
+def first_element(param: Any) -> int:
+    """The number of a shard's first element, for random bits: in the whole tensor where it is cut along its first dimension
+    only, otherwise such that no two shards share numbers. Replicas have the same one."""
+    if not is_dtensor(param) or not ranks_of(param):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = param.device_mesh, param.placements
+    shape, offset = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+    if all(type(p).__name__ in ("Shard", "Replicate") for p in placements) and shape[1:] == param.shape[1:]:
+        return int(offset[0] * param.numel() // max(param.shape[0], 1))
+    number, pieces = 0, [1] * param.dim()
+    for i, placement in enumerate(placements):
+        if not placement.is_replicate():
+            number = number * mesh.size(i) + mesh.get_local_rank(i)
+            pieces[placement.dim] *= mesh.size(i)
+    largest = math.prod(-(-n // k) for n, k in zip(param.shape, pieces, strict=True))
+    return int(number * largest)
+
+
+def sum_over(values: Tensor, ranks: Ranks, largest: bool = False) -> Tensor:
+    """The sum (or the largest) of these float64 values over all ranks. Must be called by all of them."""
+    import torch.distributed as dist
+
+    operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+    for group in ranks:
+        usable = values.clone()
+        if values.device.type not in {device.type for device in group._device_types}:
+            usable = values.to(group._device_types[0])  # parameters offloaded to the CPU, in a group of GPUs
+        dist.all_reduce(usable, operation, group=group)
+        values = usable.to(values.device)
+    return values
+
+
+class LocalGradients:
+    """The local shards of gradients. One that is not cut up as its parameter is redistributed, once per step: that is
+    communication, which all ranks have to do equally often, whatever becomes of their plans."""
+
+    def __init__(self) -> None:
+        self._redistributed: dict[Any, Tensor] = {}
+
+    def of(self, param: Any) -> Tensor:
+        """The part of ``param.grad`` that belongs to the parameter's shard."""
+        grad = param.grad
+        if not is_dtensor(grad):
+            return grad  # type: ignore[no-any-return]
+        if matches(grad, param):
+            return _waited(grad._local_tensor)
+        if grad not in self._redistributed:
+            with torch.no_grad():
+                self._redistributed[grad] = local(redistributed(grad, param))
+        return self._redistributed[grad]
+
+    def clear(self) -> None:
+        """The step is over."""
+        self._redistributed.clear()
+
+
+class Shards:
+    """The DTensors among a plan's parameters, and where their memory was when the plan was made."""
+
+    def __init__(self, params: Sequence[Any], gradients: LocalGradients) -> None:
+        self._at = [i for i, p in enumerate(params) if is_dtensor(p)]
+        self._all = len(self._at) == len(params)
+        self._params = [params[i] for i in self._at]
+        self._locals = [p._local_tensor for p in self._params]
+        self._specs: list[Any] = [None] * len(self._at)  # of gradients that were seen to be cut up as their parameters
+        self._gradients = gradients
+
+    def localized(self, grads: list[Any]) -> list[Any] | None:
+        """The gradients with local shards in the place of DTensors. None if a parameter's or a gradient is not what it was."""
+        if not all(map(is_, [p._local_tensor for p in self._params], self._locals)):
+            return None
+        chosen = grads if self._all else [grads[i] for i in self._at]
+        try:
+            specs = [g._spec for g in chosen]
+        except AttributeError:  # None, or a plain tensor
+            return None
+        shards = [g._local_tensor for g in chosen]
+        if not all(map(is_, specs, self._specs)):
+            for i, (param, spec) in enumerate(zip(self._params, specs, strict=True)):
+                if spec is not self._specs[i]:
+                    shards[i] = self._gradients.of(param)
+                    if shards[i] is chosen[i]._local_tensor:
+                        self._specs[i] = spec
+        if self._all:
+            return shards
+        for i, shard in zip(self._at, shards, strict=True):
+            grads[i] = shard
+        return grads

@@ -1,0 +1,243 @@
+"""Tensors that are cut up over processes, and optimizers of them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from common import OPTIMIZERS, SHAPES, against_single_process, full, laid_out, mesh_of, randoms, refused, same, scenario
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+import fused_l2
+from fused_l2.engines import cpu
+from fused_l2.shards import first_element
+
+
+@scenario
+def shards_step_as_the_whole(world: int, folder: Path) -> None:
+    mesh = mesh_of(world)
+    for name in OPTIMIZERS:
+        for dim in (0, -1):
+            against_single_process(name, [(mesh, [Shard(dim % len(shape))]) for shape in SHAPES])
+        _, ours, _, cut = against_single_process(name, [(mesh, [Shard(0)])] * len(SHAPES))
+        assert not ours._plan._others  # the engine, not plain PyTorch
+        assert any(p._local_tensor.numel() == 0 for p in cut) or dist.get_rank() == 0
+        before = [p._version for p in cut]
+        ours.step()
+        assert [p._version for p in cut] == [v + 1 for v in before]  # T08: autograd sees the write
+
+
+@scenario
+def mixed_groups_and_several_meshes(world: int, folder: Path) -> None:
+    # T43: plain tensors, replicas and shards of one mesh, and of a mesh with two dimensions, in one param group
+    mesh = mesh_of(world)
+    grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
+    layouts = [None, (mesh, [Replicate()]), (grid, [Shard(0), Replicate()]), (grid, [Shard(0), Shard(1)]), (mesh, [Shard(0)])]
+    for name in OPTIMIZERS:
+        _, ours, _, _ = against_single_process(name, layouts)
+        assert not ours._plan._others
+
+
+@scenario
+def gradients_of_other_placements(world: int, folder: Path) -> None:
+    # T44: a summand is not the gradient
+    mesh = mesh_of(world)
+    param = nn.Parameter(distribute_tensor(torch.ones(6, 4), mesh, [Replicate()]))
+    cut = nn.Parameter(distribute_tensor(torch.ones(6, 4), mesh, [Shard(0)]))
+    optimizer = fused_l2.SGD([param, cut], lr=1.0)
+    for _ in range(3):
+        summand = torch.full((6, 4), float(dist.get_rank() + 1))
+        for p in (param, cut):
+            p.grad = DTensor.from_local(summand, mesh, [Partial()])
+        optimizer.step()
+    total = sum(range(1, world + 1))
+    same([param, cut], [torch.full((6, 4), 1.0 - 3 * total)] * 2)
+    assert param.grad.placements == (Partial(),)  # gradients are left as they are
+    for name in OPTIMIZERS:
+        other = [(mesh, [Shard(len(shape) - 1)]) for shape in SHAPES]
+        against_single_process(name, [(mesh, [Shard(0)])] * len(SHAPES), other)
+        against_single_process(name, [(mesh, [Replicate()])] * len(SHAPES), other)
+
+
+@scenario
+def ranks_whose_plans_differ(world: int, folder: Path) -> None:
+    # One rank has to make its plan anew: communication must stay the same on all.
+    mesh = mesh_of(world)
+    param = nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)]))
+    optimizer = fused_l2.AdamW([param], max_grad_norm=1.0, lr=0.1)
+    for step in range(4):
+        param.grad = DTensor.from_local(torch.ones(8, 4), mesh, [Partial()])
+        if step == 2 and dist.get_rank() == 0:
+            optimizer.drop_plan()
+        optimizer.step()
+    assert abs(float(optimizer.grad_norm) / math.sqrt(32 * world**2) - 1) <= 2**-24
+    same([param], [full(param)])
+
+
+@scenario
+def global_norm(world: int, folder: Path) -> None:
+    # T45: replicas count once. Within 4 float32 roundings of norm and factor, and of the step's own.
+    mesh = mesh_of(world)
+    grid = init_device_mesh("cpu", (world // 2, 2))
+    layouts = [None, (mesh, [Replicate()]), (grid, [Shard(0), Replicate()]), (grid, [Shard(0), Shard(1)]), (mesh, [Shard(0)])]
+    for norm_type in (2.0, math.inf):
+        for limit in (0.5, 1e9):
+            whole = [nn.Parameter(t) for t in randoms(0)]
+            cut = [nn.Parameter(laid_out(t, layout)) for t, layout in zip(randoms(0), layouts, strict=True)]
+            options = {"lr": 1.0, "weight_decay": 0.1, "max_grad_norm": limit, "norm_type": norm_type}
+            single, ours = (fused_l2.SGD(ps, **options) for ps in (whole, cut))
+            for step in range(3):
+                for p, q, g, layout in zip(whole, cut, randoms(step + 1), layouts, strict=True):
+                    p.grad, q.grad = g, laid_out(g, layout)
+                expected = torch.nn.utils.get_total_norm([p.grad for p in whole], norm_type)
+                single.step()
+                ours.step()
+                assert abs(float(ours.grad_norm) / float(expected) - 1) <= 4 * 2**-24
+                for p, q in zip(whole, cut, strict=True):
+                    # Each step adds at most 4 roundings of a number no larger than weight and gradient together.
+                    bound = 4 * (step + 1) * 2**-24 * (p.abs().max() + p.grad.abs().max()) if p.numel() else 0
+                    assert float((full(q) - p).abs().max()) <= float(bound)
+    # The norm is the same number everywhere, so that all ranks do the same.
+    everywhere = [torch.zeros(()) for _ in range(world)]
+    dist.all_gather(everywhere, ours.grad_norm)
+    assert all(n == everywhere[0] for n in everywhere)
+
+
+@scenario
+def steps_left_out(world: int, folder: Path) -> None:
+    # A NaN in the shard of one rank: every rank leaves the step out.
+    mesh = mesh_of(world)
+    for skips in ({"max_grad_norm": 1.0, "skip_if_nonfinite": True}, {"amp_scaling": True}):
+        param = nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)]))
+        optimizer = fused_l2.AdamW([param], lr=0.1, **skips)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled="amp_scaling" in skips)
+        for step in range(3):
+            grad = torch.ones(8, 4)
+            if step == 1:
+                grad[-1, 0] = math.nan
+            scaler.scale(torch.ones(()))
+            param.grad = distribute_tensor(grad * scaler.get_scale(), mesh, [Shard(0)])
+            before = full(param).clone()
+            scaler.step(optimizer)
+            scaler.update()
+            assert bool(optimizer.step_was_skipped) == (step == 1)
+            assert full(param).equal(before) == (step == 1)
+        assert float(optimizer.state[param]["step"]) == 2
+
+
+@scenario
+def statistics(world: int, folder: Path) -> None:
+    mesh = mesh_of(world)
+    layouts = [None, (mesh, [Replicate()]), *[(mesh, [Shard(0)])] * 3]
+    single, ours, _, _ = against_single_process("AdamW", layouts, statistics=True, max_grad_norm=1e9)
+    if dist.get_rank() == 0:  # in one process alone
+        expected, found = single.statistics, ours.statistics
+        for a, b in [(expected, found), *zip(expected.by_group(), found.by_group(), strict=True)]:
+            for key, value in a.as_dict().items():
+                assert abs(b.as_dict()[key] - value) <= 1e-6 * abs(value), key  # float32 products, summed in float64
+        for name, figures in expected.by_tensor().items():
+            assert abs(float(found.by_tensor()[name].grad_norm) - float(figures.grad_norm)) <= 1e-6 * float(figures.grad_norm)
+    penalty = fused_l2.weight_decay.penalty(ours)
+    assert abs(penalty - fused_l2.weight_decay.penalty(single)) <= 1e-6 * penalty
+
+
+@scenario
+def low_precision(world: int, folder: Path) -> None:
+    mesh = mesh_of(world)
+    for mode in ("round", "master", "remainder", "kahan", "stochastic"):
+        for name in ("SGD", "AdamW"):
+            options = {"low_precision": mode, "dtype": torch.bfloat16}
+            single, ours, _, _ = against_single_process(name, [(mesh, [Shard(0)])] * len(SHAPES), **options)
+            same(ours.master_params(), single.master_params())
+            assert all(isinstance(w, DTensor) for w in ours.master_params())
+            weights = ours.master_params()
+            ours.load_master_params(weights)
+            same(ours.master_params(), weights)
+            against_single_process(name, [(mesh, [Replicate()])] * len(SHAPES), **options)
+    # No two shards have the same random bits, whatever they are cut along.
+    grid = init_device_mesh("cpu", (world // 2, 2))
+    for shape, layout in (
+        ((4, 6), (mesh, [Shard(1)])),
+        ((5, 6), (grid, [Shard(0), Shard(1)])),
+        ((9, 7), (grid, [Shard(1), Shard(1)])),
+    ):
+        tensor = laid_out(torch.zeros(shape), layout)
+        first = first_element(tensor)
+        ranges: list[Any] = [None] * world
+        dist.all_gather_object(ranges, (first, first + tensor.to_local().numel()))
+        for (_, end), (start, _) in zip(sorted(ranges), sorted(ranges)[1:], strict=False):
+            assert start >= end, ranges
+
+
+@scenario
+def plain_pytorch(world: int, folder: Path) -> None:
+    # Without an engine: same results, and T45.
+    mesh = mesh_of(world)
+    layouts = [None, (mesh, [Replicate()]), *[(mesh, [Shard(0)])] * 3]
+    library, cpu.library = cpu.library, lambda: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name in OPTIMIZERS:
+                _, ours, _, cut = against_single_process(name, layouts)
+                assert len(ours._plan._others) == len(cut)
+            single, ours, _, _ = against_single_process("SGD", layouts, max_grad_norm=1e9, statistics=True)
+            assert abs(float(ours.grad_norm / single.grad_norm) - 1) <= 4 * 2**-24
+    finally:
+        cpu.library = library
+
+
+@scenario
+def errors(world: int, folder: Path) -> None:
+    mesh, grid = mesh_of(world), init_device_mesh("cpu", (1, world))
+    for layout, grad_layout, words in (
+        ((mesh, [Shard(0)]), None, "its gradient cannot be applied to it: it is no DTensor"),
+        (None, (mesh, [Shard(0)]), "it is a DTensor, and the parameter is not"),
+        ((mesh, [Shard(0)]), (grid, [Replicate(), Shard(0)]), "it is on the mesh"),
+    ):
+        param = nn.Parameter(laid_out(torch.ones(4, 4), layout))
+        optimizer = fused_l2.AdamW([("layer.weight", param)], lr=0.1)
+        gradient = laid_out(torch.ones(4, 4), grad_layout)
+        # torch refuses some of these itself when they are assigned.
+        try:
+            param.grad = gradient
+        except RuntimeError:
+            continue
+        refused(optimizer.step, "'layer.weight'", words)
+        assert full(param).equal(torch.ones(4, 4))
+        assert not optimizer.state
+    param = nn.Parameter(laid_out(torch.ones(4, 4), (mesh, [Shard(0)])))
+    param.grad = laid_out(torch.ones(4, 4), (mesh, [Shard(0)]))
+    optimizer = fused_l2.SGD([param], lr=0.1, momentum=0.9)
+    optimizer.state[param]["momentum_buffer"] = torch.zeros(4, 4)
+    refused(optimizer.step, "its state 'momentum_buffer' cannot be used: it is no DTensor", "set_optimizer_state_dict")
+    summand = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]))
+    summand.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])
+    refused(fused_l2.SGD([summand], lr=0.1).step, "every process holds a summand")
+
+
+@scenario
+def steps_leave_nothing_behind(world: int, folder: Path) -> None:
+    # T42: no spec, shard or plan is left behind by a step.
+    import gc
+
+    mesh = mesh_of(world)
+    param = nn.Parameter(laid_out(torch.ones(64, 4), (mesh, [Shard(0)])))
+    replica = nn.Parameter(laid_out(torch.ones(64, 4), (mesh, [Replicate()])))
+    optimizer = fused_l2.AdamW([param, replica], lr=0.1, max_grad_norm=1.0, statistics=True)
+    counts = []
+    for step in range(300):
+        param.grad = laid_out(torch.ones(64, 4), (mesh, [Shard(0)]))
+        replica.grad = DTensor.from_local(torch.ones(64, 4), mesh, [Partial()])
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (20, 299):
+            gc.collect()
+            counts.append(len(gc.get_objects()))
+    assert counts[1] - counts[0] < 100, counts
