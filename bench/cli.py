@@ -30,6 +30,7 @@ HELP = {
     "all": "every topic", "limit": "copy, triad and steps, from the caches to memory", "step": "one optimizer step",
     "clip": "clipping and a step", "statistics": "what statistics cost", "train": "whole training steps",
     "memory": "bytes per parameter, resident and moved", "host": "the host's time against tensors and groups",
+    "dtensor": "the host's time for DTensors",
     "precision": "bfloat16: decay that arrives, training, speed; five minutes, not part of all",
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,6 +42,7 @@ SECONDS = {  # of a visit
     "train": 1.3,
     "memory": 0.0,
     "host": 0.0,
+    "dtensor": 0.0,
     "precision": 2.0,
 }
 
@@ -51,6 +53,10 @@ def topics(chosen: str) -> dict[str, Any]:
         from . import host  # it goes through the tests' stub of a GPU
 
         found["host"] = host
+        if torch.distributed.is_available():
+            from . import dtensor
+
+            found["dtensor"] = dtensor
     if chosen == "all":
         return found
     found |= APART

@@ -65,14 +65,14 @@ def fresh_grads(optimizer: Any) -> None:
             p.grad = torch.zeros(1)
 
 
-def sample(call: Callable[[], Any], before: Callable[[], Any]) -> float:
+def sample(call: Callable[[], Any], before: Callable[[], Any], calls: int = CALLS) -> float:
     seconds = 0.0
-    for _ in range(CALLS):
+    for _ in range(calls):
         before()
         start = time.perf_counter()
         call()
         seconds += time.perf_counter() - start
-    return seconds / CALLS
+    return seconds / calls
 
 
 def jobs(options: Options) -> Iterator[Job]:

@@ -216,7 +216,7 @@ def _page(found: dict[str, Any], results: dict[str, Any], figures: list[tuple[st
             parts.append(_table(results["step"]))
     parts.append("<h2>Every figure</h2>")
     for topic, taken in results.items():
-        show = SHOW.get(topic) or _host_show()
+        show = SHOW.get(topic) or _shown_by(topic)
         text = "\n\n".join(show(result) for result in taken)
         parts.append(f"<details><summary>{topic}</summary><pre>{html.escape(text)}</pre></details>")
     rows = {**found["machine"], **{f"provider {name}": version for name, version in found["providers"].items()}}
@@ -229,10 +229,10 @@ def _page(found: dict[str, Any], results: dict[str, Any], figures: list[tuple[st
     )
 
 
-def _host_show() -> Callable[[Any], str]:
-    from . import host
+def _shown_by(topic: str) -> Callable[[Any], str]:
+    from . import dtensor, host
 
-    return host.show
+    return {"host": host, "dtensor": dtensor}[topic].show
 
 
 def _table(results: list[dict[str, Any]]) -> str:

@@ -153,6 +153,16 @@ def host(results: list[dict[str, Any]]) -> str:
     return _markdown(columns, rows)
 
 
+def dtensor(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for r in results:
+        times = (f"{taken[1]:.0f}" for taken in r["microseconds"].values())
+        ratios = (_spread(r[key]) for key in ("to plain tensors", "torch foreach to ours", "torch fused to ours"))
+        rows.append([str(r["tensors"]), *times, *ratios])
+    columns = ["tensors", "DTensors, us", "plain, us", "torch foreach, us", "torch fused, us"]
+    return _markdown([*columns, "DTensors / plain", "torch foreach / ours", "torch fused / ours"], rows)
+
+
 def decay(results: list[dict[str, Any]]) -> str:
     """The share of weight decay that arrived at the end."""
     of = [r for r in results if r.get("kind") == "decay"]
@@ -187,7 +197,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "short": ("step", short), "fused": ("step", fused), "peer": ("step", peer), "floor": ("step", floor),
     "providers": ("step", providers),
     "clip": ("clip", clip), "statistics": ("statistics", statistics), "train": ("train", train), "memory": ("memory", memory),
-    "host": ("host", host),
+    "host": ("host", host), "dtensor": ("dtensor", dtensor),
     "decay": ("precision", decay), "training": ("precision", training), "speed": ("precision", speed),
 }  # fmt: skip
 

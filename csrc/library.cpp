@@ -70,6 +70,13 @@ FUSED_L2_EXPORT int64_t fused_l2_watches_hold(const int64_t* w, int64_t count) {
   return 1;
 }
 
+// Do these words of memory still hold what they held?
+FUSED_L2_EXPORT int64_t fused_l2_words_hold(const int64_t* addresses, const int64_t* expected, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (*address<const int64_t>(addresses[i]) != expected[i]) return 0;
+  return 1;
+}
+
 // Writes the watch of one tensor to `out`, which has room for it; its length, or 0 if the tensor has no memory to
 // watch.
 FUSED_L2_EXPORT int64_t fused_l2_make_watch(int64_t handle, int64_t memory_only, int64_t* out) {

@@ -6,6 +6,7 @@ changed: the gradients (new tensors each step), the hyperparameters, and whether
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from itertools import accumulate, compress, groupby, repeat
@@ -19,14 +20,15 @@ from torch.autograd.graph import increment_version
 from . import engines
 from .buckets import CudaPart, Part, make_part
 from .control import FACTOR, Control, Prologue, combined, total
-from .engines import cuda, torch_ops
+from .engines import cpu, cuda, torch_ops
 from .entries import Entry, check_grad, make_entry
 from .hyperparameters import DeviceValues, is_on_device, sources
 from .low_precision import HALVES, RANDOM, STATE_NAMES, Mode, lost_decay
-from .shards import Shards, is_dtensor, sum_over
+from .shards import Shards, gradients_of, is_dtensor, sum_over
 from .state import OptimizerState, ParamState
 from .statistics import Recorded, row_of
 from .tensor_table import Flag, Rule
+from .watch import SlotWatch
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -75,8 +77,9 @@ class Plan:
             belongs = [p == place for p in places]
             part = make_part(place[0], self._rule, list(compress(entries, belongs)), self._on_device)
             self._parts.append((part, belongs))
+        watch = functools.partial(SlotWatch, cpu.library())
         cut = any(is_dtensor(e.param) for e in entries)
-        self._shards = Shards([e.param for e in entries], optimizer._gradients) if cut else None
+        self._shards = Shards([e.param for e in entries], optimizer._gradients, watch) if cut else None
         dtypes = {e.param.dtype for e in entries}
         self.norm_dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
         self._cuda_parts = [part for part, _ in self._parts if isinstance(part, CudaPart)]
@@ -196,7 +199,7 @@ class Plan:
         if changed and not self._adopt(optimizer, changed):
             return False
 
-        grads: list[Any] = [p.grad for p in params]
+        grads: list[Any] = [p.grad for p in params] if self._shards is None else gradients_of(params)
         if not self._all_active:
             if any(map(is_not, compress(grads, map(not_, self._active)), repeat(None))):
                 return False

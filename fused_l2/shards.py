@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any
 
@@ -49,11 +49,14 @@ def like(dtensor: Any, shard: Tensor) -> Tensor:
 
 def matches(tensor: Any, param: Any) -> bool:
     """Whether two tensors are cut up alike."""
-    a, b = tensor._spec, param._spec
-    if a is b:
-        return True
-    orders = [getattr(spec, "shard_order", None) for spec in (a, b)]  # torch >= 2.11
-    return bool(a.placements == b.placements and a.mesh == b.mesh and orders[0] == orders[1])
+    return _cut_alike(tensor._spec, param._spec)
+
+
+def _cut_alike(a: Any, b: Any) -> bool:
+    if a.placements != b.placements or a.mesh != b.mesh:
+        return False
+    # In torch >= 2.11, several dimensions of a mesh may cut one dimension of a tensor in any order.
+    return len(a.placements) == 1 or getattr(a, "shard_order", None) == getattr(b, "shard_order", None)
 
 
 def redistributed(tensor: Any, param: Any) -> Any:
@@ -113,6 +116,13 @@ def sum_over(values: Tensor, ranks: Ranks, largest: bool = False) -> Tensor:
     return values
 
 
+def gradients_of(params: Sequence[Any]) -> list[Any]:
+    """The gradients of parameters some of which are DTensors. Looking for a ``__torch_function__`` that DTensors do not have
+    would take as long again."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return [p.grad for p in params]
+
+
 class LocalGradients:
     """The local shards of gradients. One that is not cut up as its parameter is redistributed, once per step: that is
     communication, which all ranks have to do equally often, whatever becomes of their plans."""
@@ -138,19 +148,19 @@ class LocalGradients:
 
 
 class Shards:
-    """The DTensors among a plan's parameters, and where their memory was when the plan was made."""
+    """The DTensors among a plan's parameters. ``watch`` makes what tells whether their shards are still those they were."""
 
-    def __init__(self, params: Sequence[Any], gradients: LocalGradients) -> None:
+    def __init__(self, params: Sequence[Any], gradients: LocalGradients, watch: Callable[[list[Any], str], Any]) -> None:
         self._at = [i for i, p in enumerate(params) if is_dtensor(p)]
         self._all = len(self._at) == len(params)
         self._params = [params[i] for i in self._at]
-        self._locals = [p._local_tensor for p in self._params]
+        self._watch = watch(self._params, "_local_tensor")
         self._specs: list[Any] = [None] * len(self._at)  # of gradients that were seen to be cut up as their parameters
         self._gradients = gradients
 
     def localized(self, grads: list[Any]) -> list[Any] | None:
         """The gradients with local shards in the place of DTensors. None if a parameter's or a gradient is not what it was."""
-        if not all(map(is_, [p._local_tensor for p in self._params], self._locals)):
+        if not self._watch.holds():
             return None
         chosen = grads if self._all else [grads[i] for i in self._at]
         try:
@@ -158,12 +168,11 @@ class Shards:
         except AttributeError:  # None, or a plain tensor
             return None
         shards = [g._local_tensor for g in chosen]
-        if not all(map(is_, specs, self._specs)):
-            for i, (param, spec) in enumerate(zip(self._params, specs, strict=True)):
-                if spec is not self._specs[i]:
-                    shards[i] = self._gradients.of(param)
-                    if shards[i] is chosen[i]._local_tensor:
-                        self._specs[i] = spec
+        if not all(map(is_, specs, self._specs)):  # with FSDP2 they are the same objects at every step
+            for i, (spec, known) in enumerate(zip(specs, self._specs, strict=True)):
+                if spec is not known and (known is None or not _cut_alike(spec, known)):
+                    shards[i] = self._gradients.of(self._params[i])
+                    self._specs[i] = spec if shards[i] is chosen[i]._local_tensor else None
         if self._all:
             return shards
         for i, shard in zip(self._at, shards, strict=True):

@@ -53,6 +53,8 @@ class Library:
             library.fused_l2_make_watch.restype = integer
             library.fused_l2_watches_hold.argtypes = [pointer, integer]
             library.fused_l2_watches_hold.restype = integer
+            library.fused_l2_words_hold.argtypes = [pointer, pointer, integer]
+            library.fused_l2_words_hold.restype = integer
             library.fused_l2_release.argtypes = [pointer, integer]
             library.fused_l2_release.restype = None
             library.fused_l2_check.argtypes = [pointer, integer]
@@ -89,6 +91,7 @@ class Library:
         self.count = self._short.fused_l2_count
         self.make_watch = self._short.fused_l2_make_watch
         self.watches_hold = self._short.fused_l2_watches_hold
+        self.words_hold = self._short.fused_l2_words_hold
         self.release = self._short.fused_l2_release
 
     @property
