@@ -14,8 +14,20 @@ from . import weight_decay
 from ._version import __version__
 from .adam import Adam, AdamW
 from .backward import step_in_backward
+from .checkpoint import load_master_state_dict, master_state_dict
 from .engines import capabilities
 from .sgd import SGD
 from .statistics import Statistics
 
-__all__ = ["SGD", "Adam", "AdamW", "Statistics", "__version__", "capabilities", "step_in_backward", "weight_decay"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Statistics",
+    "__version__",
+    "capabilities",
+    "load_master_state_dict",
+    "master_state_dict",
+    "step_in_backward",
+    "weight_decay",
+]

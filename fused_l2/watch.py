@@ -11,7 +11,7 @@ import ctypes
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any, ClassVar
 
@@ -103,7 +103,8 @@ class SlotWatch:
         self._owners, self._slot = owners, slot
         self._values = [getattr(owner, slot) for owner in owners]
         self._library = library
-        offsets = [slot_offset(type(owner), slot) for owner in owners]
+        kinds: list[Any] = [type(owner) for owner in owners]
+        offsets = [slot_offset(kind, slot) for kind in kinds]
         if library is None or None in offsets:
             self._library = None
             return
@@ -123,7 +124,7 @@ class _Member(ctypes.Structure):
 
 
 @functools.cache
-def slot_offset(of: Hashable, slot: str) -> int | None:
+def slot_offset(of: Any, slot: str) -> int | None:
     """Where in the memory of an object a slot is, or None if there is no telling."""
     descriptor = getattr(of, slot, None)
     if sys.implementation.name != "cpython" or not inspect.ismemberdescriptor(descriptor):

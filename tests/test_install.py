@@ -123,7 +123,7 @@ FLOORS = [
     {"buckets"},
     {"plan"},
     {"optimizer"},
-    {"adam", "sgd", "backward"},
+    {"adam", "sgd", "backward", "checkpoint"},
 ]
 
 

@@ -1,0 +1,70 @@
+"""The float32 weights of a model whose parameters have 16 bits, to write them to a file and to read them from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .optimizer import FusedOptimizer
+
+
+def master_state_dict(model: nn.Module, optimizer: FusedOptimizer) -> dict[str, Tensor]:
+    """``model.state_dict()`` with the float32 value of every parameter that the optimizer steps.
+
+    Of 16-bit parameters that is what ``low_precision`` keeps: all of it with ``"master"`` and ``"remainder"``, and the 16-bit
+    value itself with ``"round"`` and ``"stochastic"``. Everything else is as in ``model.state_dict()``. Tensors are contiguous
+    and share no memory, as ``safetensors.torch.save_file`` wants them; DTensors stay DTensors.
+
+    Raises:
+        TypeError: if it is not an optimizer of fused_l2.
+    """
+    names = _names(model, optimizer)
+    found = {}
+    for name, value in model.state_dict().items():
+        found[name] = value.detach().clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+    for param, weights in zip(_params(optimizer), optimizer.master_params(), strict=True):
+        for i, name in enumerate(names.get(param, ())):
+            if name in found:
+                found[name] = weights.contiguous() if i == 0 else weights.clone(memory_format=torch.contiguous_format)
+    return found
+
+
+def load_master_state_dict(model: nn.Module, optimizer: FusedOptimizer, state_dict: Mapping[str, Tensor]) -> None:
+    """Set a model's weights, and what ``low_precision`` keeps beside them, to a state dict of float32 ones: the inverse of
+    :func:`master_state_dict`.
+
+    Raises:
+        TypeError: if it is not an optimizer of fused_l2.
+        RuntimeError: from ``model.load_state_dict``, if names or shapes are not the model's; nothing has changed then.
+    """
+    names = _names(model, optimizer)
+    own = model.state_dict()
+    if missing := sorted(set(own) ^ set(state_dict)):
+        raise RuntimeError(
+            f"load_master_state_dict: {missing[0]!r} (and {len(missing) - 1} others) is in only one of the model and the state "
+            f"dict. Load a state dict of this model."
+        )
+    for name, value in own.items():
+        if isinstance(value, Tensor) and value.shape != state_dict[name].shape:
+            raise RuntimeError(
+                f"load_master_state_dict: {name!r} has shape {tuple(state_dict[name].shape)}, in the model {tuple(value.shape)}"
+            )
+    weights = [state_dict[names[p][0]] if p in names and names[p][0] in own else p.detach() for p in _params(optimizer)]
+    model.load_state_dict(state_dict)
+    optimizer.load_master_params(weights)
+
+
+def _params(optimizer: FusedOptimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _names(model: nn.Module, optimizer: FusedOptimizer) -> dict[Tensor, list[str]]:
+    """All names of each parameter: tied ones have several."""
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(f"expected an optimizer of fused_l2, got {type(optimizer).__name__}")
+    found: dict[Tensor, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        found.setdefault(param, []).append(name)
+    return found
