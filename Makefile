@@ -18,7 +18,7 @@ endif
 STAMP := $(ENVIRONMENT)/.fused_l2-installed
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: demo test bench gpu-report sanitize lint format wheel clean
+.PHONY: demo test bench gpu-report sanitize lint format wheels docs clean
 
 # Another checkout may have installed itself into the same environment since.
 INSTALLED := import importlib.util, os, sys; spec = importlib.util.find_spec('fused_l2'); \
@@ -69,11 +69,29 @@ format: $(STAMP)
 	$(PYTHON) -m ruff format
 	$(dir $(PYTHON))clang-format -i csrc/*.h csrc/*.cpp bench/*.h bench/*.cpp tests/*.cpp
 
-wheel: $(STAMP)
-	FUSED_L2_CPP=require $(PYTHON) -m pip wheel . --no-deps -w dist
+# dist/: the sdist, and a wheel made from it, which is then tried in fresh environments (tests/try_wheel.py): with the torch of this one,
+# and in each Python of PYTHONS as far as loading the library. A wheel for older systems than this one: cibuildwheel, see pyproject.toml.
+PYTHONS ?= $(wildcard $(foreach minor,10 11 12 13 14,$(HOME)/.pyenv/versions/3.$(minor).*/bin/python))
+wheels: $(STAMP)
+	$(PYTHON) -m pip install -q -c $(ENVIRONMENT)/.fused_l2-torch -e '.[release]'
+	rm -rf dist && mkdir -p dist
+	FUSED_L2_CPP=require $(PYTHON) -m build --outdir dist/built .
+	mv dist/built/*.tar.gz dist/
+	if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(dir $(PYTHON))):$$PATH" $(PYTHON) -m auditwheel repair -w dist dist/built/*.whl; \
+	  else mv dist/built/*.whl dist/; fi
+	rm -rf dist/built
+	$(PYTHON) tests/try_wheel.py dist/*.whl
+	$(if $(PYTHONS),$(PYTHON) tests/try_wheel.py dist/*.whl --torch none $(addprefix --python ,$(PYTHONS)))
+	ls -l dist
+
+# site/: the documentation. Fails on a warning.
+docs: $(STAMP)
+	$(PYTHON) -m pip install -q -c $(ENVIRONMENT)/.fused_l2-torch -e '.[docs]'
+	$(PYTHON) -m sphinx -W --keep-going -q -b html docs site
+	@echo "site/index.html"
 
 clean:
-	rm -rf build dist fused_l2.egg-info fused_l2/libfused_l2.* .venv
+	rm -rf build dist site fused_l2.egg-info fused_l2/libfused_l2.* .venv
 
 .venv/bin/python:
 	python3 -m venv --system-site-packages .venv

@@ -1,0 +1,17 @@
+"""The documentation site: `make docs` builds it into site/ and fails on a warning."""
+
+from __future__ import annotations
+
+from fused_l2 import __version__
+
+project = "fused_l2"
+author = "the authors of fused_l2"
+project_copyright = f"2026, {author}"
+version = release = __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_heading_anchors = 4  # links to headings are those of a Markdown page anywhere
+html_theme = "furo"
+html_title = f"fused_l2 {__version__}"
+autodoc_typehints = "none"  # signatures have them
+autodoc_default_options = {"member-order": "bysource"}
+nitpicky = False
