@@ -18,7 +18,7 @@ endif
 STAMP := $(ENVIRONMENT)/.fused_l2-installed
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: demo test bench gpu-report sanitize lint format wheels docs clean
+.PHONY: demo test test-integrations bench gpu-report sanitize lint format wheels docs clean
 
 # Another checkout may have installed itself into the same environment since.
 INSTALLED := import importlib.util, os, sys; spec = importlib.util.find_spec('fused_l2'); \
@@ -34,6 +34,13 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PYTHON) -m pytest
+
+# Our optimizers in the trainers of others. timm comes without what it requires: PyPI's torchvision is built for one torch with CUDA, and
+# asking for it would replace torch.
+test-integrations: $(STAMP)
+	$(PYTHON) -m pip install -q -c $(ENVIRONMENT)/.fused_l2-torch -e '.[accelerate,lightning,transformers]' huggingface_hub pyyaml
+	$(PYTHON) -m pip install -q --no-deps 'timm>=1.0.12'
+	$(PYTHON) -m pytest tests/integrations tests/test_docs.py
 
 # Figures for this machine. For a file to keep: make bench BENCH="--json bench/results/<date>-<machine>.json"
 bench: $(STAMP)

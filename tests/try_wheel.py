@@ -1,8 +1,8 @@
 """Does a wheel work where nothing else of this repository is? `make wheels` asks it of what it built.
 
-For each Python a fresh environment is made, with torch (the version that this Python has, unless --torch says another) and the
-wheel, without triton and with no GPU to be seen. There fused_l2 is imported, has its C++ engine, and trains ten steps to the bits
-of torch.optim. With ``--torch none`` only the library is loaded: for Pythons whose torch is too large to fetch for a test.
+For each Python a fresh environment is made, with torch (the version of this Python, unless --torch says another), with the
+wheel, without triton, and with no GPU to be seen. There fused_l2 is imported, has its C++ engine, and trains ten steps to the
+bits of torch.optim. With ``--torch none`` only the library is loaded: for Pythons whose torch is too large to fetch for a test.
 """
 
 from __future__ import annotations

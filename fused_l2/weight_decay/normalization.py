@@ -52,9 +52,10 @@ def normalized_weights(
 
     Listed are the weights whose scale the normalization removes: all uses of the weight must feed such a layer, and a bias is
     allowed only before batch and instance norms, which subtract it. The function then does not depend on the weight's scale:
-    f(c * w) = f(w) for c > 0. The gradient is orthogonal to w and proportional to ``1 / |w|``, so a step turns w by an angle that
-    depends on ``lr / |w|^2``. Decaying w does not regularize the function: it keeps ``|w|`` small and thereby the *effective
-    learning rate* ``lr / |w|^2`` large (van Laarhoven 2017, "L2 Regularization versus Batch and Weight Normalization").
+    f(c * w) = f(w) for c > 0. The gradient is orthogonal to w and proportional to ``1 / |w|``, so a step turns w by an angle
+    that depends on ``lr / |w|^2``. Decaying w does not regularize the function: it keeps ``|w|`` small and thereby the
+    *effective learning rate* ``lr / |w|^2`` large
+    (van Laarhoven 2017, "L2 Regularization versus Batch and Weight Normalization").
 
     Args:
         model: traced with ``torch.fx``, or run once on ``example_inputs`` where that is given.

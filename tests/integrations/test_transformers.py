@@ -34,7 +34,9 @@ def make_trainer(folder: Path, model: Any, **given: Any) -> Any:
         output_dir=str(folder), use_cpu=True, max_steps=STEPS, save_steps=STEPS // 2, per_device_train_batch_size=4,
         report_to=[], disable_tqdm=True, logging_strategy="no", max_grad_norm=0.5, weight_decay=0.5, learning_rate=0.05, seed=3,
     )  # fmt: skip
-    return transformers.Trainer(model=model, args=arguments, train_dataset=[{"input_ids": t, "labels": t} for t in tokens], **given)
+    return transformers.Trainer(
+        model=model, args=arguments, train_dataset=[{"input_ids": t, "labels": t} for t in tokens], **given
+    )
 
 
 @each
