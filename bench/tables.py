@@ -1,4 +1,4 @@
-"""``python -m bench.tables``: writes the tables of README and docs/performance.md from the results they name.
+"""``python -m bench.tables``: writes the tables of docs/performance.md and docs/low-precision.md from the results they name.
 
 A table stands between ``<!-- table TOPIC FILE -->`` and ``<!-- end -->``. No figure in it is typed by hand; a test compares.
 """
@@ -15,7 +15,7 @@ from . import step
 from .cases import CASES, COLD
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "low-precision.md"]
+PAGES = [ROOT / "docs" / "performance.md", ROOT / "docs" / "low-precision.md"]
 MARKED = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WHAT = {case.name: case.what for case in CASES + COLD}
 
@@ -50,20 +50,6 @@ def fused(results: list[dict[str, Any]]) -> str:
             cells += [_spread(ratio) if ratio else "-", promised]
         rows.append(cells)
     return _markdown(["case", "AdamW", "gate", "SGD, momentum", "gate"], rows)
-
-
-def short(results: list[dict[str, Any]]) -> str:
-    """Medians only: torch fused, and the fastest other."""
-    rows = []
-    for case, of in _by_case(results).items():
-        cells = [WHAT[case]]
-        for optimizer in ("AdamW", "SGD"):
-            fused_row = of[optimizer]["rows"].get("torch fused") if optimizer in of else None
-            best = step.best_peer(of[optimizer]) if optimizer in of else None
-            cells += [f"{fused_row['ours_to_this'][1]:.2f}" if fused_row else "-"]
-            cells += [f"{best[1]:.2f} ({best[0]})" if best else "-"]
-        rows.append(cells)
-    return _markdown(["case", "AdamW: torch fused", "fastest other", "SGD, momentum: torch fused", "fastest other"], rows)
 
 
 def peer(results: list[dict[str, Any]]) -> str:
@@ -194,7 +180,7 @@ def speed(results: list[dict[str, Any]]) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "short": ("step", short), "fused": ("step", fused), "peer": ("step", peer), "floor": ("step", floor),
+    "fused": ("step", fused), "peer": ("step", peer), "floor": ("step", floor),
     "providers": ("step", providers),
     "clip": ("clip", clip), "statistics": ("statistics", statistics), "train": ("train", train), "memory": ("memory", memory),
     "host": ("host", host), "dtensor": ("dtensor", dtensor),

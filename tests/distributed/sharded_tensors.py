@@ -232,12 +232,12 @@ def steps_leave_nothing_behind(world: int, folder: Path) -> None:
     replica = nn.Parameter(laid_out(torch.ones(64, 4), (mesh, [Replicate()])))
     optimizer = fused_l2.AdamW([param, replica], lr=0.1, max_grad_norm=1.0, statistics=True)
     counts = []
-    for step in range(300):
+    for step in range(120):
         param.grad = laid_out(torch.ones(64, 4), (mesh, [Shard(0)]))
         replica.grad = DTensor.from_local(torch.ones(64, 4), mesh, [Partial()])
         optimizer.step()
         optimizer.zero_grad()
-        if step in (20, 299):
+        if step in (20, 119):
             gc.collect()
             counts.append(len(gc.get_objects()))
-    assert counts[1] - counts[0] < 100, counts
+    assert counts[1] - counts[0] < 40, counts
