@@ -106,14 +106,21 @@ def sum_over(values: Tensor, ranks: Ranks, largest: bool = False) -> Tensor:
     """The sum (or the largest) of these float64 values over all ranks. Must be called by all of them."""
     import torch.distributed as dist
 
-    operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
-    for group in ranks:
-        usable = values.clone()
-        if values.device.type not in {device.type for device in group._device_types}:
-            usable = values.to(group._device_types[0])  # parameters offloaded to the CPU, in a group of GPUs
-        dist.all_reduce(usable, operation, group=group)
-        values = usable.to(values.device)
-    return values
+    def reduced(values: Tensor, operation: Any) -> Any:
+        for group in ranks:
+            usable = values.clone()
+            if values.device.type not in {device.type for device in group._device_types}:
+                usable = values.to(group._device_types[0])  # parameters offloaded to the CPU, in a group of GPUs
+            dist.all_reduce(usable, operation, group=group)
+            values = usable.to(values.device)
+        return values
+
+    if not largest:
+        return reduced(values, dist.ReduceOp.SUM)  # type: ignore[no-any-return]
+    # Which of a number and a NaN is the larger depends on their order: ranks could come to different results.
+    nan = values.isnan()
+    found, is_nan = reduced(torch.stack([values.masked_fill(nan, 0.0), nan.to(values.dtype)]), dist.ReduceOp.MAX)
+    return found.masked_fill(is_nan != 0, math.nan)  # type: ignore[no-any-return]
 
 
 def gradients_of(params: Sequence[Any]) -> list[Any]:

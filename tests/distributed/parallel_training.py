@@ -116,6 +116,8 @@ def fsdp2_trains_as_one_process(world: int, folder: Path) -> None:
 def fsdp2_in_mixed_precision(world: int, folder: Path) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model, twin = sharded(make_model(), world, mp_policy=policy), sharded(make_model(), world, mp_policy=policy)
+    groups, whole = (fused_l2.weight_decay.param_groups(m, weight_decay=0.1) for m in (model, make_model()))
+    assert [g["param_names"] for g in groups] == [g["param_names"] for g in whole]  # by the shape of the whole tensor
     optimizer, other = make_optimizer("AdamW", model), make_optimizer("AdamW", twin, torch.optim)
     train(model, optimizer, range(4))
     train(twin, other, range(4))

@@ -113,7 +113,8 @@ def global_norm(world: int, folder: Path) -> None:
 def steps_left_out(world: int, folder: Path) -> None:
     # A NaN in the shard of one rank: every rank leaves the step out.
     mesh = mesh_of(world)
-    for skips in ({"max_grad_norm": 1.0, "skip_if_nonfinite": True}, {"amp_scaling": True}):
+    clipped = {"max_grad_norm": 1.0, "skip_if_nonfinite": True}
+    for skips in (clipped, {**clipped, "norm_type": math.inf}, {"amp_scaling": True}):
         param = nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)]))
         optimizer = fused_l2.AdamW([param], lr=0.1, **skips)
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled="amp_scaling" in skips)
@@ -121,12 +122,14 @@ def steps_left_out(world: int, folder: Path) -> None:
             grad = torch.ones(8, 4)
             if step == 1:
                 grad[-1, 0] = math.nan
+                grad[0, 0] = math.inf  # on another rank: which of the two is the larger?
             scaler.scale(torch.ones(()))
             param.grad = distribute_tensor(grad * scaler.get_scale(), mesh, [Shard(0)])
             before = full(param).clone()
             scaler.step(optimizer)
             scaler.update()
             assert bool(optimizer.step_was_skipped) == (step == 1)
+            assert optimizer.grad_norm is None or bool(optimizer.grad_norm.isnan()) == (step == 1)
             assert full(param).equal(before) == (step == 1)
         assert float(optimizer.state[param]["step"]) == 2
 
