@@ -99,6 +99,7 @@ wheels: $(STAMP)
 	rm -rf dist/built
 	$(PYTHON) tests/try_wheel.py dist/*.whl
 	$(if $(PYTHONS),$(PYTHON) tests/try_wheel.py dist/*.whl --torch none $(addprefix --python ,$(PYTHONS)))
+	$(PYTHON) -m pytest -q tests/test_wheel.py
 	ls -l dist
 
 # site/: the documentation. Fails on a warning.
