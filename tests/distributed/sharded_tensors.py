@@ -234,11 +234,11 @@ def resident() -> int:
 
 @scenario
 def steps_leave_nothing_behind(world: int, folder: Path) -> None:
-    # T42: no specification, shard or plan is left behind by a step. Those of two parameters would be more than a megabyte.
+    # T42: no specification, shard or plan is left behind by a step. Those of eight parameters would be many megabytes.
     mesh = mesh_of(world)
-    for placements, steps in (([Partial()], 100), ([Shard(0)], 1000)):
+    for placements, steps in (([Partial()], 300), ([Shard(0)], 1000)):
         communicates = placements == [Partial()]  # gloo takes memory as it goes, until it has enough
-        params = [nn.Parameter(laid_out(torch.ones(64, 4), (mesh, [Shard(0)]))) for _ in range(2)]
+        params = [nn.Parameter(laid_out(torch.ones(64, 4), (mesh, [Shard(0)]))) for _ in range(8)]
         options = {"max_grad_norm": 1.0, "statistics": True} if communicates else {}
         optimizer = fused_l2.AdamW(params, lr=0.1, **options)
         found = []
@@ -250,7 +250,8 @@ def steps_leave_nothing_behind(world: int, folder: Path) -> None:
             optimizer.zero_grad()
             if step in (10, steps):
                 gc.collect()
-                found.append((len(gc.get_objects()), resident()))
+                found.append((sys.getallocatedblocks(), resident()))  # a list of all objects would be megabytes itself
         (objects, memory), (objects_now, memory_now) = found
-        assert objects_now - objects <= 40, found
+        # torch and Python fill caches in the first hundreds of steps. One object per parameter and step would be 2320.
+        assert objects_now - objects <= 1500, found
         assert communicates or memory_now - memory <= 600_000, found
