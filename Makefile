@@ -29,6 +29,11 @@ $(shell rm -f $(STAMP))
 endif
 endif
 
+# What the extras named need, and nothing of ours: installing `.[docs]` would compile the library again.
+REQUIREMENTS = import importlib.metadata as m; wanted = ['extra == \"%s\"' % e for e in '$(1)'.split()]; \
+  print('\n'.join(r.split(';')[0] for r in m.requires('fused_l2') if any(w in r for w in wanted)))
+install = $(PYTHON) -c "$(REQUIREMENTS)" | xargs $(PYTHON) -m pip install -q -c $(ENVIRONMENT)/.fused_l2-torch
+
 demo: $(STAMP)
 	$(PYTHON) -m fused_l2.demo
 
@@ -38,7 +43,7 @@ test: $(STAMP)
 # Our optimizers in the trainers of others. timm comes without what it requires: PyPI's torchvision is built for one torch with CUDA, and
 # asking for it would replace torch.
 test-integrations: $(STAMP)
-	$(PYTHON) -m pip install -q -c $(ENVIRONMENT)/.fused_l2-torch -e '.[accelerate,lightning,transformers]' huggingface_hub pyyaml
+	$(call install,accelerate lightning transformers) huggingface_hub pyyaml
 	$(PYTHON) -m pip install -q --no-deps 'timm>=1.0.12'
 	$(PYTHON) -m pytest tests/integrations tests/test_docs.py
 
@@ -75,7 +80,7 @@ build/thread/%.o: %.cpp $(wildcard csrc/*.h)
 
 lint: $(STAMP)
 	$(PYTHON) -c "import mypy, ruff, clang_format" 2>/dev/null || \
-	  $(PYTHON) -m pip install -q -c $(ENVIRONMENT)/.fused_l2-torch -e '.[dev]'
+	  $(call install,dev)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
@@ -90,7 +95,7 @@ format: $(STAMP)
 # and in each Python of PYTHONS as far as loading the library. A wheel for older systems than this one: cibuildwheel, see pyproject.toml.
 PYTHONS ?= $(wildcard $(foreach minor,10 11 12 13 14,$(HOME)/.pyenv/versions/3.$(minor).*/bin/python))
 wheels: $(STAMP)
-	$(PYTHON) -m pip install -q -c $(ENVIRONMENT)/.fused_l2-torch -e '.[release]'
+	$(call install,release)
 	rm -rf dist && mkdir -p dist
 	FUSED_L2_CPP=require $(PYTHON) -m build --outdir dist/built .
 	mv dist/built/*.tar.gz dist/
@@ -104,7 +109,7 @@ wheels: $(STAMP)
 
 # site/: the documentation. Fails on a warning.
 docs: $(STAMP)
-	$(PYTHON) -m pip install -q -c $(ENVIRONMENT)/.fused_l2-torch -e '.[docs]'
+	$(call install,docs)
 	$(PYTHON) -m sphinx -W --keep-going -q -b html docs site
 	@echo "site/index.html"
 
