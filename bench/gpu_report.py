@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import fused_l2
-from fused_l2.tensor_table import Flag, Rule
+from fused_l2.tables.tensor_table import Flag, Rule
 
 from . import machine, providers, timing
 from .cases import GPU_CASES, OPTIMIZERS, STREAMS, Case

@@ -1,6 +1,6 @@
 // The memory layout that Python and C++ share: tensor rows, coefficient rows, flags.
 //
-// Every name stands once here and once in fused_l2/tensor_table.py and fused_l2/coefficients.py;
+// Every name stands once here and once in fused_l2/tables/tensor_table.py and fused_l2/tables/coefficients.py;
 // `layout()` spells this side out and Python refuses a library whose spelling differs.
 #pragma once
 #include <cstdint>

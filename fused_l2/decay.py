@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .coefficients import DecayRule
+from .tables.coefficients import DecayRule
 
 _NAMES = {rule.name.lower(): rule for rule in DecayRule}
 _EXPECTED = "'plain', 'fully_decoupled' or 'corrected'"

@@ -17,25 +17,17 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from .coefficients import DecayRule
-from .control import INV_SCALE, NORM, SKIP, Clipping, Control, Prologue, make_clipping
 from .decay import Decay, make_decay
-from .hyperparameters import number
-from .low_precision import (
-    HALVES,
-    STATE_NAMES,
-    LowPrecision,
-    make_low_precision,
-    narrowed,
-    transferable,
-    widened,
-    with_kept_dtype,
-)
-from .plan import Plan
-from .shards import LocalGradients, is_dtensor, like, local, why_refused
-from .state import OptimizerState, tell_of_changes
+from .parameters.low_precision import LowPrecision, make_low_precision, narrowed, transferable, widened, with_kept_dtype
+from .parameters.shards import LocalGradients, is_dtensor, like, local, why_refused
 from .statistics import Recorded, Statistics
-from .tensor_table import Rule
+from .step.hyperparameters import number
+from .step.plan import Plan
+from .step.state import OptimizerState, tell_of_changes
+from .tables.coefficients import DecayRule
+from .tables.control import INV_SCALE, NORM, SKIP, Clipping, Control, Prologue, make_clipping
+from .tables.modes import HALVES, STATE_NAMES
+from .tables.tensor_table import Rule
 
 _T = TypeVar("_T")
 _is_compiling = torch.compiler.is_compiling

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .tensor_table import Flag
+from .tables.tensor_table import Flag
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import coefficients
-from .control import make_clipping
 from .decay import make_decay
-from .hyperparameters import at_least_zero, number
-from .low_precision import RANDOM, make_low_precision
 from .optimizer import FusedOptimizer
-from .tensor_table import Flag, Rule
+from .parameters.low_precision import make_low_precision
+from .step.hyperparameters import at_least_zero, number
+from .tables import coefficients
+from .tables.control import make_clipping
+from .tables.modes import RANDOM
+from .tables.tensor_table import Flag, Rule
 
 _read: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(
     "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tensor_table import STATISTICS
+from .tables.tensor_table import STATISTICS
 
 GRADS, PARAMS, UPDATES, NONFINITE = range(len(STATISTICS))
 

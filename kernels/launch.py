@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from ..low_precision import FLAGS, Mode
-from ..tensor_table import Flag, Rule
+from ..tables.modes import FLAGS, Mode
+from ..tables.tensor_table import Flag, Rule
 from .adam import fused_l2_adam
 from .coefficients import fused_l2_coefficients
 from .control import fused_l2_control

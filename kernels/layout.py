@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .. import coefficients, control
-from .. import tensor_table as table
-from ..tensor_table import Flag, RowFlag, Rule
+from ..tables import coefficients, control
+from ..tables import tensor_table as table
+from ..tables.tensor_table import Flag, RowFlag, Rule
 
 PARAM = tl.constexpr(table.PARAM)  # gradients have an array of their own
 STATE0, STATE1, STATE2 = tl.constexpr(table.STATE0), tl.constexpr(table.STATE1), tl.constexpr(table.STATE2)

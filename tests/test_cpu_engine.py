@@ -15,8 +15,7 @@ from comparing import assert_same_bits, make_params, run
 from conftest import LIBRARY, ROOT, needs_library
 
 import fused_l2
-from fused_l2 import watch
-from fused_l2.engines import cpu
+from fused_l2.engines import cpu, watch
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -16,9 +16,10 @@ from comparing import assert_same_bits, make_params, run, set_grads
 from torch import Tensor
 
 import fused_l2
-from fused_l2 import coefficients, reference
+from fused_l2 import reference
 from fused_l2.engines import torch_ops
-from fused_l2.tensor_table import Flag, Rule
+from fused_l2.tables import coefficients
+from fused_l2.tables.tensor_table import Flag, Rule
 
 RULES = ("plain", "fully_decoupled", "corrected")
 STEPS, LR, DECAY, MOMENTUM, BETAS, EPS = 200, 0.1, 0.2, 0.9, (0.9, 0.99), 1e-8  # lr * wd = 2e-2

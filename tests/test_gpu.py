@@ -28,8 +28,8 @@ from comparing import (
 from torch import Tensor
 
 import fused_l2
-from fused_l2.buckets import CudaPart
 from fused_l2.engines import cuda
+from fused_l2.engines.part import CudaPart
 
 DEVICE = "cuda"
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))

@@ -12,10 +12,12 @@ from comparing import AWKWARD_SIZES, CASES, assert_same_bits, each, make_params,
 from conftest import needs_library
 
 import fused_l2
-from fused_l2 import coefficients, low_precision, reference
+from fused_l2 import reference
 from fused_l2.engines import torch_ops
-from fused_l2.low_precision import Mode
-from fused_l2.tensor_table import Flag, Rule
+from fused_l2.parameters import low_precision
+from fused_l2.tables import coefficients
+from fused_l2.tables.modes import Mode
+from fused_l2.tables.tensor_table import Flag, Rule
 
 KEEPING = ("master", "remainder", "kahan")
 MODES = (*KEEPING, "stochastic")

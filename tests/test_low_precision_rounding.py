@@ -9,7 +9,7 @@ import torch
 from conftest import needs_library
 
 import fused_l2
-from fused_l2 import low_precision
+from fused_l2.parameters import low_precision
 
 each_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 

@@ -11,10 +11,11 @@ from comparing import AWKWARD_SIZES, assert_same_bits
 from conftest import needs_library
 
 import fused_l2
-from fused_l2 import coefficients, reference
-from fused_l2.coefficients import DecayRule
+from fused_l2 import reference
 from fused_l2.engines import torch_ops
-from fused_l2.tensor_table import Flag, Rule
+from fused_l2.tables import coefficients
+from fused_l2.tables.coefficients import DecayRule
+from fused_l2.tables.tensor_table import Flag, Rule
 
 SIGNATURES = [
     (torch.float32, torch.float32),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fused_l2.engines import cpu
-from fused_l2.watch import SlotWatch, slot_offset
+from fused_l2.engines.watch import SlotWatch, slot_offset
 
 
 class Owner:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tensor_table import DTYPES, Rule
+from ..tables.tensor_table import DTYPES, Rule
 from . import cpu, cuda
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tensor_table import int64_array, layout
+from ..tables.tensor_table import int64_array, layout
 
 CAPABILITY_VARIABLE = "FUSED_L2_CPU_CAPABILITY"
 _FILE = {"win32": "fused_l2.dll", "darwin": "libfused_l2.dylib"}.get(sys.platform, "libfused_l2.so")

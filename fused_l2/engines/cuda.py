@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..tensor_table import Rule
+from ..tables.tensor_table import Rule
 
 if TYPE_CHECKING:
     from ..kernels.launch import CoefficientsKernel, ControlKernel, Kernel, MeasureKernel, WriteKernel

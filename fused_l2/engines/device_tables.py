@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import coefficients
-from ..control import Control, Prologue
-from ..tensor_table import GRAD, STATISTICS, WIDTH, Flag, Rule, TensorTable, chunk_map, norm_chunk
+from ..tables import coefficients
+from ..tables.control import Control, Prologue
+from ..tables.tensor_table import GRAD, STATISTICS, WIDTH, Flag, Rule, TensorTable, chunk_map, norm_chunk
 from .cuda import Device, UploadRing
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from .. import coefficients
-from ..low_precision import FLAGS, RANDOM, Mode, narrowed, random_bits, widened
-from ..tensor_table import Flag, Rule
+from ..parameters.low_precision import narrowed, random_bits, widened
+from ..tables import coefficients
+from ..tables.modes import FLAGS, RANDOM, Mode
+from ..tables.tensor_table import Flag, Rule
 
 
 def step(

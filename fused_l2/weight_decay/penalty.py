@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ..engines import cpu, is_dense
-from ..entries import has_memory
-from ..shards import local, ranks_of, sum_over
-from ..tensor_table import DTYPES
+from ..parameters.entry import has_memory
+from ..parameters.shards import local, ranks_of, sum_over
+from ..tables.tensor_table import DTYPES
 from .conversion import Reduction, from_lambda
 
 

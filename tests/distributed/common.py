@@ -47,7 +47,7 @@ def full(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     if tensor.dtype is torch.int16:  # gloo cannot gather it
-        return full(fused_l2.shards.like(tensor, tensor.to_local().view(torch.bfloat16))).view(torch.int16)
+        return full(fused_l2.parameters.shards.like(tensor, tensor.to_local().view(torch.bfloat16))).view(torch.int16)
     return tensor.full_tensor()
 
 

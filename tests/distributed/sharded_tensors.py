@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import fused_l2
 from fused_l2.engines import cpu
-from fused_l2.shards import first_element
+from fused_l2.parameters.shards import first_element
 
 
 @scenario

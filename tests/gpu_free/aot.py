@@ -21,7 +21,7 @@ from fused_l2.kernels.write import fused_l2_write
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_l2.tensor_table import Rule
+from fused_l2.tables.tensor_table import Rule
 
 _POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64"}
 

@@ -25,9 +25,10 @@ from fused_l2.kernels.norms import fused_l2_measure_grads
 from fused_l2.kernels.write import fused_l2_write
 from torch import Tensor
 
-from fused_l2 import engines, plan
+from fused_l2 import engines
 from fused_l2.engines import cuda
-from fused_l2.tensor_table import Rule
+from fused_l2.step import plan
+from fused_l2.tables.tensor_table import Rule
 
 from . import aot
 from .interpreter import interpreted, repaired

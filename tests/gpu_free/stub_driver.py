@@ -19,7 +19,7 @@ from fused_l2.kernels.launch import WORDS, CoefficientsKernel, ControlKernel, Ke
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fused_l2.tensor_table import Rule
+from fused_l2.tables.tensor_table import Rule
 
 from .fake_cuda import FakeDevice, nothing
 

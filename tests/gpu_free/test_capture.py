@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="Triton kernels need triton: pip install tr
 pytest.importorskip("numpy")
 
 import fused_l2
-from fused_l2 import coefficients
-from fused_l2.tensor_table import Flag, Rule
+from fused_l2.tables import coefficients
+from fused_l2.tables.tensor_table import Flag, Rule
 
 from . import aot
 from .fake_cuda import FakeDevice, emulated, interpreted_kernel, tensors_of

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton kernels need triton: pip install tr
 pytest.importorskip("numpy")
 
 import fused_l2
-from fused_l2.tensor_table import LANES, chunk_map
+from fused_l2.tables.tensor_table import LANES, chunk_map
 
 from . import aot
 from .fake_cuda import FakeDevice, emulated, interpreted_kernel, tensors_of

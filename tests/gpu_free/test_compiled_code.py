@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton kernels need triton: pip install tr
 
 import triton
 
-from fused_l2.tensor_table import Flag, Rule
+from fused_l2.tables.tensor_table import Flag, Rule
 
 from . import aot
 from .test_kernel_bits import SIGNATURES

@@ -16,9 +16,9 @@ pytest.importorskip("numpy")
 
 import fused_l2
 from fused_l2 import engines
-from fused_l2.buckets import CudaPart
 from fused_l2.engines import cpu, cuda, device_tables
-from fused_l2.tensor_table import WIDTH, chunk_map
+from fused_l2.engines.part import CudaPart
+from fused_l2.tables.tensor_table import WIDTH, chunk_map
 
 from .fake_cuda import FakeDevice, FakeStream, emulated, nothing, tensors_of
 

@@ -14,8 +14,9 @@ pytest.importorskip("triton", reason="Triton kernels need triton: pip install tr
 pytest.importorskip("numpy")
 
 import fused_l2
-from fused_l2 import coefficients, reference
-from fused_l2.tensor_table import Flag, Rule
+from fused_l2 import reference
+from fused_l2.tables import coefficients
+from fused_l2.tables.tensor_table import Flag, Rule
 
 from .fake_cuda import FakeDevice, emulated, interpreted_kernel, tensors_of
 

@@ -16,7 +16,7 @@ import triton
 from fused_l2.kernels.adam import fused_l2_adam
 
 import fused_l2
-from fused_l2.tensor_table import Flag, Rule
+from fused_l2.tables.tensor_table import Flag, Rule
 
 from . import aot
 from .fake_cuda import tensors_of

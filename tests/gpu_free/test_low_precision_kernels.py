@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="Triton kernels need triton: pip install tr
 pytest.importorskip("numpy")
 
 import fused_l2
-from fused_l2.low_precision import Mode
-from fused_l2.tensor_table import Flag, Rule
+from fused_l2.tables.modes import Mode
+from fused_l2.tables.tensor_table import Flag, Rule
 
 from . import aot
 from .fake_cuda import FakeDevice, emulated, interpreted_kernel, tensors_of

@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="Triton kernels need triton: pip install tr
 
 import numpy as np
 
-from fused_l2 import coefficients
-from fused_l2.tensor_table import Flag, Rule, chunk_map
+from fused_l2.tables import coefficients
+from fused_l2.tables.tensor_table import Flag, Rule, chunk_map
 
 from . import aot
 from .ptx_emulator import Emulator, InvalidAccess, Kernel

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .low_precision import HALVES, STATE_NAMES, LowPrecision, Mode, parameter_key, widened
+from ..tables.modes import HALVES, STATE_NAMES, Mode
+from ..tables.tensor_table import DTYPES
+from .low_precision import LowPrecision, parameter_key, widened
 from .shards import LocalGradients, Ranks, first_element, is_dtensor, local, matches, ranks_of, redistributed, why_refused
-from .tensor_table import DTYPES
 
 
 @dataclass(eq=False)

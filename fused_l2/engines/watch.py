@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .engines.cpu import Library
-from .tensor_table import int64_array
+from ..tables.tensor_table import int64_array
+from .cpu import Library
 
 
 class Watch:

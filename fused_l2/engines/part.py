@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import coefficients
-from .control import FACTOR, Clipping, Control, Prologue, on_host
-from .engines import cpu, cuda
-from .engines.device_tables import DeviceTable, Measurer, Rows
-from .entries import Entry, needs_copy
-from .statistics import Record
-from .tensor_table import (
+from ..engines import cpu, cuda
+from ..parameters.entry import Entry, needs_copy
+from ..statistics import Record
+from ..tables import coefficients
+from ..tables.control import FACTOR, Clipping, Control, Prologue, on_host
+from ..tables.tensor_table import (
     COEFFICIENTS,
     GRAD,
     NUMEL,
@@ -33,6 +32,7 @@ from .tensor_table import (
     norm_chunk,
     statistics_chunk,
 )
+from .device_tables import DeviceTable, Measurer, Rows
 from .watch import Watch, gradient_guard, make_watch
 
 _data_ptr = Tensor.data_ptr

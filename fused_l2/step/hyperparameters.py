@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engines
+from .. import engines
 
 
 class DeviceValues:

@@ -17,21 +17,22 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import engines
-from .buckets import CudaPart, Part, make_part
-from .control import FACTOR, Control, Prologue, combined, total
-from .engines import cpu, cuda, torch_ops
-from .entries import Entry, check_grad, make_entry
+from .. import engines
+from ..engines import cpu, cuda, torch_ops
+from ..engines.part import CudaPart, Part, make_part
+from ..engines.watch import SlotWatch
+from ..parameters.entry import Entry, check_grad, make_entry
+from ..parameters.low_precision import lost_decay
+from ..parameters.shards import Shards, gradients_of, is_dtensor, sum_over
+from ..statistics import Recorded, row_of
+from ..tables.control import FACTOR, Control, Prologue, combined, total
+from ..tables.modes import HALVES, RANDOM, STATE_NAMES, Mode
+from ..tables.tensor_table import Flag, Rule
 from .hyperparameters import DeviceValues, is_on_device, sources
-from .low_precision import HALVES, RANDOM, STATE_NAMES, Mode, lost_decay
-from .shards import Shards, gradients_of, is_dtensor, sum_over
 from .state import OptimizerState, ParamState
-from .statistics import Recorded, row_of
-from .tensor_table import Flag, Rule
-from .watch import SlotWatch
 
 if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+    from ..optimizer import FusedOptimizer
 
 
 class Plan:
