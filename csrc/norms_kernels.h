@@ -1,32 +1,8 @@
 // Sums of squares, largest values. No include guard: compiled once per instruction set by foreach_capability.h.
+#include "sums_kernels.h"
+
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
-
-// f(lane, i) for 0 <= i < count, in an inner loop of a fixed length, which compilers make vectors of.
-template <class F> FUSED_L2_INLINE void for_each_lane(int64_t count, F&& f) {
-  for (int64_t begin = 0; begin < count; begin += kLanes) {
-    const int64_t here = std::min<int64_t>(kLanes, count - begin);
-    int64_t lane = 0;
-    for (; lane + 16 <= here; lane += 16)
-      for (int k = 0; k < 16; ++k) f(lane + k, begin + lane + k);
-    for (; lane < here; ++lane) f(lane, begin + lane);
-  }
-}
-
-template <class S> void add_squares(double* sums, const S* x, int64_t count) {
-  for_each_lane(count, [&](int64_t lane, int64_t i) {
-    const double value = widen(x[i]);
-    sums[lane] += value * value;
-  });
-}
-
-template <class S> double sum_of_squares_of(const S* x, int64_t count) {
-  alignas(64) double sums[kLanes];
-  const int lanes = lanes_for(count);
-  std::fill(sums, sums + lanes, 0.0);
-  add_squares(sums, x, count);
-  return pairwise_sum(sums, lanes);
-}
 
 // NaN if there is one.
 template <class S> double largest_of(const S* x, int64_t count) {
@@ -36,15 +12,6 @@ template <class S> double largest_of(const S* x, int64_t count) {
     if (!(value <= largest)) largest = largest != largest ? largest : value;
   }
   return largest;
-}
-
-template <class F> double with_elements(const void* x, int64_t element_type, F&& f) {
-  switch (element_type) {
-    case dtype::float32: return f(static_cast<const float*>(x));
-    case dtype::float64: return f(static_cast<const double*>(x));
-    case dtype::bfloat16: return f(static_cast<const BFloat16*>(x));
-    default: return f(static_cast<const Float16*>(x));
-  }
 }
 
 double sum_of_squares(const void* x, int64_t element_type, int64_t count) {
@@ -57,6 +24,3 @@ double largest(const void* x, int64_t element_type, int64_t count) {
 
 }  // namespace FUSED_L2_NAMESPACE
 }  // namespace fused_l2
-
-#include "low_precision_kernels.h"
-#include "statistics_kernels.h"

@@ -1,5 +1,6 @@
 // A step that measures what it steps. No include guard: compiled once per instruction set by foreach_capability.h.
-#include "parallel.h"
+#include "low_precision_kernels.h"
+#include "sums_kernels.h"
 
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
@@ -34,7 +35,7 @@ template <class G> void measure_of(const Piece& chunk, bool skipped, double* out
     out[statistic::nonfinite] += !std::isfinite(static_cast<double>(widen(grad[i])));
 }
 
-void step_measured(const Piece& chunk, PieceFunction update, double* out) {
+void step_chunk(const Piece& chunk, PieceFunction update, double* out) {
   std::fill(out, out + statistic::count, 0.0);
   if (update != nullptr) {
     Piece piece = chunk;

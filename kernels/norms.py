@@ -1,6 +1,6 @@
 """The norm of all gradients, up to one partial sum per chunk, which ``fused_l2_control`` adds up in one program.
 
-No atomics: every addition has its place in an order that csrc/kernels.h writes down, so the C++ library gives the same bits.
+No atomics: every addition has its place in an order that csrc/sums.h writes down, so the C++ library gives the same bits.
 """
 
 from __future__ import annotations

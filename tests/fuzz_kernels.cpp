@@ -127,9 +127,7 @@ struct Fuzz {
         }
       }
     }
-    const PieceFunction update = [](const Piece& piece) {
-      (piece.bucket->rule == rule::sgd ? sgd_kernels : adam_kernels).get()(piece);
-    };
+    const PieceFunction update = [](const Piece& piece) { kernel_of(piece)(piece); };
     const double factor = below(2) ? 1 : 0.37;
     const auto singles = static_cast<int64_t>(single.size() / column::count);
     Bucket bucket{rule,    flags,         param_type,   grad_type, state_type,

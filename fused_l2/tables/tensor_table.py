@@ -29,7 +29,7 @@ BUCKET = ("rule", "flags", "param_dtype", "grad_dtype", "state_dtype", "rows", "
 # gradients are not finite.
 STATISTICS = ("grads", "params", "updates", "nonfinite")
 
-# Sums over a chunk are made in this many lanes: csrc/kernels.h says how, and why.
+# Sums over a chunk are made in this many lanes: csrc/sums.h says how, and why.
 LANES = 512
 
 # Dtypes by their number in the table.

@@ -134,7 +134,7 @@ def test_the_measuring_kernel_reads_each_gradient_once_and_128_bits_wide():
 
 
 def test_the_measuring_kernel_checks_out_at_every_edge():
-    """Sizes around the lanes, aligned or not, against the definition of the order in csrc/kernels.h written in Python."""
+    """Sizes around the lanes, aligned or not, against the definition of the order in csrc/sums.h written in Python."""
     compiled = aot.compile_measure(90, torch.float32, False)
     for count in (1, 7, 8, 511, 512, 513, 1000, 1024 + 9):
         for offset in (0, 1):
