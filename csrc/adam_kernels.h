@@ -19,11 +19,11 @@ void adam(const Piece& piece) {
     using V = decltype(vector);
     using P = decltype(param);
     using S = decltype(state);
-    const bool coupled = row[adam_coefficient::weight_decay] != 0;
-    if (!(bucket.flags & flag::decoupled) && coupled) return adam_piece<V, P, S, Decay::coupled>(piece, row);
-    if (bucket.flags & flag::decoupled && bucket.flags & flag::cautious)
-      return adam_piece<V, P, S, Decay::cautious>(piece, row);
-    adam_piece<V, P, S, Decay::decoupled>(piece, row);
+    with_decay(bucket, row, [&](auto decay) {
+      // Without decay the factor is 1, which changes no bit: no kernels are compiled for that.
+      constexpr Decay kind = decltype(decay)::value == Decay::none ? Decay::decoupled : decltype(decay)::value;
+      adam_piece<V, P, S, kind>(piece, row);
+    });
   });
 }
 

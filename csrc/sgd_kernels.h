@@ -30,11 +30,7 @@ void sgd(const Piece& piece) {
     using V = decltype(vector);
     using P = decltype(param);
     using S = decltype(state);
-    if (row[sgd_coefficient::weight_decay] == 0) return sgd_piece<V, P, S, Decay::none>(piece, row);
-    if (bucket.flags & flag::decoupled && bucket.flags & flag::cautious)
-      return sgd_piece<V, P, S, Decay::cautious>(piece, row);
-    if (bucket.flags & flag::decoupled) return sgd_piece<V, P, S, Decay::decoupled>(piece, row);
-    sgd_piece<V, P, S, Decay::coupled>(piece, row);
+    with_decay(bucket, row, [&](auto decay) { sgd_piece<V, P, S, decltype(decay)::value>(piece, row); });
   });
 }
 

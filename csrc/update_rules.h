@@ -7,6 +7,15 @@ namespace FUSED_L2_NAMESPACE {
 enum class Decay { none, coupled, decoupled, cautious };  // what weight decay does in this row
 enum class Momentum { none, first_step, running };        // of SGD: is there a buffer, does it hold anything yet
 
+// Calls f with the kind of decay of a row, as a type. Without weight decay it is `none`, whatever the flags say.
+template <class F> FUSED_L2_INLINE void with_decay(const Bucket& bucket, const double* row, F&& f) {
+  static_assert(int(sgd_coefficient::weight_decay) == int(adam_coefficient::weight_decay));
+  if (row[sgd_coefficient::weight_decay] == 0) return f(std::integral_constant<Decay, Decay::none>{});
+  if (!(bucket.flags & flag::decoupled)) return f(std::integral_constant<Decay, Decay::coupled>{});
+  if (bucket.flags & flag::cautious) return f(std::integral_constant<Decay, Decay::cautious>{});
+  f(std::integral_constant<Decay, Decay::decoupled>{});
+}
+
 // What happens to every gradient before its rule sees it.
 template <class V> struct GradientTransform {
   bool scaled, maximize;
