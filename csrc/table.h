@@ -3,6 +3,7 @@
 // Every name stands once here and once in fused_l2/tables/tensor_table.py and fused_l2/tables/coefficients.py;
 // `layout()` spells this side out and Python refuses a library whose spelling differs.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 namespace fused_l2 {
@@ -12,9 +13,16 @@ namespace fused_l2 {
 // low 32 bits, the number of its first element in the high ones.
 #define FUSED_L2_COLUMNS(X) \
   X(param) X(grad) X(state0) X(state1) X(state2) X(step) X(numel) X(coefficients) X(flags) X(kept) X(key)
-// The tensors of one step that share a rule and a dtype signature: int64 columns.
-#define FUSED_L2_BUCKET(X) \
-  X(rule) X(flags) X(param_dtype) X(grad_dtype) X(state_dtype) X(rows) X(table) X(coefficients) X(steps) X(factor)
+// The tensors of one step that share a rule and a dtype signature: a struct here, int64 columns in Python.
+// clang-format off
+#define FUSED_L2_BUCKET(X)                                                                                  \
+  X(int64_t, rule) X(int64_t, flags) X(int64_t, param_dtype) X(int64_t, grad_dtype) X(int64_t, state_dtype) \
+  X(int64_t, rows)                                                                                          \
+  X(const int64_t*, table)       /* [rows][column::count] */                                                \
+  X(const double*, coefficients) /* [coefficient rows][kCoefficients] */                                    \
+  X(const double*, steps)        /* [coefficient rows]: the step count each expects, unused by SGD */       \
+  X(const double*, factor)       /* what gradients are multiplied by; looked at with flag::scaled */
+// clang-format on
 // The float64 scalars an update rule needs this step, one row per (param group, step count).
 #define FUSED_L2_SGD(X) X(weight_decay) X(decay) X(momentum) X(one_minus_dampening) X(neg_lr)
 #define FUSED_L2_ADAM(X) \
@@ -69,39 +77,25 @@ enum : int { FUSED_L2_STATISTICS(FUSED_L2_ENUMERATOR) count };
 }
 #undef FUSED_L2_ENUMERATOR
 
-constexpr int kStepCount = 8;     // where a coefficient row has the step's count, for random bits
-constexpr int kCoefficients = 9;  // doubles from one coefficient row to the next
-static_assert(sgd_coefficient::count <= kStepCount && adam_coefficient::count <= kStepCount);
+// Where a coefficient row of either rule has the step's count, for random bits: behind the longer one's columns.
+constexpr int kStepCount = std::max<int>(sgd_coefficient::count, adam_coefficient::count);
+constexpr int kCoefficients = kStepCount + 1;  // doubles from one coefficient row to the next
 
 using Row = const int64_t*;  // points at `column::count` integers
 
 struct Bucket {
-  int64_t rule;
-  int64_t flags;
-  int64_t param_dtype;
-  int64_t grad_dtype;
-  int64_t state_dtype;
-  int64_t rows;
-  const int64_t* table;        // [rows][column::count]
-  const double* coefficients;  // [coefficient rows][kCoefficients]
-  const double* steps;         // [coefficient rows]: the step count each row expects to find, unused by SGD
-  const double* factor;        // what gradients are multiplied by; looked at with flag::scaled
+#define FUSED_L2_MEMBER(type, name) \
+  type name;                        \
+  static_assert(sizeof(type) == sizeof(int64_t));
+  FUSED_L2_BUCKET(FUSED_L2_MEMBER)
+#undef FUSED_L2_MEMBER
 
   Row row(int64_t index) const { return table + index * column::count; }
 };
 
-// Python writes buckets as int64 columns.
-static_assert(sizeof(Bucket) == 10 * sizeof(int64_t));
-
 template <class T> T* address(int64_t value) { return reinterpret_cast<T*>(static_cast<intptr_t>(value)); }
 
-inline const char* layout() {
-#define FUSED_L2_SPELL(name) #name " "
-  return "columns " FUSED_L2_COLUMNS(FUSED_L2_SPELL) "bucket " FUSED_L2_BUCKET(FUSED_L2_SPELL) "sgd " FUSED_L2_SGD(
-      FUSED_L2_SPELL) "adam " FUSED_L2_ADAM(FUSED_L2_SPELL) "rules " FUSED_L2_RULES(FUSED_L2_SPELL) "dtypes "
-      FUSED_L2_DTYPES(FUSED_L2_SPELL) "flags " FUSED_L2_FLAGS(FUSED_L2_SPELL) "row_flags " FUSED_L2_ROW_FLAGS(
-          FUSED_L2_SPELL) "statistics " FUSED_L2_STATISTICS(FUSED_L2_SPELL);
-#undef FUSED_L2_SPELL
-}
+// Every name above and what follows from them, in order.
+const char* layout();
 
 }  // namespace fused_l2

@@ -19,9 +19,9 @@ ADAM = (
     "eps",
     "neg_step_size",
 )
-STEP_COUNT = 8  # where a row has the step's count, for random bits
-WIDTH = 9  # float64 numbers from one row to the next
-NUMBERS = 8  # hyperparameters of a group that rows are made of, at most
+STEP_COUNT = max(len(SGD), len(ADAM))  # where a row has the step's count, for random bits
+WIDTH = STEP_COUNT + 1  # float64 numbers from one row to the next
+NUMBERS = 8  # room for the hyperparameters of a group that rows are made of: Adam has 7
 
 
 class DecayRule(IntEnum):

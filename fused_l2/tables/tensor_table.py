@@ -79,6 +79,8 @@ def layout() -> str:
         ("flags", [flag.name.lower() for flag in Flag]),
         ("row_flags", [flag.name.lower() for flag in RowFlag]),
         ("statistics", STATISTICS),
+        ("step_count", [str(coefficients.STEP_COUNT)]),
+        ("width", [str(coefficients.WIDTH)]),
     )
     return "".join(f"{word} " for title, names in parts for word in (title, *names))
 
