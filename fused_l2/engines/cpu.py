@@ -27,6 +27,27 @@ _REMEDY = (
     "(in a checkout: `pip install -e .`)."
 )
 
+_POINTER, _INTEGER, _NUMBER, _TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_char_p
+# The functions of csrc/library.cpp, in its order: result and arguments. fused_l2_layout is asked before these are known to fit.
+_FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "connect": (_INTEGER, (_TEXT,)),
+    "thread_count": (_INTEGER, ()),
+    "capability_name": (_TEXT, (_INTEGER,)),
+    "capability_supported": (_INTEGER, (_INTEGER,)),
+    "capability": (_INTEGER, ()),
+    "select_capability": (None, (_INTEGER,)),
+    "make_watch": (_INTEGER, (_INTEGER, _INTEGER, _POINTER)),
+    "watches_hold": (_INTEGER, (_POINTER, _INTEGER)),
+    "words_hold": (_INTEGER, (_POINTER, _POINTER, _INTEGER)),
+    "release": (None, (_POINTER, _INTEGER)),
+    "check": (_INTEGER, (_POINTER, _INTEGER)),
+    "count": (None, (_POINTER, _INTEGER)),
+    "step": (None, (_POINTER, _INTEGER)),
+    "step_measured": (None, (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER)),
+    "sums_of_squares": (None, (_POINTER, _POINTER, _POINTER, _INTEGER, _POINTER)),
+    "measure_grads": (_NUMBER, (_POINTER, _INTEGER, _INTEGER, _INTEGER)),
+}
+
 
 class Library:
     """The loaded C++ library. ``capability`` is the instruction set in use, ``available`` those this machine has."""
@@ -35,40 +56,13 @@ class Library:
         # Two views of one library: long calls let other Python threads run, short ones keep the GIL, which is cheaper.
         self._long: Any = ctypes.CDLL(str(path))
         self._short: Any = ctypes.PyDLL(str(path))
-        pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        self._short.fused_l2_layout.restype = ctypes.c_char_p
+        self._short.fused_l2_layout.restype = _TEXT
         if self._short.fused_l2_layout().decode() != layout():
             raise OSError(f"{path.name} was built from other sources than this Python code")
-        for library in (self._long, self._short):
-            library.fused_l2_connect.argtypes = [ctypes.c_char_p]
-            library.fused_l2_connect.restype = integer
-            library.fused_l2_capability_name.argtypes = [integer]
-            library.fused_l2_capability_name.restype = ctypes.c_char_p
-            library.fused_l2_capability_supported.argtypes = [integer]
-            library.fused_l2_select_capability.argtypes = [integer]
-            library.fused_l2_select_capability.restype = None
-            for function in ("capability_supported", "capability", "thread_count"):
-                getattr(library, f"fused_l2_{function}").restype = integer
-            library.fused_l2_make_watch.argtypes = [integer, integer, pointer]
-            library.fused_l2_make_watch.restype = integer
-            library.fused_l2_watches_hold.argtypes = [pointer, integer]
-            library.fused_l2_watches_hold.restype = integer
-            library.fused_l2_words_hold.argtypes = [pointer, pointer, integer]
-            library.fused_l2_words_hold.restype = integer
-            library.fused_l2_release.argtypes = [pointer, integer]
-            library.fused_l2_release.restype = None
-            library.fused_l2_check.argtypes = [pointer, integer]
-            library.fused_l2_check.restype = integer
-            library.fused_l2_count.argtypes = [pointer, integer]
-            library.fused_l2_count.restype = None
-            library.fused_l2_step.argtypes = [pointer, integer]
-            library.fused_l2_step.restype = None
-            library.fused_l2_step_measured.argtypes = [pointer, integer, integer, integer, pointer]
-            library.fused_l2_step_measured.restype = None
-            library.fused_l2_measure_grads.argtypes = [pointer, integer, integer, integer]
-            library.fused_l2_measure_grads.restype = ctypes.c_double
-            library.fused_l2_sums_of_squares.argtypes = [pointer, pointer, pointer, integer, pointer]
-            library.fused_l2_sums_of_squares.restype = None
+        for name, (result, arguments) in _FUNCTIONS.items():
+            for library in (self._long, self._short):
+                function = getattr(library, f"fused_l2_{name}")
+                function.restype, function.argtypes = result, arguments
         names: list[str] = []
         while name := self._short.fused_l2_capability_name(len(names)):
             names.append(name.decode())
