@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from torch import Tensor
 from ..tables import coefficients
 from ..tables.control import Control, Prologue
 from ..tables.tensor_table import GRAD, STATISTICS, WIDTH, Flag, Rule, TensorTable, chunk_map, norm_chunk
-from .cuda import Device, UploadRing
+from .cuda import Device, Kernel, UploadRing
 
-if TYPE_CHECKING:
-    from ..kernels.launch import Kernel
+ROWS = 128  # coefficient rows that one program computes
+WORDS = 120  # that one launch can carry as its arguments
 
 
 class Rows(NamedTuple):
@@ -91,10 +91,12 @@ class DeviceTable:
         self._captured: list[Tensor] = []
         self._compute: Callable[[int, int, int, int], None] | None = None
         if self._on_device:
-            compute = device.coefficients_kernel(rule, flags, kernel.opmath)
-            self._compute = compute.launcher(self._at[3], self._at[4], self._at[5], table.count)
+            compute = device.compile("coefficients", rule, flags, kernel.opmath, ROWS)
+            self._compute = compute.launcher(-(-table.count // ROWS), self._at[3], self._at[4], self._at[5], table.count)
         # For a capture, within which nothing can be compiled. Adam with steps counted on the host cannot be captured.
-        self._write = device.write_kernel() if self._on_device or rule is Rule.SGD else None
+        self._write: Callable[[int, int, int, tuple[int, ...]], None] | None = None
+        if self._on_device or rule is Rule.SGD:
+            self._write = device.compile("write", WORDS).launcher(1)
         self._launch: Callable[[int, int, int, int], None] | None = None
         # What a step with statistics leaves of each chunk. Of their own memory: they may be looked at when this table is gone.
         self.chunks_of = [-(-n // chunk) for n in numels]
@@ -133,7 +135,9 @@ class DeviceTable:
         words = array("q", head + _filled(grads))
         memory = self._device.memory(len(words))
         self._captured.append(memory)
-        self._write.write(stream, memory.data_ptr(), words)
+        for begin in range(0, len(words), WORDS):
+            part = words[begin : begin + WORDS]
+            self._write(stream, memory.data_ptr() + 8 * begin, len(part), (*part, *[0] * (WORDS - len(part))))
         self._head, self._grads = memory.data_ptr(), memory.data_ptr() + len(head)
 
     @property
@@ -172,7 +176,7 @@ class Measurer:
                 staged.copy_(torch.frombuffer(words, dtype=torch.int64))
                 device.upload(self._maps, staged)
         self._measures: dict[bool, list[tuple[DeviceTable, Callable[[int, int], None]]]] = {}
-        self._controls: dict[tuple[bool, torch.dtype], Callable[..., None]] = {}
+        self._controls: dict[tuple[bool, torch.dtype], Callable[[int, int, int, int, int, int, float], None]] = {}
 
     def prepare(self, largest: bool, measures: bool, dtype: torch.dtype) -> None:
         """Compile and load what :meth:`control` will launch."""
@@ -180,14 +184,14 @@ class Measurer:
             self._measures[largest], first = [], 0
             for table, words, of in zip(self._tables, self._chunk_maps, self._dtypes, strict=True):
                 if words:
-                    kernel = self._device.measure_kernel(of, largest)
+                    kernel = self._device.compile("measure", of, largest)
                     at, out = self._maps.data_ptr(), self._partials.data_ptr()
                     launch = kernel.launcher(len(words), at, table.table_address, out, self._chunk, first)
                     self._measures[largest].append((table, launch))
                     first += len(words)
         if (largest, dtype) not in self._controls:
-            kernel = self._device.control_kernel(largest, dtype)
-            self._controls[largest, dtype] = kernel.launcher(self._partials.data_ptr())
+            kernel = self._device.compile("control", largest, dtype)
+            self._controls[largest, dtype] = kernel.launcher(1, self._partials.data_ptr())
 
     def control(self, stream: int, prologue: Prologue, dtype: torch.dtype) -> Tensor:
         """A new control, written when the stream gets there. The tables must have been uploaded."""
@@ -197,10 +201,10 @@ class Measurer:
             self._measure(stream, prologue.largest)
         control = self._device.memory(len(Control._fields), torch.float64)
         given = [self._scalar(t) for t in (prologue.grad_scale, prologue.found_inf)]
-        addresses = [0 if t is None else t.data_ptr() for t in given]
+        scale, found_inf = (0 if t is None else t.data_ptr() for t in given)
         count = self._count if measures else 0
         launch = self._controls[prologue.largest, dtype]
-        launch(stream, control.data_ptr(), *addresses, count, prologue.skips_nonfinite, prologue.max_norm)
+        launch(stream, control.data_ptr(), scale, found_inf, count, int(prologue.skips_nonfinite), prologue.max_norm)
         return control
 
     def _scalar(self, given: Tensor | None) -> Tensor | None:
