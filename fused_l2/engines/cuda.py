@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from array import array
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -84,6 +85,14 @@ class Device:
     def upload(self, target: Tensor, pinned: Tensor) -> None:
         """Copy on the current stream, when it gets there."""
         target.copy_(pinned, non_blocking=True)
+
+    def send(self, target: Tensor, words: array[int]) -> None:
+        """Copy these words, once, to the beginning of the target, on the current stream."""
+        if words:
+            # Of torch's own, which is not used for anything else before the copy is made.
+            pinned = self.pinned(len(words))
+            pinned.copy_(torch.frombuffer(words, dtype=torch.int64))
+            self.upload(target[: len(words)], pinned)
 
     def event(self) -> Any:
         return torch.cuda.Event()  # type: ignore[no-untyped-call]

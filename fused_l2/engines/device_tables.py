@@ -36,6 +36,20 @@ class Rows(NamedTuple):
 Numbers = Sequence[tuple[Sequence[float], Sequence[int]]]
 
 
+class Sections(NamedTuple):
+    """Where the sections of a bucket's memory begin, in bytes. What changes comes first, and what changes most often first of
+    all; from ``groups`` to ``rows`` they are empty where the host computes the coefficient rows."""
+
+    head: int  # coefficient rows of the host's, or hyperparameters and their sources
+    grads: int  # the gradients' addresses
+    table: int
+    groups: int
+    counters: int
+    rows: int  # coefficient rows of the device's
+    chunk_map: int
+    end: int
+
+
 class DeviceTable:
     """A bucket's tables on the device, and the kernel that steps it. With ``rows``, coefficient rows are computed there, one
     per tensor; otherwise the host uploads its own, one per (param group, step count).
@@ -52,59 +66,50 @@ class DeviceTable:
     ) -> None:
         self._device, self._table = device, table
         self._typecode = "d" if kernel.opmath is torch.float64 else "f"
+        self._groups = 0 if rows is None else max(rows.groups) + 1
         numels = table.numels()
         chunk = _chunk_size(sum(numels), device.multiprocessors)
         chunks = chunk_map(numels, chunk)
-        self._on_device = rows is not None
-        self._groups = 0 if rows is None else max(rows.groups) + 1
-
-        # What changes comes first, and what changes most often first of all: hyperparameters or coefficient rows, the
-        # gradients' addresses, the tensor table.
-        row_bytes = coefficients.WIDTH * kernel.opmath.itemsize
-        head = 16 * coefficients.NUMBERS * self._groups if self._on_device else row_bytes * len(table.steps)
-        changing = [head, 8 * table.count, 8 * len(table.rows)]
-        fixed = [8 * table.count, 8 * table.count, row_bytes * table.count] if self._on_device else [0, 0, 0]
-        ends = list(accumulate(_padded(size) for size in (*changing, *fixed, 8 * len(chunks))))
-        starts = [0, *ends]
+        self.chunks_of = [-(-n // chunk) for n in numels]
         with device.current():
-            self._memory = device.memory(ends[-1] // 8)
             self._streams = {device.stream()}
-            words = array("q", bytes(ends[-1] - starts[3]))
-            if rows is not None:
-                words[: table.count] = array("q", rows.groups)
-                start = (starts[4] - starts[3]) // 8
-                words[start : start + table.count] = array("q", rows.counters)
-            start = (starts[6] - starts[3]) // 8
-            words[start : start + len(chunks)] = chunks
-            if words:
-                # Through pinned memory of torch's, which is not reused before the copy is made.
-                staged = device.pinned(len(words))
-                staged.copy_(torch.frombuffer(words, dtype=torch.int64))
-                device.upload(self._memory[starts[3] // 8 :], staged)
-        address = self._memory.data_ptr()
-        self._at = [address + start for start in starts]
-        self._head, self._grads = self._at[0], self._at[1]  # of the coming step
-        self._coefficients = self._at[5]
-        self.table_address = self._at[2]
-        self._ring = UploadRing(device, self._memory, starts[3] // 8)
+            self._at = at = self._place(kernel.opmath.itemsize, chunks, rows)
+            # What a step with statistics leaves of each chunk. Of their own memory: they are looked at when this table is gone.
+            measured = len(chunks) if flags & Flag.STATISTICS else 0
+            self.partials = device.memory(measured * len(STATISTICS), torch.float64).view(-1, len(STATISTICS))
+        self.table_address = at.table
+        self._head, self._grads = at.head, at.grads  # of the coming step
         self._sent: list[bytes] = [b"", b"", b""]
         self._captured: list[Tensor] = []
+        self._launch: Callable[[int, int, int, int], None] | None = None
+        if chunks:
+            self._launch = kernel.launcher(len(chunks), at.chunk_map, at.table, chunk, self.partials.data_ptr())
         self._compute: Callable[[int, int, int, int], None] | None = None
-        if self._on_device:
+        if rows is not None:
             compute = device.compile("coefficients", rule, flags, kernel.opmath, ROWS)
-            self._compute = compute.launcher(-(-table.count // ROWS), self._at[3], self._at[4], self._at[5], table.count)
+            self._compute = compute.launcher(-(-table.count // ROWS), at.groups, at.counters, at.rows, table.count)
         # For a capture, within which nothing can be compiled. Adam with steps counted on the host cannot be captured.
         self._write: Callable[[int, int, int, tuple[int, ...]], None] | None = None
-        if self._on_device or rule is Rule.SGD:
+        if rows is not None or rule is Rule.SGD:
             self._write = device.compile("write", WORDS).launcher(1)
-        self._launch: Callable[[int, int, int, int], None] | None = None
-        # What a step with statistics leaves of each chunk. Of their own memory: they may be looked at when this table is gone.
-        self.chunks_of = [-(-n // chunk) for n in numels]
-        measured = len(chunks) if flags & Flag.STATISTICS else 0
-        with device.current():
-            self.partials = device.memory(measured * len(STATISTICS), torch.float64).view(-1, len(STATISTICS))
-        if chunks:
-            self._launch = kernel.launcher(len(chunks), self._at[6], self.table_address, chunk, self.partials.data_ptr())
+
+    def _place(self, itemsize: int, chunks: array[int], rows: Rows | None) -> Sections:
+        """Make the memory and write what does not change. Returns addresses."""
+        table, row_bytes = self._table, coefficients.WIDTH * itemsize
+        if rows is None:
+            head = row_bytes * len(table.steps)
+            fixed = [b"", b"", b""]
+        else:
+            head = 16 * coefficients.NUMBERS * self._groups
+            fixed = [array("q", rows.groups).tobytes(), array("q", rows.counters).tobytes(), bytes(row_bytes * table.count)]
+        fixed = [_filled(part) for part in (*fixed, chunks.tobytes())]
+        changing = [_padded(size) for size in (head, 8 * table.count, 8 * len(table.rows))]
+        offsets = Sections(*accumulate((*changing, *map(len, fixed)), initial=0))
+        self._memory = self._device.memory(offsets.end // 8)
+        self._ring = UploadRing(self._device, self._memory, offsets.groups // 8)
+        self._device.send(self._memory[offsets.groups // 8 :], array("q", b"".join(fixed)))
+        address = self._memory.data_ptr()
+        return Sections(*(address + offset for offset in offsets))
 
     def upload(self, stream: int, numbers: Numbers) -> None:
         """Make what changed known to the device, on its current stream; the device must be the current one."""
@@ -113,7 +118,7 @@ class DeviceTable:
         if stream not in self._streams:
             self._device.used_by_current_stream(self._memory)
             self._streams.add(stream)
-        if self._on_device:
+        if self._compute is not None:
             head = b"".join(array("d", values).tobytes() for values, _ in numbers)
             head += b"".join(array("q", sources).tobytes() for _, sources in numbers)
         else:
@@ -122,7 +127,7 @@ class DeviceTable:
         if self._device.is_capturing():
             self._upload_captured(stream, _filled(head), grads)
             return
-        self._head, self._grads = self._at[0], self._at[1]
+        self._head, self._grads = self._at.head, self._at.grads
         parts = [_filled(head), _filled(grads), _filled(self._table.static_rows)]
         for last in (2, 1, 0):
             if parts[last] != self._sent[last]:
@@ -150,7 +155,7 @@ class DeviceTable:
         if self._compute is not None:
             sources = self._head + 8 * coefficients.NUMBERS * self._groups
             self._compute(stream, self._head, sources, control)
-            coefficients_at = self._coefficients
+            coefficients_at = self._at.rows
         if self._launch is not None:
             self._launch(stream, self._grads, coefficients_at, control)
 
@@ -166,15 +171,11 @@ class Measurer:
         self._chunk = norm_chunk(sum(map(sum, numels)))
         self._chunk_maps = [chunk_map(n, self._chunk) for n in numels]
         self._count = sum(map(len, self._chunk_maps))
-        words = array("q", [word for words in self._chunk_maps for word in words])
         with device.current():
             self._maps = device.memory(max(self._count, 1))
             self._partials = device.memory(max(self._count, 1), torch.float64)
             self._streams = {device.stream()}
-            if words:
-                staged = device.pinned(self._count)
-                staged.copy_(torch.frombuffer(words, dtype=torch.int64))
-                device.upload(self._maps, staged)
+            device.send(self._maps, array("q", [word for words in self._chunk_maps for word in words]))
         self._measures: dict[bool, list[tuple[DeviceTable, Callable[[int, int], None]]]] = {}
         self._controls: dict[tuple[bool, torch.dtype], Callable[[int, int, int, int, int, int, float], None]] = {}
 
