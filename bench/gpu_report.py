@@ -99,11 +99,11 @@ def assumptions(device: str) -> dict[str, Any]:
         else "?",
     }
     if device == "cuda":
-        from fused_l2.kernels.launch import Kernel, current_stream
+        from fused_l2.kernels.launch import Kernel, current_stream, step
 
         for name, rule, flags in (("AdamW", Rule.ADAM, Flag.DECOUPLED), ("SGD", Rule.SGD, Flag.MOMENTUM)):
-            kernel = Kernel(rule, int(flags), *[torch.float32] * 3)
-            found[f"{name} registers, spills"] = [kernel._compiled.n_regs, kernel._compiled.n_spills]
+            kernel = Kernel(step(rule, int(flags), *[torch.float32] * 3))
+            found[f"{name} registers, spills"] = [kernel.compiled.n_regs, kernel.compiled.n_spills]
         empty = torch.zeros(64, dtype=torch.int64, device="cuda").data_ptr()  # row 0: numel 0
         launch = kernel.launcher(1, empty, empty, 1024, empty)
         stream = current_stream(torch.cuda.current_device())

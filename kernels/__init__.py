@@ -1,12 +1,11 @@
 """The Triton kernels, installed as ``fused_l2.kernels``.
 
 * :mod:`~fused_l2.kernels.update_rules`: the formulas, on loaded values.
-* :mod:`~fused_l2.kernels.multi_tensor`: from the tensor table to pointers, and the loops.
-* :mod:`~fused_l2.kernels.sgd`, :mod:`~fused_l2.kernels.adam`: the two together, one kernel per family.
+* :mod:`~fused_l2.kernels.multi_tensor`: the step: from the tensor table to pointers, and the loops that apply them.
 * :mod:`~fused_l2.kernels.norms`, :mod:`~fused_l2.kernels.control`: clipping, loss scaling, skipped steps.
 * :mod:`~fused_l2.kernels.coefficients`: coefficient rows where the host does not know the step count or the hyperparameters.
 * :mod:`~fused_l2.kernels.write`: what a CUDA graph needs instead of copies from the host.
-* :mod:`~fused_l2.kernels.launch`: from a bucket's signature to a compiled kernel.
+* :mod:`~fused_l2.kernels.launch`: what each of these is compiled from, and its launch.
 
 Importing this package needs neither triton nor a GPU; its modules need triton.
 """

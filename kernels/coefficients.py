@@ -1,6 +1,6 @@
 """The coefficient rows of a step, computed on the device: for step counts and hyperparameters that the host does not know.
 
-``fused_l2/coefficients.py`` has the same expressions for the host, and the bits agree once they are rounded to float32.
+``fused_l2/tables/coefficients.py`` has the same expressions for the host, and the bits agree once they are rounded to float32.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .layout import (
 def fused_l2_coefficients(
     groups,  # int64 [COUNT]: the row of `numbers` of each tensor
     counters,  # int64 [COUNT]: addresses of step counters, float32
+    coefficients,  # opmath [COUNT][COEFFICIENT_WIDTH]
+    COUNT,
     numbers,  # float64 [.][NUMBERS]: hyperparameters
     sources,  # int64 [.][NUMBERS]: where they are on the device instead, or 0. The lowest bit is set if a float64 is there.
-    coefficients,  # opmath [COUNT][COEFFICIENT_WIDTH]
     control,  # looked at with SCALED
-    COUNT,
     RULE: tl.constexpr,
     BUCKET_FLAGS: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -1,6 +1,6 @@
 """What precedes a step on the device: the norm's end, the factor of all gradients, and whether the step is made.
 
-``fused_l2/control.py`` has the same operations for the host.
+``fused_l2/tables/control.py`` has the same operations for the host.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""From a bucket's signature to a compiled kernel, and its launch.
+"""What each kernel is compiled from, and its launch.
 
-What a kernel is compiled for is the shape of the computation: rule, flags, dtypes. Hyperparameters and sizes are read at run
-time, so that a schedule of lr or weight decay compiles nothing. Nothing is autotuned: that would run an in-place update many
-times.
+A kernel is compiled for the shape of the computation: rule, flags, dtypes. Hyperparameters and sizes are read at run time, so
+that a schedule of lr or weight decay compiles nothing. Nothing is autotuned: that would run an in-place update many times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +16,13 @@ from triton.runtime import driver
 
 from ..tables.modes import FLAGS, Mode
 from ..tables.tensor_table import Flag, Rule
-from .adam import fused_l2_adam
 from .coefficients import fused_l2_coefficients
 from .control import fused_l2_control
+from .multi_tensor import fused_l2_step
 from .norms import fused_l2_measure_grads
-from .sgd import fused_l2_sgd
 from .write import fused_l2_write
 
 THREADS = 128  # per program. With 256 the compiler spills registers in Adam to reach a higher occupancy.
-WORDS = 120  # that one launch of fused_l2_write carries
-_ADDRESS = (1 << 40) + 1  # stands for any 64-bit integer, as 17 does for a 32-bit one: no multiple of 16
 
 # Triton's names of dtypes.
 DTYPES = {
@@ -37,21 +33,23 @@ DTYPES = {
     torch.int16: tl.int16,
 }
 
+# What stands for an argument: its dtype for a pointer, and one of these for a number. Of multiples of 16 the compiler is told.
+MULTIPLE_OF_16, INT32, INT64, FLOAT64 = 16, 17, (1 << 40) + 1, 1.5
 
-class Specialization(NamedTuple):
-    """What a kernel is compiled from: the function, its compile-time arguments, and the dtype it computes in."""
+
+class Source(NamedTuple):
+    """What a kernel is compiled from: the function, what stands for its arguments, its compile-time arguments, and the dtype it
+    computes in."""
 
     function: Any
+    arguments: tuple[Any, ...]
     constants: dict[str, Any]
     opmath: torch.dtype
 
 
-def specialization(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Specialization:
-    """The kernel of a bucket. ``state`` is not looked at where the rule has no states."""
-    if rule is Rule.SGD:
-        function, states = fused_l2_sgd, 1 if flags & Flag.MOMENTUM else 0
-    else:
-        function, states = fused_l2_adam, 3 if flags & Flag.AMSGRAD else 2
+def step(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Source:
+    """Steps a bucket. ``state`` is not looked at where the rule has no states."""
+    states = 2 + bool(flags & Flag.AMSGRAD) if rule is Rule.ADAM else int(bool(flags & Flag.MOMENTUM))
     state = state if states else param
     mode = Mode(flags & FLAGS)
     kept = mode.state_dtype if mode.state_name else param
@@ -59,7 +57,8 @@ def specialization(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype
     # their values exchanged between threads.
     per_thread = 16 // max(t.itemsize for t in (param, grad, state, kept))
     constants = {
-        "FLAGS": int(flags),
+        "RULE": int(rule),
+        "BUCKET_FLAGS": int(flags),
         "STATES": states,
         "PARAM_DTYPE": DTYPES[torch.int16 if mode is Mode.REMAINDER else param],
         "GRAD_DTYPE": DTYPES[grad],
@@ -68,7 +67,43 @@ def specialization(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype
         "BLOCK": THREADS * per_thread,
         "TAIL_BLOCK": THREADS,
     }
-    return Specialization(function, constants, torch.float64 if param is torch.float64 else torch.float32)
+    opmath = torch.float64 if param is torch.float64 else torch.float32
+    arguments = (torch.int64, torch.int64, MULTIPLE_OF_16, torch.float64, torch.int64, opmath, torch.float64)
+    return Source(fused_l2_step, arguments, constants, opmath)
+
+
+def measure(dtype: torch.dtype, largest: bool) -> Source:
+    """Measures gradients of one dtype: the sum of their squares, or the largest. Each program writes one float64."""
+    arguments = (torch.int64, torch.int64, torch.float64, MULTIPLE_OF_16, INT32, torch.int64)
+    constants = {"LARGEST": largest, "DTYPE": DTYPES[dtype]}
+    return Source(fused_l2_measure_grads, arguments, constants, torch.float64)
+
+
+def control(largest: bool, opmath: torch.dtype) -> Source:
+    """Decides about a step, in one program. ``opmath`` is the dtype of factor and norm."""
+    arguments = (torch.float64, torch.float64, INT64, INT64, INT32, INT32, FLOAT64)
+    return Source(fused_l2_control, arguments, {"LARGEST": largest, "OPMATH": DTYPES[opmath]}, opmath)
+
+
+def coefficients(rule: Rule, flags: int, opmath: torch.dtype, rows: int) -> Source:
+    """Computes a bucket's coefficient rows, one per tensor, and counts its steps; ``rows`` of them in a program."""
+    arguments = (torch.int64, torch.int64, opmath, INT32, torch.float64, torch.int64, torch.float64)
+    constants = {"RULE": int(rule), "BUCKET_FLAGS": int(flags), "BLOCK": rows}
+    return Source(fused_l2_coefficients, arguments, constants, opmath)
+
+
+def write(words: int) -> Source:
+    """Writes its arguments to memory, up to this many int64, in one program."""
+    return Source(fused_l2_write, (torch.int64, INT32, (INT64,) * words), {}, torch.int64)
+
+
+SOURCES: dict[str, Callable[..., Source]] = {
+    "step": step,
+    "measure": measure,
+    "control": control,
+    "coefficients": coefficients,
+    "write": write,
+}
 
 
 def options(warp_size: int) -> dict[str, Any]:
@@ -76,116 +111,28 @@ def options(warp_size: int) -> dict[str, Any]:
     return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
 
 
-def compiled(function: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
-    """A kernel compiled for the current device and loaded. Arguments are dtypes for pointers, and numbers.
-
-    A kernel's first launch compiles it, so it is compiled and loaded here, while nothing has changed yet. The number 16
-    stands for any multiple of it, and the compiler is told.
-    """
-    warp_size = driver.active.get_current_target().warp_size
-    kernel = function.warmup(*arguments, **constants, **options(warp_size), grid=(1,))
-    kernel[(1, 1, 1)]  # loads the module
-    return kernel
-
-
 class Kernel:
-    """A bucket's kernel, compiled for the current device, loaded and ready.
+    """A kernel compiled for the current device, loaded and ready: its first launch would do that, in the middle of a step.
 
     Compiled kernels are called directly: Triton's usual way looks at each argument to find the kernel, at four times the host
-    time. What is fixed for a bucket is given once; addresses are integers.
+    time. Addresses are integers.
     """
 
-    def __init__(self, rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> None:
-        function, self._constants, self.opmath = specialization(rule, flags, param, grad, state)
-        arguments = (torch.int64, torch.int64, torch.int64, self.opmath, 16, torch.float64, torch.float64)
-        self._compiled = compiled(function, arguments, self._constants)
+    def __init__(self, source: Source) -> None:
+        function, arguments, constants, self.opmath = source
+        warp_size = driver.active.get_current_target().warp_size
+        self.compiled = function.warmup(*arguments, **constants, **options(warp_size), grid=(1,))
+        self.compiled[(1, 1, 1)]  # loads the module
+        self._constants = tuple(constants.values())
 
-    def launcher(
-        self, programs: int, chunk_map: int, table: int, chunk: int, partials: int
-    ) -> Callable[[int, int, int, int], None]:
-        """What launches this many programs on a stream, given the gradients' addresses, coefficient rows and control."""
-        run, constants = self._compiled[(programs, 1, 1)], tuple(self._constants.values())
+    def launcher(self, programs: int, *fixed: int) -> Callable[..., None]:
+        """What launches this many programs on a stream, given the arguments behind the ``fixed`` ones."""
+        run, constants = self.compiled[(programs, 1, 1)], self._constants
 
-        def launch(stream: int, grads: int, coefficients: int, control: int) -> None:
-            run(chunk_map, table, grads, coefficients, chunk, control, partials, *constants, stream=stream)
-
-        return launch
-
-
-class MeasureKernel:
-    """The kernel that measures gradients of one dtype: the sum of their squares, or the largest."""
-
-    def __init__(self, dtype: torch.dtype, largest: bool) -> None:
-        self._constants = {"LARGEST": largest, "DTYPE": DTYPES[dtype]}
-        arguments = (torch.int64, torch.int64, torch.int64, torch.float64, 16, 17)
-        self._compiled = compiled(fused_l2_measure_grads, arguments, self._constants)
-
-    def launcher(
-        self, programs: int, chunk_map: int, table: int, partials: int, chunk: int, first: int
-    ) -> Callable[[int, int], None]:
-        """What launches this many programs on a stream, given the gradients' addresses. They write one float64 each, from
-        ``partials[first]`` on."""
-        run, constants = self._compiled[(programs, 1, 1)], tuple(self._constants.values())
-
-        def launch(stream: int, grads: int) -> None:
-            run(chunk_map, table, grads, partials, chunk, first, *constants, stream=stream)
+        def launch(stream: int, *given: Any) -> None:
+            run(*fixed, *given, *constants, stream=stream)
 
         return launch
-
-
-class ControlKernel:
-    """The kernel that decides about a step. ``opmath`` is the dtype of factor and norm."""
-
-    def __init__(self, largest: bool, opmath: torch.dtype) -> None:
-        self._constants = {"LARGEST": largest, "OPMATH": DTYPES[opmath]}
-        arguments = (torch.float64, torch.float64, _ADDRESS, _ADDRESS, 17, 17, 1.5)
-        self._compiled = compiled(fused_l2_control, arguments, self._constants)
-
-    def launcher(self, partials: int) -> Callable[[int, int, int, int, int, bool, float], None]:
-        """What makes a control of this many partial results, on a stream."""
-        run, constants = self._compiled[(1, 1, 1)], tuple(self._constants.values())
-
-        def launch(
-            stream: int, control: int, grad_scale: int, found_inf: int, count: int, skips_nonfinite: bool, max_norm: float
-        ) -> None:
-            run(
-                partials, control, grad_scale, found_inf, count, int(skips_nonfinite), max_norm, *constants, stream=stream
-            )  # fmt: skip
-
-        return launch
-
-
-class CoefficientsKernel:
-    """The kernel that computes a bucket's coefficient rows, one per tensor, and counts its steps."""
-
-    def __init__(self, rule: Rule, flags: int, opmath: torch.dtype) -> None:
-        self._constants = {"RULE": int(rule), "BUCKET_FLAGS": int(flags), "BLOCK": THREADS}
-        int64, float64 = torch.int64, torch.float64
-        arguments = (int64, int64, float64, int64, opmath, float64, 17)
-        self._compiled = compiled(fused_l2_coefficients, arguments, self._constants)
-
-    def launcher(self, groups: int, counters: int, coefficients: int, count: int) -> Callable[[int, int, int, int], None]:
-        """What does so for this many tensors on a stream, given hyperparameters, their sources, and the control."""
-        run, constants = self._compiled[(-(-count // THREADS), 1, 1)], tuple(self._constants.values())
-
-        def launch(stream: int, numbers: int, sources: int, control: int) -> None:
-            run(groups, counters, numbers, sources, coefficients, control, count, *constants, stream=stream)
-
-        return launch
-
-
-class WriteKernel:
-    """The kernel whose arguments are what it writes."""
-
-    def __init__(self) -> None:
-        self._compiled = compiled(fused_l2_write, (torch.int64, 17, (_ADDRESS,) * WORDS), {})
-
-    def write(self, stream: int, target: int, words: Sequence[int]) -> None:
-        """Write these int64 to memory from ``target`` on, a multiple of 16."""
-        run = self._compiled[(1, 1, 1)]
-        for begin in range(0, len(words), WORDS):
-            part = tuple(words[begin : begin + WORDS])
-            run(target + 8 * begin, len(part), part + (0,) * (WORDS - len(part)), stream=stream)
 
 
 def current_stream(device: int) -> int:

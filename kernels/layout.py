@@ -1,4 +1,4 @@
-"""The layout of ``fused_l2.tensor_table`` as compile-time constants, which is what a kernel can read."""
+"""The layout of ``fused_l2.tables`` as compile-time constants, which is what a kernel can read."""
 
 from __future__ import annotations
 

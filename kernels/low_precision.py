@@ -1,7 +1,7 @@
 """16-bit parameters and the float32 value that a step is computed in: how the one is made of the other.
 
-``fused_l2/low_precision.py`` states the same formulas in PyTorch and ``csrc/low_precision_kernels.h`` in C++; tests compare the
-three bit by bit.
+``fused_l2/parameters/low_precision.py`` states the same formulas in PyTorch and ``csrc/low_precision_kernels.h`` in C++; tests
+compare the three bit by bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One launch over many tensors: from a row of the tensor table to typed pointers, and the loops over a chunk.
+"""The step, one launch over many tensors: from a row of the tensor table to typed pointers, and the loops over a chunk.
 
 A program works on one *chunk*, up to CHUNK elements of one tensor. The chunk map tells it which: the tensor's row in the low 32
 bits of a word, the number of the chunk within the tensor in the high ones.
@@ -10,10 +10,14 @@ because pointers from the table carry a hint. A misaligned tensor has an empty v
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from ..tables.tensor_table import Rule
 from .layout import (
+    ADAM,
     COEFFICIENT_WIDTH,
     COEFFICIENTS,
     FACTOR,
@@ -39,18 +43,24 @@ from .layout import (
 )
 from .low_precision import compensation, random_bits, rounded_stochastically, split, step_key, widened
 from .sums import pairwise
+from .update_rules import adam, sgd
 
 
-@triton.jit
-def step_chunk(
-    rule: tl.constexpr,
+def _name(specialization: Any) -> str:
+    """What profilers show: fused_l2_sgd or fused_l2_adam."""
+    return f"fused_l2_{Rule(specialization.constants['RULE']).name.lower()}"
+
+
+@triton.jit(repr=_name)
+def fused_l2_step(
     chunk_map,  # int64 [programs]
     table,  # int64 [tensors][WIDTH]
+    CHUNK,  # a multiple of 16
+    partials,  # float64 [programs][FIGURES]; written with STATISTICS
     grads,  # int64 [tensors]: addresses
     coefficients,  # opmath [coefficient rows][COEFFICIENT_WIDTH]
-    CHUNK,  # a multiple of 16
     control,  # float64: factor, skip, ...; looked at with SCALED
-    partials,  # float64 [programs][FIGURES]; written with STATISTICS
+    RULE: tl.constexpr,
     BUCKET_FLAGS: tl.constexpr,
     STATES: tl.constexpr,  # how many state tensors the rule has
     PARAM_DTYPE: tl.constexpr,
@@ -60,7 +70,7 @@ def step_chunk(
     BLOCK: tl.constexpr,
     TAIL_BLOCK: tl.constexpr,
 ):
-    """Apply ``rule`` to this program's chunk."""
+    """Apply the rule to this program's chunk."""
     word = tl.load(chunk_map + tl.program_id(0))
     tensor = word & 0xFFFFFFFF
     row = table + tensor * WIDTH
@@ -108,9 +118,9 @@ def step_chunk(
         if not BUCKET_FLAGS & STATISTICS:
             count = tl.where(is_made, count, 0)
     in_vectors = tl.where((addresses & 15) == 0, count // 8 * 8, 0)
-    a = step_range(rule, pointers, scalars, random, factor, is_made, first_step, 0, in_vectors, BUCKET_FLAGS, STATES, BLOCK)
+    a = step_range(pointers, scalars, random, factor, is_made, first_step, 0, in_vectors, RULE, BUCKET_FLAGS, STATES, BLOCK)
     b = step_range(
-        rule, pointers, scalars, random, factor, is_made, first_step, in_vectors, count, BUCKET_FLAGS, STATES, TAIL_BLOCK
+        pointers, scalars, random, factor, is_made, first_step, in_vectors, count, RULE, BUCKET_FLAGS, STATES, TAIL_BLOCK
     )
     if BUCKET_FLAGS & STATISTICS:
         out = partials + tl.program_id(0) * FIGURES
@@ -127,7 +137,6 @@ def step_chunk(
 
 @triton.jit
 def step_range(
-    rule: tl.constexpr,
     pointers,
     scalars,
     random,  # key and first element; looked at with KAHAN and STOCHASTIC
@@ -136,11 +145,12 @@ def step_range(
     first_step,
     begin,
     end,
+    RULE: tl.constexpr,
     BUCKET_FLAGS: tl.constexpr,
     STATES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Apply ``rule`` to the elements from ``begin`` to ``end``, a block at a time. With STATISTICS a step that is not made is
+    """Apply the rule to the elements from ``begin`` to ``end``, a block at a time. With STATISTICS a step that is not made is
     measured all the same; returned are the sums of the squares of gradients, parameters before the step, and updates."""
     param_at, grad_at, state0_at, state1_at, state2_at, kept_at = pointers
     random_key, first_element = random
@@ -180,7 +190,10 @@ def step_range(
             state1 = tl.load(state1_at + at, mask=inside).to(OPMATH)
         if STATES > 2:
             state2 = tl.load(state2_at + at, mask=inside).to(OPMATH)
-        param, state0, state1, state2 = rule(param, grad, state0, state1, state2, scalars, first_step, BUCKET_FLAGS)
+        if RULE == ADAM:
+            param, state0, state1, state2 = adam(param, grad, state0, state1, state2, scalars, first_step, BUCKET_FLAGS)
+        else:
+            param, state0, state1, state2 = sgd(param, grad, state0, state1, state2, scalars, first_step, BUCKET_FLAGS)
         if BUCKET_FLAGS & (KAHAN | STOCHASTIC):
             bits = random_bits(first_element + at.to(tl.uint32), random_key)
         if BUCKET_FLAGS & REMAINDER:

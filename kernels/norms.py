@@ -17,10 +17,10 @@ from .sums import larger, pairwise
 def fused_l2_measure_grads(
     chunk_map,  # int64 [.]
     table,  # int64 [tensors][WIDTH]
-    grads,  # int64 [tensors]
     partials,  # float64 [.]
     CHUNK,  # a multiple of LANES
     FIRST,  # the first program's position in chunk_map and partials
+    grads,  # int64 [tensors]
     LARGEST: tl.constexpr,  # the largest |g|, else the sum of g^2
     DTYPE: tl.constexpr,
 ):

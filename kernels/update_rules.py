@@ -4,7 +4,7 @@
 bit. They count on being compiled without fusion of products and sums (``enable_fp_fusion=False``).
 
 Each rule takes the values of one block, in float32 (float64 for float64 tensors), up to three states, and the coefficient row
-of ``fused_l2/coefficients.py``, and returns the new param and states. States a rule does not have pass through.
+of ``fused_l2/tables/coefficients.py``, and returns the new param and states. States a rule does not have pass through.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ from .layout import AMSGRAD, CAUTIOUS, DECOUPLED, MAXIMIZE, MOMENTUM, NESTEROV
 @triton.jit
 def sgd(param, grad, buffer, unused1, unused2, row, first_step, FLAGS: tl.constexpr):
     weight_decay, decay, momentum, one_minus_dampening, neg_lr, _5, _6, _7 = row
-    if FLAGS & MAXIMIZE:
-        grad = grad * -1.0  # not -grad, which triton 3.6 compiles to 0 - grad: the wrong zero
-    if not FLAGS & DECOUPLED:
-        grad = tl.where(weight_decay != 0, tl.fma(param, weight_decay, grad), grad)
+    grad = gradient(param, grad, weight_decay, FLAGS)
     update = grad
     if FLAGS & MOMENTUM:
         buffer = tl.where(first_step, grad, tl.fma(grad, one_minus_dampening, buffer * momentum))
@@ -35,10 +32,7 @@ def sgd(param, grad, buffer, unused1, unused2, row, first_step, FLAGS: tl.conste
 @triton.jit
 def adam(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, row, first_step, FLAGS: tl.constexpr):
     weight_decay, decay, one_minus_beta1, beta2, one_minus_beta2, bias_correction2_sqrt, eps, neg_step_size = row
-    if FLAGS & MAXIMIZE:
-        grad = grad * -1.0  # not -grad, which triton 3.6 compiles to 0 - grad: the wrong zero
-    if not FLAGS & DECOUPLED:
-        grad = tl.where(weight_decay != 0, tl.fma(param, weight_decay, grad), grad)
+    grad = gradient(param, grad, weight_decay, FLAGS)
     # torch.lerp starts from the nearer end
     from_end = one_minus_beta1 >= 0.5
     weight = tl.where(from_end, one_minus_beta1 - 1, one_minus_beta1)
@@ -53,6 +47,16 @@ def adam(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, row, first_step, FLAG
     param = decayed(param, decay, exp_avg, FLAGS)
     denominator = divide(square_root(second_moment), bias_correction2_sqrt) + eps
     return param + divide(neg_step_size * exp_avg, denominator), exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+@triton.jit
+def gradient(param, grad, weight_decay, FLAGS: tl.constexpr):
+    """What the rules see of a gradient: of what is minimized, with coupled decay."""
+    if FLAGS & MAXIMIZE:
+        grad = grad * -1.0  # not -grad, which triton 3.6 compiles to 0 - grad: the wrong zero
+    if not FLAGS & DECOUPLED:
+        grad = tl.where(weight_decay != 0, tl.fma(param, weight_decay, grad), grad)
+    return grad
 
 
 @triton.jit

@@ -52,7 +52,7 @@ def test_wheel(wheel, tmp_path):
     assert not wheel.name.endswith("-any.whl")
     assert wheel.stat().st_size < 1_000_000
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {f"fused_l2/{cpu._FILE}", "fused_l2/py.typed", "fused_l2/kernels/__init__.py", "fused_l2/kernels/adam.py"} <= names
+    assert {f"fused_l2/{cpu._FILE}", "fused_l2/py.typed", "fused_l2/kernels/__init__.py", "fused_l2/kernels/launch.py"} <= names
     top_level = {n.split("/")[0] for n in names}
     assert top_level == {"fused_l2", next(t for t in top_level if t.endswith(".dist-info"))}  # no top-level `kernels`
     requires = (ROOT / "pyproject.toml").read_text().split("requires = [")[1].split("]")[0]

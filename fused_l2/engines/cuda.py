@@ -7,19 +7,34 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from array import array
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ..tables.tensor_table import Rule
 
-if TYPE_CHECKING:
-    from ..kernels.launch import CoefficientsKernel, ControlKernel, Kernel, MeasureKernel, WriteKernel
-
 OLDEST_TRITON = (3, 6)
+
+
+class Kernel(Protocol):
+    """What :class:`fused_l2.kernels.launch.Kernel` is, for where triton may be missing."""
+
+    opmath: torch.dtype
+
+    def launcher(self, programs: int, *fixed: int) -> Callable[..., None]:
+        """What launches this many programs on a stream, given the arguments behind the ``fixed`` ones."""
+
+
+@functools.cache
+def _launch() -> Any:
+    from ..kernels import launch  # needs triton
+
+    return launch
 
 
 class Device:
@@ -29,36 +44,13 @@ class Device:
         self.device = device
         self.multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count
 
-    def kernel(self, rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Kernel:
-        """The kernel of a bucket, compiled and loaded. Raises whatever the compiler raises."""
-        from ..kernels.launch import Kernel
-
+    def compile(self, kind: Literal["step", "measure", "control", "coefficients", "write"], *signature: Any) -> Kernel:
+        """A kernel, compiled and loaded. The ``signature`` is what the function of that name in kernels/launch.py takes. Raises
+        whatever the compiler raises."""
+        launch = _launch()
         with self.current():
-            return Kernel(rule, flags, param, grad, state)
-
-    def measure_kernel(self, dtype: torch.dtype, largest: bool) -> MeasureKernel:
-        from ..kernels.launch import MeasureKernel
-
-        with self.current():
-            return MeasureKernel(dtype, largest)
-
-    def control_kernel(self, largest: bool, opmath: torch.dtype) -> ControlKernel:
-        from ..kernels.launch import ControlKernel
-
-        with self.current():
-            return ControlKernel(largest, opmath)
-
-    def coefficients_kernel(self, rule: Rule, flags: int, opmath: torch.dtype) -> CoefficientsKernel:
-        from ..kernels.launch import CoefficientsKernel
-
-        with self.current():
-            return CoefficientsKernel(rule, flags, opmath)
-
-    def write_kernel(self) -> WriteKernel:
-        from ..kernels.launch import WriteKernel
-
-        with self.current():
-            return WriteKernel()
+            kernel: Kernel = launch.Kernel(launch.SOURCES[kind](*signature))
+        return kernel
 
     def is_capturing(self) -> bool:
         return is_capturing()
@@ -70,9 +62,7 @@ class Device:
         return torch.cuda.device(self.device)
 
     def stream(self) -> int:
-        from ..kernels.launch import current_stream
-
-        return int(current_stream(self.device.index))
+        return int(_launch().current_stream(self.device.index))
 
     def memory(self, words: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(words, dtype=dtype, device=self.device)
@@ -95,6 +85,14 @@ class Device:
     def upload(self, target: Tensor, pinned: Tensor) -> None:
         """Copy on the current stream, when it gets there."""
         target.copy_(pinned, non_blocking=True)
+
+    def send(self, target: Tensor, words: array[int]) -> None:
+        """Copy these words, once, to the beginning of the target, on the current stream."""
+        if words:
+            # Of torch's own, which is not used for anything else before the copy is made.
+            pinned = self.pinned(len(words))
+            pinned.copy_(torch.frombuffer(words, dtype=torch.int64))
+            self.upload(target[: len(words)], pinned)
 
     def event(self) -> Any:
         return torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -156,9 +154,7 @@ def why_unavailable() -> str:
 
 
 def triton_version() -> str:
-    from ..kernels.launch import version
-
-    return str(version())
+    return str(_launch().version())
 
 
 Signature = tuple[torch.device, Rule, int, torch.dtype, torch.dtype, torch.dtype]
@@ -181,7 +177,7 @@ def _make_kernel(
     if reason := why_unavailable():
         return None, reason
     try:
-        return device(of).kernel(rule, flags, param, grad, state), ""
+        return device(of).compile("step", rule, flags, param, grad, state), ""
     except Exception as error:  # Triton needs a C compiler, Python's headers, a writable cache, a GPU it knows, ...
         if "out of memory" in str(error).lower():  # says nothing about the next time
             raise

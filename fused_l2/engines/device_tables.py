@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from torch import Tensor
 from ..tables import coefficients
 from ..tables.control import Control, Prologue
 from ..tables.tensor_table import GRAD, STATISTICS, WIDTH, Flag, Rule, TensorTable, chunk_map, norm_chunk
-from .cuda import Device, UploadRing
+from .cuda import Device, Kernel, UploadRing
 
-if TYPE_CHECKING:
-    from ..kernels.launch import Kernel
+ROWS = 128  # coefficient rows that one program computes
+WORDS = 120  # that one launch can carry as its arguments
 
 
 class Rows(NamedTuple):
@@ -34,6 +34,20 @@ class Rows(NamedTuple):
 
 # The hyperparameters of a bucket's groups: values, and where they are on the device instead (see kernels/coefficients.py).
 Numbers = Sequence[tuple[Sequence[float], Sequence[int]]]
+
+
+class Sections(NamedTuple):
+    """Where the sections of a bucket's memory begin, in bytes. What changes comes first, and what changes most often first of
+    all; from ``groups`` to ``rows`` they are empty where the host computes the coefficient rows."""
+
+    head: int  # coefficient rows of the host's, or hyperparameters and their sources
+    grads: int  # the gradients' addresses
+    table: int
+    groups: int
+    counters: int
+    rows: int  # coefficient rows of the device's
+    chunk_map: int
+    end: int
 
 
 class DeviceTable:
@@ -52,57 +66,50 @@ class DeviceTable:
     ) -> None:
         self._device, self._table = device, table
         self._typecode = "d" if kernel.opmath is torch.float64 else "f"
+        self._groups = 0 if rows is None else max(rows.groups) + 1
         numels = table.numels()
         chunk = _chunk_size(sum(numels), device.multiprocessors)
         chunks = chunk_map(numels, chunk)
-        self._on_device = rows is not None
-        self._groups = 0 if rows is None else max(rows.groups) + 1
-
-        # What changes comes first, and what changes most often first of all: hyperparameters or coefficient rows, the
-        # gradients' addresses, the tensor table.
-        row_bytes = coefficients.WIDTH * kernel.opmath.itemsize
-        head = 16 * coefficients.NUMBERS * self._groups if self._on_device else row_bytes * len(table.steps)
-        changing = [head, 8 * table.count, 8 * len(table.rows)]
-        fixed = [8 * table.count, 8 * table.count, row_bytes * table.count] if self._on_device else [0, 0, 0]
-        ends = list(accumulate(_padded(size) for size in (*changing, *fixed, 8 * len(chunks))))
-        starts = [0, *ends]
+        self.chunks_of = [-(-n // chunk) for n in numels]
         with device.current():
-            self._memory = device.memory(ends[-1] // 8)
             self._streams = {device.stream()}
-            words = array("q", bytes(ends[-1] - starts[3]))
-            if rows is not None:
-                words[: table.count] = array("q", rows.groups)
-                start = (starts[4] - starts[3]) // 8
-                words[start : start + table.count] = array("q", rows.counters)
-            start = (starts[6] - starts[3]) // 8
-            words[start : start + len(chunks)] = chunks
-            if words:
-                # Through pinned memory of torch's, which is not reused before the copy is made.
-                staged = device.pinned(len(words))
-                staged.copy_(torch.frombuffer(words, dtype=torch.int64))
-                device.upload(self._memory[starts[3] // 8 :], staged)
-        address = self._memory.data_ptr()
-        self._at = [address + start for start in starts]
-        self._head, self._grads = self._at[0], self._at[1]  # of the coming step
-        self._coefficients = self._at[5]
-        self.table_address = self._at[2]
-        self._ring = UploadRing(device, self._memory, starts[3] // 8)
+            self._at = at = self._place(kernel.opmath.itemsize, chunks, rows)
+            # What a step with statistics leaves of each chunk. Of their own memory: they are looked at when this table is gone.
+            measured = len(chunks) if flags & Flag.STATISTICS else 0
+            self.partials = device.memory(measured * len(STATISTICS), torch.float64).view(-1, len(STATISTICS))
+        self.table_address = at.table
+        self._head, self._grads = at.head, at.grads  # of the coming step
         self._sent: list[bytes] = [b"", b"", b""]
         self._captured: list[Tensor] = []
-        self._compute: Callable[[int, int, int, int], None] | None = None
-        if self._on_device:
-            compute = device.coefficients_kernel(rule, flags, kernel.opmath)
-            self._compute = compute.launcher(self._at[3], self._at[4], self._at[5], table.count)
-        # For a capture, within which nothing can be compiled. Adam with steps counted on the host cannot be captured.
-        self._write = device.write_kernel() if self._on_device or rule is Rule.SGD else None
         self._launch: Callable[[int, int, int, int], None] | None = None
-        # What a step with statistics leaves of each chunk. Of their own memory: they may be looked at when this table is gone.
-        self.chunks_of = [-(-n // chunk) for n in numels]
-        measured = len(chunks) if flags & Flag.STATISTICS else 0
-        with device.current():
-            self.partials = device.memory(measured * len(STATISTICS), torch.float64).view(-1, len(STATISTICS))
         if chunks:
-            self._launch = kernel.launcher(len(chunks), self._at[6], self.table_address, chunk, self.partials.data_ptr())
+            self._launch = kernel.launcher(len(chunks), at.chunk_map, at.table, chunk, self.partials.data_ptr())
+        self._compute: Callable[[int, int, int, int], None] | None = None
+        if rows is not None:
+            compute = device.compile("coefficients", rule, flags, kernel.opmath, ROWS)
+            self._compute = compute.launcher(-(-table.count // ROWS), at.groups, at.counters, at.rows, table.count)
+        # For a capture, within which nothing can be compiled. Adam with steps counted on the host cannot be captured.
+        self._write: Callable[[int, int, int, tuple[int, ...]], None] | None = None
+        if rows is not None or rule is Rule.SGD:
+            self._write = device.compile("write", WORDS).launcher(1)
+
+    def _place(self, itemsize: int, chunks: array[int], rows: Rows | None) -> Sections:
+        """Make the memory and write what does not change. Returns addresses."""
+        table, row_bytes = self._table, coefficients.WIDTH * itemsize
+        if rows is None:
+            head = row_bytes * len(table.steps)
+            fixed = [b"", b"", b""]
+        else:
+            head = 16 * coefficients.NUMBERS * self._groups
+            fixed = [array("q", rows.groups).tobytes(), array("q", rows.counters).tobytes(), bytes(row_bytes * table.count)]
+        fixed = [_filled(part) for part in (*fixed, chunks.tobytes())]
+        changing = [_padded(size) for size in (head, 8 * table.count, 8 * len(table.rows))]
+        offsets = Sections(*accumulate((*changing, *map(len, fixed)), initial=0))
+        self._memory = self._device.memory(offsets.end // 8)
+        self._ring = UploadRing(self._device, self._memory, offsets.groups // 8)
+        self._device.send(self._memory[offsets.groups // 8 :], array("q", b"".join(fixed)))
+        address = self._memory.data_ptr()
+        return Sections(*(address + offset for offset in offsets))
 
     def upload(self, stream: int, numbers: Numbers) -> None:
         """Make what changed known to the device, on its current stream; the device must be the current one."""
@@ -111,7 +118,7 @@ class DeviceTable:
         if stream not in self._streams:
             self._device.used_by_current_stream(self._memory)
             self._streams.add(stream)
-        if self._on_device:
+        if self._compute is not None:
             head = b"".join(array("d", values).tobytes() for values, _ in numbers)
             head += b"".join(array("q", sources).tobytes() for _, sources in numbers)
         else:
@@ -120,7 +127,7 @@ class DeviceTable:
         if self._device.is_capturing():
             self._upload_captured(stream, _filled(head), grads)
             return
-        self._head, self._grads = self._at[0], self._at[1]
+        self._head, self._grads = self._at.head, self._at.grads
         parts = [_filled(head), _filled(grads), _filled(self._table.static_rows)]
         for last in (2, 1, 0):
             if parts[last] != self._sent[last]:
@@ -133,7 +140,9 @@ class DeviceTable:
         words = array("q", head + _filled(grads))
         memory = self._device.memory(len(words))
         self._captured.append(memory)
-        self._write.write(stream, memory.data_ptr(), words)
+        for begin in range(0, len(words), WORDS):
+            part = words[begin : begin + WORDS]
+            self._write(stream, memory.data_ptr() + 8 * begin, len(part), (*part, *[0] * (WORDS - len(part))))
         self._head, self._grads = memory.data_ptr(), memory.data_ptr() + len(head)
 
     @property
@@ -146,7 +155,7 @@ class DeviceTable:
         if self._compute is not None:
             sources = self._head + 8 * coefficients.NUMBERS * self._groups
             self._compute(stream, self._head, sources, control)
-            coefficients_at = self._coefficients
+            coefficients_at = self._at.rows
         if self._launch is not None:
             self._launch(stream, self._grads, coefficients_at, control)
 
@@ -162,17 +171,13 @@ class Measurer:
         self._chunk = norm_chunk(sum(map(sum, numels)))
         self._chunk_maps = [chunk_map(n, self._chunk) for n in numels]
         self._count = sum(map(len, self._chunk_maps))
-        words = array("q", [word for words in self._chunk_maps for word in words])
         with device.current():
             self._maps = device.memory(max(self._count, 1))
             self._partials = device.memory(max(self._count, 1), torch.float64)
             self._streams = {device.stream()}
-            if words:
-                staged = device.pinned(self._count)
-                staged.copy_(torch.frombuffer(words, dtype=torch.int64))
-                device.upload(self._maps, staged)
+            device.send(self._maps, array("q", [word for words in self._chunk_maps for word in words]))
         self._measures: dict[bool, list[tuple[DeviceTable, Callable[[int, int], None]]]] = {}
-        self._controls: dict[tuple[bool, torch.dtype], Callable[..., None]] = {}
+        self._controls: dict[tuple[bool, torch.dtype], Callable[[int, int, int, int, int, int, float], None]] = {}
 
     def prepare(self, largest: bool, measures: bool, dtype: torch.dtype) -> None:
         """Compile and load what :meth:`control` will launch."""
@@ -180,14 +185,14 @@ class Measurer:
             self._measures[largest], first = [], 0
             for table, words, of in zip(self._tables, self._chunk_maps, self._dtypes, strict=True):
                 if words:
-                    kernel = self._device.measure_kernel(of, largest)
+                    kernel = self._device.compile("measure", of, largest)
                     at, out = self._maps.data_ptr(), self._partials.data_ptr()
                     launch = kernel.launcher(len(words), at, table.table_address, out, self._chunk, first)
                     self._measures[largest].append((table, launch))
                     first += len(words)
         if (largest, dtype) not in self._controls:
-            kernel = self._device.control_kernel(largest, dtype)
-            self._controls[largest, dtype] = kernel.launcher(self._partials.data_ptr())
+            kernel = self._device.compile("control", largest, dtype)
+            self._controls[largest, dtype] = kernel.launcher(1, self._partials.data_ptr())
 
     def control(self, stream: int, prologue: Prologue, dtype: torch.dtype) -> Tensor:
         """A new control, written when the stream gets there. The tables must have been uploaded."""
@@ -197,10 +202,10 @@ class Measurer:
             self._measure(stream, prologue.largest)
         control = self._device.memory(len(Control._fields), torch.float64)
         given = [self._scalar(t) for t in (prologue.grad_scale, prologue.found_inf)]
-        addresses = [0 if t is None else t.data_ptr() for t in given]
+        scale, found_inf = (0 if t is None else t.data_ptr() for t in given)
         count = self._count if measures else 0
         launch = self._controls[prologue.largest, dtype]
-        launch(stream, control.data_ptr(), *addresses, count, prologue.skips_nonfinite, prologue.max_norm)
+        launch(stream, control.data_ptr(), scale, found_inf, count, int(prologue.skips_nonfinite), prologue.max_norm)
         return control
 
     def _scalar(self, given: Tensor | None) -> Tensor | None:

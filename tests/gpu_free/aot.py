@@ -13,20 +13,15 @@ from typing import Any
 
 import torch
 import triton
-from fused_l2.kernels.coefficients import fused_l2_coefficients
-from fused_l2.kernels.control import fused_l2_control
-from fused_l2.kernels.launch import DTYPES, THREADS, WORDS, options, specialization
-from fused_l2.kernels.norms import fused_l2_measure_grads
-from fused_l2.kernels.write import fused_l2_write
+from fused_l2.kernels.launch import SOURCES, options
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_l2.tables.tensor_table import Rule
 
-_POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64"}
+_POINTERS = {torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64"}
 
 
-@functools.cache
 def compile_for(
     arch: int | str,
     rule: Rule,
@@ -35,62 +30,39 @@ def compile_for(
     grad: torch.dtype = torch.float32,
     state: torch.dtype = torch.float32,
 ) -> Any:
-    """The kernel of a bucket, compiled as ``fused_l2.kernels.launch.Kernel`` compiles it, for an NVIDIA architecture by number
-    (90: sm_90) or an AMD one by name."""
-    what = specialization(rule, flags, param, grad, state)
-    arguments = {
-        "chunk_map": "*i64",
-        "table": "*i64",
-        "grads": "*i64",
-        "coefficients": _POINTERS[what.opmath],
-        "CHUNK": "i32",
-        "control": "*fp64",
-        "partials": "*fp64",
-    }
-    return _compile(arch, what.function, arguments, what.constants)
+    """The kernel that steps a bucket."""
+    return compile_kernel(arch, "step", rule, flags, param, grad, state)
 
 
 @functools.cache
-def compile_measure(arch: int, dtype: torch.dtype, largest: bool) -> Any:
-    """The kernel that measures gradients."""
-    pointers = {"chunk_map": "*i64", "table": "*i64", "grads": "*i64", "partials": "*fp64"}
-    arguments = {**pointers, "CHUNK": "i32", "FIRST": "i32"}
-    return _compile(arch, fused_l2_measure_grads, arguments, {"LARGEST": largest, "DTYPE": DTYPES[dtype]})
-
-
-@functools.cache
-def compile_control(arch: int, largest: bool, opmath: torch.dtype) -> Any:
-    """The kernel that decides about a step."""
-    arguments = {"partials": "*fp64", "control": "*fp64", "grad_scale": "i64", "found_inf": "i64", "COUNT": "i32"}
-    arguments |= {"skips_nonfinite": "i32", "max_norm": "fp64"}
-    return _compile(arch, fused_l2_control, arguments, {"LARGEST": largest, "OPMATH": DTYPES[opmath]})
-
-
-@functools.cache
-def compile_coefficients(arch: int, rule: Rule, flags: int, opmath: torch.dtype) -> Any:
-    """The kernel that computes coefficient rows."""
-    arguments = {"groups": "*i64", "counters": "*i64", "numbers": "*fp64", "sources": "*i64"}
-    arguments |= {"coefficients": _POINTERS[opmath], "control": "*fp64", "COUNT": "i32"}
-    constants = {"RULE": int(rule), "BUCKET_FLAGS": int(flags), "BLOCK": THREADS}
-    return _compile(arch, fused_l2_coefficients, arguments, constants)
-
-
-@functools.cache
-def compile_write(arch: int) -> Any:
-    """The kernel that writes its arguments."""
-    arguments: dict[str, Any] = {"target": "*i64", "COUNT": "i32", "words": ("i64",) * WORDS}
-    return _compile(arch, fused_l2_write, arguments, {})
-
-
-def _compile(arch: int | str, function: Any, arguments: dict[str, Any], constants: dict[str, Any]) -> Any:
+def compile_kernel(arch: int | str, kind: str, *signature: Any) -> Any:
+    """A kernel, compiled as ``fused_l2.kernels.launch.Kernel`` compiles it, for an NVIDIA architecture by number (90: sm_90) or
+    an AMD one by name."""
     target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
-    names = list(function.arg_names)
-    signature = {name: arguments.get(name, "constexpr") for name in names}
-    values = {(names.index(name),): value for name, value in constants.items()}
+    function, arguments, constants, _ = SOURCES[kind](*signature)
+    types = [_type_of(argument) for argument in arguments] + ["constexpr"] * len(constants)
+    values = {(len(arguments) + i,): value for i, value in enumerate(constants.values())}
     # What the runtime finds out by looking at the arguments: addresses and chunk sizes are multiples of 16.
-    divisible = [name for name, kind in arguments.items() if str(kind).startswith("*") or name == "CHUNK"]
-    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    return triton.compile(ASTSource(function, signature, values, hints), target=target, options=options(target.warp_size))
+    hints = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(arguments) if is_multiple_of_16(argument)}
+    assert function.arg_names[len(arguments) :] == list(constants)
+    source = ASTSource(function, dict(zip(function.arg_names, types, strict=True)), values, hints)
+    return triton.compile(source, target=target, options=options(target.warp_size))
+
+
+def _type_of(argument: Any) -> Any:
+    """Triton's name for the type of what stands for an argument."""
+    if isinstance(argument, torch.dtype):
+        return _POINTERS[argument]
+    if isinstance(argument, tuple):
+        return tuple(map(_type_of, argument))
+    if isinstance(argument, float):
+        return "fp64"
+    return "i32" if argument < 1 << 31 else "i64"
+
+
+def is_multiple_of_16(argument: Any) -> bool:
+    """Whether the compiler is told that an argument is one, given what stands for it."""
+    return isinstance(argument, torch.dtype) or (isinstance(argument, int) and argument % 16 == 0)
 
 
 @dataclass

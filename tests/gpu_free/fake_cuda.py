@@ -18,11 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_l2.kernels.coefficients import fused_l2_coefficients
-from fused_l2.kernels.control import fused_l2_control
-from fused_l2.kernels.launch import DTYPES, THREADS, WORDS, specialization
-from fused_l2.kernels.norms import fused_l2_measure_grads
-from fused_l2.kernels.write import fused_l2_write
+from fused_l2.kernels.launch import SOURCES
 from torch import Tensor
 
 from fused_l2 import engines
@@ -34,27 +30,17 @@ from . import aot
 from .interpreter import interpreted, repaired
 from .ptx_emulator import Emulator
 
-# Rule, flags, dtypes of param, grad and state: what names a kernel.
-Signature = tuple[Rule, int, torch.dtype, torch.dtype, torch.dtype]
-# Runs a kernel: which one (a Signature, or the kind and options of a kernel for norms), the tensors it may access, how many
-# programs, its arguments.
-Run = Callable[[Any, Sequence[Tensor], int, Sequence[int]], None]
-
-
-_COMPILE = {
-    "measure": aot.compile_measure,
-    "control": aot.compile_control,
-    "coefficients": aot.compile_coefficients,
-    "write": aot.compile_write,
-}
+# What names a kernel: its kind, and the arguments of the function of that name in fused_l2.kernels.launch.
+Which = tuple[Any, ...]
+# Runs a kernel: which one, the tensors it may access, how many programs, its arguments as integers.
+Run = Callable[[Which, Sequence[Tensor], int, Sequence[int]], None]
 
 
 def emulated(arch: int) -> Run:
     """Runs what is compiled for this architecture in the PTX emulator."""
 
-    def run(which: Any, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
-        compile_it = _COMPILE.get(which[0])
-        compiled = compile_it(arch, *which[1:]) if compile_it else aot.compile_for(arch, *which)
+    def run(which: Which, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
+        compiled = aot.compile_kernel(arch, *which)
         emulator = Emulator(compiled.asm["ptx"], compiled.metadata.shared)
         for i, tensor in enumerate(tensors):
             emulator.register(tensor, f"tensor {i} of shape {tuple(tensor.shape)}, {tensor.dtype}")
@@ -63,38 +49,30 @@ def emulated(arch: int) -> Run:
     return run
 
 
-def interpreted_kernel(which: Any, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
+def interpreted_kernel(which: Which, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
     """Runs the source in Triton's interpreter, which takes tensors for pointers and checks nothing."""
+    source = SOURCES[which[0]](*which[1:])
+    left = iter(arguments)
 
-    def at(address: int, dtype: torch.dtype) -> Tensor:
-        if address == 0:  # not looked at
-            return torch.zeros(1, dtype=dtype)
-        return torch.frombuffer((ctypes.c_uint8 * 8).from_address(address), dtype=dtype)
+    def given(kind: Any) -> Any:
+        if isinstance(kind, tuple):
+            return tuple(map(given, kind))
+        value = next(left)
+        if isinstance(kind, float):
+            return struct.unpack("<d", struct.pack("<q", value))[0]
+        if not isinstance(kind, torch.dtype):
+            return value
+        if value == 0:  # not looked at
+            return torch.zeros(1, dtype=kind)
+        return torch.frombuffer((ctypes.c_uint8 * 8).from_address(value), dtype=kind)
 
-    int64, float64 = torch.int64, torch.float64
-    kinds: list[Any]
-    if which[0] == "measure":
-        function, constants = fused_l2_measure_grads, {"LARGEST": which[2], "DTYPE": DTYPES[which[1]]}
-        kinds = [int64, int64, int64, float64, None, None]
-    elif which[0] == "control":
-        function, constants = fused_l2_control, {"LARGEST": which[1], "OPMATH": DTYPES[which[2]]}
-        kinds = [float64, float64, None, None, None, None, None]
-        arguments = [*arguments[:-1], struct.unpack("<d", struct.pack("<q", arguments[-1]))[0]]
-    elif which[0] == "coefficients":
-        function, constants = fused_l2_coefficients, {"RULE": int(which[1]), "BUCKET_FLAGS": which[2], "BLOCK": THREADS}
-        kinds = [int64, int64, float64, int64, which[3], float64, None]
-    elif which[0] == "write":
-        function, constants, kinds = fused_l2_write, {}, [int64, None, None]
-        arguments = [*arguments[:2], tuple(arguments[2:])]
-    else:
-        function, constants, opmath = specialization(*which)
-        kinds = [int64, int64, int64, opmath, None, float64, float64]
-    given = [value if kind is None else at(value, kind) for value, kind in zip(arguments, kinds, strict=True)]
+    values = given(source.arguments)
+    assert next(left, None) is None
     with repaired():
-        interpreted(function)[(programs,)](*given, **constants)
+        interpreted(source.function)[(programs,)](*values, **source.constants)
 
 
-def nothing(which: Any, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
+def nothing(which: Which, tensors: Sequence[Tensor], programs: int, arguments: Sequence[int]) -> None:
     """Does not run kernels: for tests of what is launched."""
 
 
@@ -123,54 +101,43 @@ class FakeEvent:
 
 
 class FakeKernel:
-    """Stands for the kernels of ``fused_l2.kernels.launch``."""
+    """Stands for ``fused_l2.kernels.launch.Kernel``."""
 
     def __init__(self, device: FakeDevice, *which: Any) -> None:
         self._device, self._which = device, which
-        self.opmath = None if isinstance(which[0], str) else specialization(*which).opmath
+        self._source = SOURCES[which[0]](*which[1:])
+        self.opmath = self._source.opmath
 
-    def launcher(self, *known: int) -> Callable[..., None]:
-        kind = self._which[0]
-
-        def step(stream: int, grads: int, coefficients: int, control: int) -> None:
-            programs, chunk_map, table, chunk, partials = known
-            self._launch(programs, stream, (chunk_map, table, grads, coefficients, chunk, control, partials), 4)
-
-        def measure(stream: int, grads: int) -> None:
-            programs, chunk_map, table, partials, chunk, first = known
-            self._launch(programs, stream, (chunk_map, table, grads, partials, chunk, first), 4)
-
-        def control(stream: int, out: int, scale: int, found_inf: int, count: int, skips: bool, max_norm: float) -> None:
-            bits = struct.unpack("<q", struct.pack("<d", max_norm))[0]
-            self._launch(1, stream, (*known, out, scale, found_inf, count, int(skips), bits), 2)
-
-        def coefficients(stream: int, numbers: int, sources: int, control: int) -> None:
-            groups, counters, out, count = known
-            programs = -(-count // THREADS)
-            self._launch(programs, stream, (groups, counters, numbers, sources, out, control, count), 5)
-
-        return {"measure": measure, "control": control, "coefficients": coefficients}.get(kind, step)
-
-    def write(self, stream: int, target: int, words: Sequence[int]) -> None:
-        for begin in range(0, len(words), WORDS):
-            part = tuple(words[begin : begin + WORDS])
-            arguments = (target + 8 * begin, len(part), *part, *(0,) * (WORDS - len(part)))
-            self._launch(1, stream, arguments, 1)
-
-    def _launch(self, programs: int, stream: int, arguments: tuple[int, ...], aligned: int) -> None:
-        device = self._device
+    def launcher(self, programs: int, *fixed: int) -> Callable[..., None]:
         assert programs > 0
-        assert all(value % 16 == 0 for value in arguments[:aligned]), "the compiler is told so"
-        assert device.is_current, "launched while another device was the current one"
-        assert stream == device.stream()
-        if not isinstance(self._which[0], str):
-            device.launches.append(programs)
-        tensors = [*device.memories, *device.accessible(), *device.new_states]
-        device.enqueue(lambda: device.run(self._which, tensors, programs, arguments))
+        device, which, kinds = self._device, self._which, self._source.arguments
+
+        def launch(stream: int, *given: Any) -> None:
+            arguments: list[int] = []
+            for kind, value in zip(kinds, (*fixed, *given), strict=True):
+                assert not aot.is_multiple_of_16(kind) or value % 16 == 0, "the compiler is told so"
+                arguments += _integers(kind, value)
+            assert device.is_current, "launched while another device was the current one"
+            assert stream == device.stream()
+            if which[0] == "step":
+                device.launches.append(programs)
+            tensors = [*device.memories, *device.accessible(), *device.new_states]
+            device.enqueue(lambda: device.run(which, tensors, programs, arguments))
+
+        return launch
+
+
+def _integers(kind: Any, value: Any) -> Sequence[int]:
+    """An argument as the emulator takes it: tuples one by one, floats by their bits."""
+    if isinstance(kind, tuple):
+        assert len(value) == len(kind)
+        return list(value)
+    assert isinstance(value, float if isinstance(kind, float) else int)
+    return [struct.unpack("<q", struct.pack("<d", value))[0] if isinstance(kind, float) else value]
 
 
 class FakeDevice(cuda.Device):
-    """Stands for ``fused_l2.engines.cuda.Device``. Keeps a log: ``launches``, ``uploads`` and ``compiled``."""
+    """Stands for ``fused_l2.engines.cuda.Device``. Keeps a log: ``uploads``; of steps, ``launches`` and ``compiled``."""
 
     def __init__(self, run: Run, index: int = 0) -> None:
         self.run = run
@@ -184,7 +151,7 @@ class FakeDevice(cuda.Device):
         self.graph: list[Callable[[], Any]] = []  # what was captured last
         self.launches: list[int] = []
         self.uploads: list[int] = []
-        self.compiled: list[Signature] = []
+        self.compiled: list[Which] = []
         self.pinned_buffers = 0
         self.waits = 0  # how often the host waited for the device
         self.told: list[int] = []  # streams the allocator was told of
@@ -237,25 +204,14 @@ class FakeDevice(cuda.Device):
 
     # What the engine asks for.
 
-    def kernel(self, rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Any:
-        self.compiled.append((rule, flags, param, grad, state))
-        return self._kernel(rule, flags, param, grad, state)
-
-    def measure_kernel(self, dtype: torch.dtype, largest: bool) -> Any:
-        return self._kernel("measure", dtype, largest)
-
-    def control_kernel(self, largest: bool, opmath: torch.dtype) -> Any:
-        return self._kernel("control", largest, opmath)
-
-    def coefficients_kernel(self, rule: Rule, flags: int, opmath: torch.dtype) -> Any:
-        return self._kernel("coefficients", rule, flags, opmath)
-
-    def write_kernel(self) -> Any:
-        return self._kernel("write")
-
-    def _kernel(self, *which: Any) -> FakeKernel:
+    def compile(self, kind: str, *signature: Any) -> Any:
         assert not self.capturing, "compiling and loading is not allowed while a stream is captured"
-        return FakeKernel(self, *which)
+        if kind == "step":
+            self.compiled.append(signature)
+        return self.kernel(kind, *signature)
+
+    def kernel(self, kind: str, *signature: Any) -> Any:
+        return FakeKernel(self, kind, *signature)
 
     def is_capturing(self) -> bool:
         return self.capturing

@@ -15,11 +15,9 @@ from typing import Any
 
 import torch
 import triton
-from fused_l2.kernels.launch import WORDS, CoefficientsKernel, ControlKernel, Kernel, MeasureKernel, WriteKernel
+from fused_l2.kernels.launch import SOURCES, Kernel
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-
-from fused_l2.tables.tensor_table import Rule
 
 from .fake_cuda import FakeDevice, nothing
 
@@ -88,30 +86,15 @@ class StubDevice(FakeDevice):
         super().__init__(nothing)
         self.multiprocessors = 132
 
-    def kernel(self, rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Any:
-        self.compiled.append((rule, flags, param, grad, state))
-        return Kernel(rule, flags, param, grad, state)
-
-    def measure_kernel(self, dtype: torch.dtype, largest: bool) -> Any:
-        return MeasureKernel(dtype, largest)
-
-    def control_kernel(self, largest: bool, opmath: torch.dtype) -> Any:
-        return ControlKernel(largest, opmath)
-
-    def coefficients_kernel(self, rule: Rule, flags: int, opmath: torch.dtype) -> Any:
-        return CoefficientsKernel(rule, flags, opmath)
-
-    def write_kernel(self) -> Any:
-        return WriteKernel()
+    def kernel(self, kind: str, *signature: Any) -> Any:
+        return Kernel(SOURCES[kind](*signature))
 
 
-# The arguments of each kernel.
+# The arguments of kernels.
 _P, _I = ctypes.c_uint64, ctypes.c_int32
-STEP = (_P, _P, _P, _P, _I, _P, _P)
-MEASURE = (_P, _P, _P, _P, _I, _I)
+STEP = (_P, _P, _I, _P, _P, _P, _P)
+MEASURE = (_P, _P, _P, _I, _I, _P)
 CONTROL = (_P, _P, _P, _P, _I, _I, ctypes.c_double)
-COEFFICIENTS = (_P, _P, _P, _P, _P, _P, _I)
-WRITE = (_P, _I, *(ctypes.c_int64,) * WORDS)
 
 
 def arguments_of(stub: Any, launch: Callable[[], None], *kinds: Any) -> list[tuple[int, int, int, tuple[Any, ...]]]:

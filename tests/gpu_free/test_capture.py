@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton kernels need triton: pip install tr
 pytest.importorskip("numpy")
 
 import fused_l2
+from fused_l2.engines.device_tables import ROWS
 from fused_l2.tables import coefficients
 from fused_l2.tables.tensor_table import Flag, Rule
 
@@ -264,9 +265,10 @@ def rows_on_device(run: Any, rule: Rule, flags: int, numbers: list[tuple[float, 
     values[-1, 0] = math.nan
     out = torch.full((count, coefficients.WIDTH), math.nan, dtype=opmath)
     control = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-    tensors = [groups, addresses, values, sources, out, control, counters, wide, narrow]
-    arguments = [t.data_ptr() for t in tensors[:6]] + [count]
-    run(("coefficients", rule, flags, opmath), tensors, -(-count // 128), arguments)
+    before, behind = [groups, addresses, out], [values, sources, control]
+    arguments = [*(t.data_ptr() for t in before), count, *(t.data_ptr() for t in behind)]
+    tensors = [*before, *behind, counters, wide, narrow]
+    run(("coefficients", rule, flags, opmath, ROWS), tensors, -(-count // ROWS), arguments)
     assert counters.tolist() == [s + 1 for s in steps]
     return out
 
@@ -317,7 +319,7 @@ def test_rows_from_the_interpreted_kernel_and_of_sgd():
 
 @pytest.mark.parametrize("flags", [0, Flag.DECOUPLED])
 def test_rows_of_sgd(flags):
-    compiled = aot.compile_coefficients(90, Rule.SGD, int(flags), torch.float32)
+    compiled = aot.compile_kernel(90, "coefficients", Rule.SGD, int(flags), torch.float32, ROWS)
     groups, unused = torch.tensor([0, 1, 0]), torch.zeros(3, dtype=torch.int64)
     values = torch.zeros(2, coefficients.NUMBERS, dtype=torch.float64)
     values[:, :6] = torch.tensor(SGD, dtype=torch.float64)
@@ -325,10 +327,10 @@ def test_rows_of_sgd(flags):
     momentum = torch.tensor(0.75)
     sources[0, 1] = momentum.data_ptr()
     emulator = Emulator(compiled.asm["ptx"], compiled.metadata.shared)
-    tensors = [groups, unused, values, sources, out]
-    for tensor in (*tensors, momentum):
+    before, behind = [groups, unused, out], [values, sources]
+    for tensor in (*before, *behind, momentum):
         emulator.register(tensor, "tensor")
-    emulator.run(1, [*(t.data_ptr() for t in tensors), 0, 3])
+    emulator.run(1, [*(t.data_ptr() for t in before), 3, *(t.data_ptr() for t in behind), 0])
     changed = (SGD[0][0], 0.75, *SGD[0][2:])
     expected = [coefficients.sgd(*first, bool(flags), max_lr, int(rule)) for *first, max_lr, rule in (changed, SGD[1], changed)]
     assert_same_bits(out[:, :5].contiguous(), torch.tensor(expected, dtype=torch.float64).float())

@@ -126,7 +126,7 @@ def test_several_devices_and_the_cpu_share_one_norm(monkeypatch):
 
 def test_the_measuring_kernel_reads_each_gradient_once_and_128_bits_wide():
     for dtype, widths in ((torch.float32, {"LDG.E.128"}), (torch.float64, {"LDG.E.128"}), (torch.bfloat16, {"LDG.E.64"})):
-        code = aot.machine_code(aot.compile_measure(90, dtype, False))
+        code = aot.machine_code(aot.compile_kernel(90, "measure", dtype, False))
         assert set(code.widths()) == widths
         assert code.local_bytes == 0
         assert code.registers <= 64 or dtype is torch.float64
@@ -135,7 +135,7 @@ def test_the_measuring_kernel_reads_each_gradient_once_and_128_bits_wide():
 
 def test_the_measuring_kernel_checks_out_at_every_edge():
     """Sizes around the lanes, aligned or not, against the definition of the order in csrc/sums.h written in Python."""
-    compiled = aot.compile_measure(90, torch.float32, False)
+    compiled = aot.compile_kernel(90, "measure", torch.float32, False)
     for count in (1, 7, 8, 511, 512, 513, 1000, 1024 + 9):
         for offset in (0, 1):
             magnitudes = 10 ** (12 * torch.rand(count) - 6)  # so that another order gives other bits
@@ -150,5 +150,5 @@ def test_the_measuring_kernel_checks_out_at_every_edge():
             emulator = Emulator(compiled.asm["ptx"], compiled.metadata.shared)
             for name, tensor in (("grad", grad), ("grads", grads), ("table", table), ("map", words), ("partials", partials)):
                 emulator.register(tensor, name)
-            emulator.run(1, [words.data_ptr(), table.data_ptr(), grads.data_ptr(), partials.data_ptr(), 16384, 0])
+            emulator.run(1, [words.data_ptr(), table.data_ptr(), partials.data_ptr(), 16384, 0, grads.data_ptr()])
             assert partials.tolist() == [lanes[0], -1.0, -1.0]

@@ -300,7 +300,7 @@ def test_being_out_of_memory_while_loading_a_kernel_is_not_remembered(device, mo
         def fails(*signature: Any) -> Any:
             raise RuntimeError("Triton Error [CUDA]: out of memory")
 
-        full.setattr(device, "kernel", fails)
+        full.setattr(device, "compile", fails)
         with pytest.raises(RuntimeError, match="out of memory"):
             step(optimizer, params)
     step(optimizer, params)
@@ -365,7 +365,7 @@ def test_a_kernel_that_does_not_compile_is_told_once(device, monkeypatch):
     def fails(*signature: Any) -> Any:
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
 
-    monkeypatch.setattr(device, "kernel", fails)
+    monkeypatch.setattr(device, "compile", fails)
     monkeypatch.setattr(engines, "_warned", set())
     params = make_params(SIZES)
     optimizer = make("AdamW", params)

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton kernels need triton: pip install tr
 pytest.importorskip("numpy")
 
 import triton
-from fused_l2.kernels.adam import fused_l2_adam
+from fused_l2.kernels.multi_tensor import fused_l2_step
 
 import fused_l2
 from fused_l2.tables.tensor_table import Flag, Rule
@@ -46,7 +46,7 @@ def test_every_step_is_one_launch(stub):
 
 def test_T37_a_schedule_compiles_and_loads_nothing(stub, monkeypatch):
     """Counted at Triton's compiler and at the driver's module loader."""
-    fused_l2_adam.device_caches.clear()
+    fused_l2_step.device_caches.clear()
     compiled = []
     real = triton.compiler.compile
     for module in (triton.compiler, triton.runtime.jit):
@@ -79,7 +79,7 @@ def test_what_reaches_the_driver_steps_the_tensors(stub):
     (launch,) = arguments_of(stub, optimizer.step, STEP)
     programs, threads, stream, arguments = launch
     assert (programs, threads, stream) == (4, 128, 0)  # 1 + 0 + 2 + 1 chunks of 1024
-    assert arguments[4] == 1024
+    assert arguments[2] == 1024
     device.synchronize()  # the uploads; the launches went into the stub
     emulator = Emulator(aot.compile_for(90, Rule.ADAM, int(Flag.DECOUPLED)).asm["ptx"])
     for tensor in (*device.memories, *tensors_of(optimizer)):
@@ -116,6 +116,7 @@ def test_a_clipped_step_is_three_launches(stub):
     measure, control, step = arguments_of(stub, optimizer.step, MEASURE, CONTROL, STEP)
     assert measure[0] == 3  # one chunk for each tensor that is not empty
     assert (control[0], step[0]) == (1, 4)
-    assert measure[3][4:] == (16384, 0)
-    assert measure[3][1:3] == step[3][1:3]  # one table, the same gradients
-    assert control[3] == (measure[3][3], step[3][5], 0, 0, 3, 0, 0.3)
+    _, table, partials, *sizes, grads = measure[3]
+    assert sizes == [16384, 0]
+    assert (table, grads) == (step[3][1], step[3][4])
+    assert control[3] == (partials, step[3][6], 0, 0, 3, 0, 0.3)

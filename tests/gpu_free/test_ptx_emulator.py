@@ -215,10 +215,11 @@ class Launch:
         emulator = Emulator(ptx)
         for name, tensor in zip(("param", "grad", "exp_avg", "exp_avg_sq"), self.tensors, strict=True):
             emulator.register(tensor, name)
-        arguments = {"map": self.map, "table": self.row, "grads": self.grads, "coefficients": self.scalars}
-        for name, tensor in arguments.items():
+        tables = {"map": self.map, "table": self.row, "grads": self.grads, "coefficients": self.scalars}
+        for name, tensor in tables.items():
             emulator.register(tensor, name)
-        emulator.run(len(self.map), [*(t.data_ptr() for t in arguments.values()), 1024])
+        chunk_map, row, grads, scalars = (t.data_ptr() for t in tables.values())
+        emulator.run(len(self.map), [chunk_map, row, 1024, 0, grads, scalars, 0])
 
 
 @pytest.fixture(scope="module")
