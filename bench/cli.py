@@ -18,17 +18,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import clip, compare, limit, machine, memory, precision, providers, statistics, step, train
+from . import churn, clip, compare, limit, machine, memory, precision, providers, statistics, step, train
 from .cases import CASES, COLD, OPTIMIZERS
 from .topic import Job, Options
 
 TOPICS: dict[str, Any] = {
-    "limit": limit, "step": step, "clip": clip, "statistics": statistics, "train": train, "memory": memory,
+    "limit": limit, "step": step, "clip": clip, "statistics": statistics, "churn": churn, "train": train,
+    "memory": memory,
 }  # fmt: skip
 APART = {"precision": precision}  # not measured unless asked for
 HELP = {
     "all": "every topic", "limit": "copy, triad and steps, from the caches to memory", "step": "one optimizer step",
-    "clip": "clipping and a step", "statistics": "what statistics cost", "train": "whole training steps",
+    "clip": "clipping and a step", "statistics": "what statistics cost",
+    "churn": "one step where parameters, gradients or states changed before it", "train": "whole training steps",
     "memory": "bytes per parameter, resident and moved", "host": "the host's time against tensors and groups",
     "dtensor": "the host's time for DTensors",
     "precision": "bfloat16: decay that arrives, training, speed; five minutes, not part of all",
@@ -39,6 +41,7 @@ SECONDS = {  # of a visit
     "step": 1.5,
     "clip": 1.1,
     "statistics": 1.1,
+    "churn": 1.0,  # of steps; what happens between them comes on top
     "train": 1.3,
     "memory": 0.0,
     "host": 0.0,
@@ -71,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("topic", nargs="?", default="all", choices=HELP, metavar="topic", help=lines)
     made.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the report of bench.gpu_report")
     made.add_argument("--dtype", choices=list(DTYPES), help="instead of the cases' own dtypes")
-    names = [c.name for c in CASES + COLD] + list(train.MODELS)
+    names = [c.name for c in CASES + COLD + churn.SITUATIONS] + list(train.MODELS)
     made.add_argument(
         "--case", action="append", metavar="CASE", choices=names, help="only this one (repeatable): " + " ".join(names)
     )

@@ -14,7 +14,7 @@ def ratios(found: dict[str, Any]) -> dict[tuple[str, str, str], tuple[float, flo
                 continue
             if topic == "step" and r["rows"]["fused_l2"]["ratio_to_torch_fused"]:
                 ratio = r["rows"]["fused_l2"]["ratio_to_torch_fused"][1]
-            elif topic == "train" and "torch fused" in r["rows"]:
+            elif topic in ("train", "churn") and "torch fused" in r["rows"]:
                 ratio = r["rows"]["torch fused"]["ours_to_this"][1]
             elif topic == "limit":
                 ratio = r["rows"]["fused_l2"]["of the copy"][1]

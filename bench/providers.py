@@ -221,11 +221,7 @@ def _verdict(name: str, optimizer: str, settings: Any, dtype: torch.dtype, devic
 
 
 def correct(provider: Provider, optimizer: str, settings: dict[str, Any], dtype: torch.dtype, device: str = "cpu") -> str:
-    """'ok', or why the provider's result is wrong. Ten steps against the same steps in float64.
-
-    The bound is ten roundings of the parameter, each half a unit in the last place, and as many of an update that is no
-    larger: 10 * (eps / 2) * 2, times 4 for what the update's own roundings amplify.
-    """
+    """'ok', or why the provider's result is wrong. Ten steps against the same steps in float64."""
     settings = {**settings, "lr": 1e-2}
     start = torch.linspace(-2, 2, 1003).to(dtype)
     generator = torch.Generator().manual_seed(0)
@@ -240,6 +236,15 @@ def correct(provider: Provider, optimizer: str, settings: dict[str, Any], dtype:
         return p.detach().cpu().double()
 
     truth = run(PROVIDERS["torch for-loop"].make, torch.float64)
+    return agreement(run(provider.make, dtype), truth, dtype)
+
+
+def agreement(found: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> str:
+    """'ok', or how far ten steps in ``dtype`` are from what they are in float64.
+
+    The bound is ten roundings of the parameter, each half a unit in the last place, and as many of an update that is no
+    larger: 10 * (eps / 2) * 2, times 4 for what the update's own roundings amplify.
+    """
     bound = 40 * torch.finfo(dtype).eps * truth.abs().clamp_min(1)
-    error = (run(provider.make, dtype) - truth).abs() / bound
+    error = (found - truth).abs() / bound
     return "ok" if bool((error <= 1).all()) else f"wrong: {float(error.max()):.3g} times the allowed error"

@@ -18,7 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from . import clip, limit, memory, precision, statistics, step, train
+from . import churn, clip, limit, memory, precision, statistics, step, train
 
 INK = "#123456"  # stands for the page's text colour until the SVG is written
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -205,11 +205,11 @@ FIGURES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "training": ("precision", "A transformer in bfloat16, against the same in float32 (AdamW, mean of 25 steps)", _training),
 }
 SHOW = {"limit": limit.show, "step": step.show, "clip": clip.show, "statistics": statistics.show, "train": train.show}
-SHOW |= {"memory": memory.show, "precision": precision.show}
+SHOW |= {"memory": memory.show, "churn": churn.show, "precision": precision.show}
 
 
 def _page(found: dict[str, Any], results: dict[str, Any], figures: list[tuple[str, str, str]]) -> str:
-    parts = ["<h1>fused_l2: what this machine measured</h1>", _losses(results.get("step", []))]
+    parts = ["<h1>fused_l2: what this machine measured</h1>", _losses(results.get("step", []) + results.get("churn", []))]
     for topic, title, svg in figures:
         parts.append(f"<h2>{topic}</h2><figure>{svg}<figcaption>{html.escape(title)}</figcaption></figure>")
         if topic == "step":
@@ -263,10 +263,10 @@ def _losses(results: list[dict[str, Any]]) -> str:
         if peer is None:
             continue
         line = f"{r['optimizer']} {r['case']} ({peer[0]}, {peer[1]:.2f})"
-        noise = r["noise floor"] if math.isfinite(r["noise floor"]) else 0
-        if peer[1] < 1 - noise:
+        standing = step.standing(r)
+        if standing == "slower than":
             lost.append(line)
-        elif peer[1] <= 1 + noise:
+        elif standing == "as fast as":
             tied.append(line)
     if not results:
         return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from . import limit, machine, providers, timing
@@ -69,12 +69,11 @@ def measure(case: Case, optimizer: str, options: Options, so_far: dict[str, timi
             "rounds": len(sample.seconds),
         }
     twins = timing.ratios(samples["fused_l2"], samples["fused_l2 again"])
-    reference = next(name for name in ("torch fused", *samples) if name in samples and name != "fused_l2")
     absent = contests[0].absent | dict.fromkeys(compiling, "compiles for each set of tensors anew")
     return {
         "case": case.name, "what": case.what, "optimizer": optimizer, "dtype": str(case.dtype).removeprefix("torch."),
         "parameters": numel, "tensors": len(case.shapes), "bytes": step_bytes, "sets in turn": sets,
-        "noise floor": timing.uncertainty(samples, "fused_l2", "fused_l2 again", reference),
+        "noise floor": timing.uncertainty(samples, "fused_l2", "fused_l2 again", reference(samples)),
         "the same twice": timing.quartiles(twins),
         "visits": {name: timing.visits(samples["fused_l2"], sample) for name, sample in samples.items()},
         "rows": rows, "correct": contests[0].verdicts, "not measured": absent,
@@ -89,10 +88,24 @@ def _in_turn(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
     return lambda: next(turns)()
 
 
+def reference(samples: Iterable[str]) -> str:
+    """Whose ratio to ours the noise floor is about."""
+    return next(name for name in ("torch fused", *samples) if name in samples and name != "fused_l2")
+
+
 def best_peer(result: dict[str, Any]) -> tuple[str, float] | None:
     """The fastest provider besides ours, and our ratio to it."""
     peers = {name: row["ours_to_this"][1] for name, row in result["rows"].items() if name not in NOT_PEERS}
     return min(peers.items(), key=lambda item: item[1]) if peers else None
+
+
+def standing(result: dict[str, Any]) -> str | None:
+    """How we stand to the fastest other; "as fast as" is within the noise floor."""
+    peer = best_peer(result)
+    if peer is None:
+        return None
+    noise = result["noise floor"] if math.isfinite(result["noise floor"]) else 0
+    return "slower than" if peer[1] < 1 - noise else "as fast as" if peer[1] <= 1 + noise else "faster than"
 
 
 def verdicts(result: dict[str, Any]) -> list[str]:

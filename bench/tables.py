@@ -108,6 +108,21 @@ def statistics(results: list[dict[str, Any]]) -> str:
     return _markdown(["time with / time without", "AdamW", "SGD, momentum"], rows)
 
 
+def churn(results: list[dict[str, Any]]) -> str:
+    """The time of others in times of ours, and how we stand to the fastest of them."""
+    taken = [r for r in results if "failed" not in r]
+    names = list(dict.fromkeys(name for r in taken for name in r["rows"] if name not in step.NOT_PEERS))
+    rows = []
+    for r in taken:
+        best = step.best_peer(r)
+        ratios = (_spread(r["rows"][name]["ours_to_this"]) if name in r["rows"] else "-" for name in names)
+        ours = f"{1e6 * r['rows']['fused_l2']['seconds'][1]:.0f}"
+        stands = f"{step.standing(r)} {best[0]}" if best else "-"
+        rows.append([r["what"], ours, *ratios, f"{100 * r['noise floor']:.1f} %", stands])
+    others = [f"{name} / ours" for name in names]
+    return _markdown(["AdamW, one thread", "ours, us", *others, "noise", "ours is"], rows)
+
+
 def train(results: list[dict[str, Any]]) -> str:
     rows = []
     for r in results:
@@ -182,7 +197,8 @@ def speed(results: list[dict[str, Any]]) -> str:
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "fused": ("step", fused), "peer": ("step", peer), "floor": ("step", floor),
     "providers": ("step", providers),
-    "clip": ("clip", clip), "statistics": ("statistics", statistics), "train": ("train", train), "memory": ("memory", memory),
+    "clip": ("clip", clip), "statistics": ("statistics", statistics), "churn": ("churn", churn), "train": ("train", train),
+    "memory": ("memory", memory),
     "host": ("host", host), "dtensor": ("dtensor", dtensor),
     "decay": ("precision", decay), "training": ("precision", training), "speed": ("precision", speed),
 }  # fmt: skip

@@ -48,6 +48,25 @@ class SystemClock:
         return total * 1e-9
 
 
+class PausingClock(SystemClock):
+    """Stands still, and counts no waiting, while a contestant does what is not to be timed."""
+
+    def __init__(self) -> None:
+        self.paused = self.waited_paused = 0.0
+
+    def now(self) -> float:
+        return super().now() - self.paused
+
+    def waited(self) -> float:
+        return super().waited() - self.waited_paused
+
+    def leave_out(self, call: Callable[[], Any]) -> None:
+        start, waited = super().now(), super().waited()
+        call()
+        self.waited_paused += super().waited() - waited
+        self.paused += super().now() - start
+
+
 @dataclass
 class Samples:
     """Seconds per call, one entry per round; None where the round was disturbed. ``ends``: where each visit ends."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -139,6 +140,163 @@ def test_the_correctness_gate_catches_a_wrong_decay(bench):
     contest = providers.Contest(case, "AdamW", {"lr": 1e-6, "weight_decay": 1e-2}, names=["fused_l2", "torch fused", "wrong"])
     assert contest.absent["wrong"].startswith("wrong: ")
     assert list(contest.optimizers) == ["fused_l2", "torch fused"]  # what is wrong is not timed
+
+
+def small(churn, **changes):
+    """The situations of the topic churn, with few tensors."""
+    return [dataclasses.replace(s, tensors=24, **changes) for s in churn.SITUATIONS]
+
+
+@needs_library
+def test_every_situation_between_steps_runs(bench, tmp_path, monkeypatch, capsys):
+    churn, tables = bench("churn"), bench("tables")
+    monkeypatch.setattr(churn, "SITUATIONS", small(churn, run=2))
+    monkeypatch.setattr(churn, "SAMPLE", 1e-3)
+    monkeypatch.setattr(churn.timing.SystemClock, "waited", lambda self: 0.0)  # no figure is looked at: the machine may be busy
+    out, threads = tmp_path / "results.json", torch.get_num_threads()
+    assert bench("cli").main(["churn", "--seconds", "0.01", "--json", str(out)]) == 0
+    assert torch.get_num_threads() == threads
+    results = json.loads(out.read_text())["results"]["churn"]
+    assert [r["case"] for r in results] == [s.name for s in churn.SITUATIONS]
+    for r in results:
+        assert r["rows"].keys() == {*churn.NAMES, "fused_l2 again"}
+        assert r["correct"] == dict.fromkeys(churn.NAMES, "ok")
+    printed = capsys.readouterr().out
+    table = tables.churn(results).splitlines()
+    assert len(table) == 2 + len(results)
+    for r, row in zip(results, table[2:], strict=True):
+        assert r["what"] in printed
+        assert r["what"] in row
+
+
+class WrongDecay(torch.optim.AdamW):
+    def __init__(self, params, weight_decay, **settings):
+        super().__init__(params, weight_decay=0.9 * weight_decay, **settings)
+
+
+class ZerosForMissingGradients(torch.optim.AdamW):
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        super().step()
+
+
+class DataOfTheFirstStep(torch.optim.AdamW):
+    kept = None
+
+    def step(self):
+        params = self.param_groups[0]["params"]
+        now = [p.data for p in params]
+        self.kept = self.kept or now
+        for p, data in zip(params, self.kept, strict=True):
+            p.data = data
+        super().step()
+        for p, data in zip(params, now, strict=True):
+            p.data = data
+
+
+class StatesOfTheFirstStep(torch.optim.AdamW):
+    kept = None
+
+    def step(self):
+        now = {p: dict(state) for p, state in self.state.items()}
+        self.state.update({p: dict(state) for p, state in (self.kept or now).items()})
+        super().step()
+        self.kept = self.kept or {p: dict(state) for p, state in self.state.items()}
+        self.state.update(now)
+
+
+class ForgetsKeys(torch.optim.AdamW):
+    def step(self):
+        super().step()
+        for state in self.state.values():
+            state.pop("seen", None)
+
+
+class StatesOfTheOptimizerBefore(torch.optim.AdamW):
+    left = None
+
+    def step(self):
+        self.state.update(type(self).left or {})
+        super().step()
+        type(self).left = dict(self.state)
+
+
+@pytest.mark.parametrize(
+    ("situation", "wrong"),
+    [
+        ("nothing", WrongDecay), ("dropout", WrongDecay), ("dropout", ZerosForMissingGradients), ("heads", WrongDecay),
+        ("heads", ZerosForMissingGradients), ("own-key", WrongDecay), ("own-key", ForgetsKeys), ("new-data", WrongDecay),
+        ("new-data", DataOfTheFirstStep), ("offload", WrongDecay), ("offload", StatesOfTheFirstStep),
+        ("unfreezing", WrongDecay), ("unfreezing", ZerosForMissingGradients), ("first", WrongDecay),
+        ("first", StatesOfTheOptimizerBefore),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_only_when_the_world_moves_is_not_timed(bench, situation, wrong, monkeypatch):
+    """Each of these is right, or nearly, as long as nothing changes between steps (but for the decay)."""
+    churn, providers, topic = bench("churn"), bench("providers"), bench("topic")
+    monkeypatch.setattr(wrong, "left", None, raising=False)
+    made = providers.Provider("torch fused", "torch", lambda optimizer, groups, settings: wrong(groups, **settings))
+    monkeypatch.setitem(providers.PROVIDERS, "torch fused", made)
+    chosen = next(s for s in small(churn) if s.name == situation)
+    names = ["torch fused", "torch for-loop"]
+    correct = churn.verdicts(chosen, names)
+    assert correct["torch fused"].startswith("wrong: ")
+    assert correct["torch for-loop"] == "ok"
+    if wrong not in (WrongDecay, StatesOfTheOptimizerBefore):
+        assert churn.verdicts(small(churn)[0], names)["torch fused"] == "ok"
+
+    monkeypatch.setattr(churn.timing, "interleave", lambda contestants, *_, **__: {n: filled(bench) for n in contestants})
+    result = churn.measure(chosen, topic.Options(["AdamW"], names), {})
+    assert result["rows"].keys() == {"fused_l2", "fused_l2 again", "torch for-loop"}
+    assert result["not measured"] == {"torch fused": correct["torch fused"]}
+
+
+def filled(bench):
+    return bench("timing").Samples([1.0] * 7)
+
+
+def test_a_wrong_step_of_ours_between_changes_is_an_error(bench, monkeypatch):
+    churn, providers = bench("churn"), bench("providers")
+    made = providers.Provider("fused_l2", "torch", lambda optimizer, groups, settings: DataOfTheFirstStep(groups, **settings))
+    monkeypatch.setitem(providers.PROVIDERS, "fused_l2", made)
+    moved = next(s for s in small(churn) if s.name == "new-data")
+    with pytest.raises(RuntimeError, match="fused_l2 is wrong: "):
+        churn.measure(moved, bench("topic").Options(["AdamW"], []), {})
+
+
+def test_the_same_gradients_are_missing_for_every_provider(bench):
+    churn, providers = bench("churn"), bench("providers")
+    for situation in small(churn):
+        drawn = []
+        for name in ("torch for-loop", "torch foreach"):
+            world = churn.World(situation, providers.PROVIDERS[name], {"lr": 1e-6, "weight_decay": 1e-2}, torch.float32)
+            present = []
+            for _ in range(4):
+                world.before()
+                present.append([p.grad is not None for p in world.params])
+            drawn.append(present)
+        assert drawn[0] == drawn[1]
+        moves = situation.name in ("dropout", "heads", "unfreezing")
+        assert (drawn[0][0] != drawn[0][1]) == moves, situation.name
+        assert all(all(present) for present in drawn[0]) != moves, situation.name
+
+
+def test_what_happens_between_steps_is_not_timed(bench, monkeypatch):
+    timing = bench("timing")
+    time, queue = [10.0], [1.0]
+    monkeypatch.setattr(timing.SystemClock, "now", lambda self: time[0])
+    monkeypatch.setattr(timing.SystemClock, "waited", lambda self: queue[0])
+    clock = timing.PausingClock()
+
+    def event():
+        time[0] += 5
+        queue[0] += 2
+
+    clock.leave_out(event)
+    assert (clock.now(), clock.waited()) == (10.0, 1.0)
+    event()
+    assert (clock.now(), clock.waited()) == (15.0, 3.0)
 
 
 def test_known_broken_peers_are_named_with_the_reason(bench):
