@@ -64,7 +64,7 @@ SANITIZE := -std=c++17 -O1 -g0 -ffp-contract=off -fno-math-errno -w -Icsrc -pthr
 UNDEFINED := shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow,bounds
 address_FLAGS := -fsanitize=address,$(UNDEFINED) -fno-sanitize-recover=all
 thread_FLAGS := -fsanitize=thread
-CORE := $(notdir $(filter-out csrc/library.cpp csrc/torch_abi.cpp csrc/watch.cpp,$(wildcard csrc/*.cpp))) fuzz_kernels.cpp
+CORE := $(notdir $(filter-out csrc/library.cpp csrc/torch_abi.cpp csrc/look.cpp,$(wildcard csrc/*.cpp))) fuzz_kernels.cpp
 sanitize:
 	@mkdir -p build/address build/thread
 	$(MAKE) -j$(shell getconf _NPROCESSORS_ONLN) build/fuzz-address build/fuzz-thread

@@ -116,8 +116,8 @@ def measure(case: Case, optimizer: str, device: str, rounds: int) -> dict[str, A
     """Interleaved rounds of all providers and a device copy of the same bytes."""
     names = [name for name in providers.PROVIDERS if name not in ("torch for-loop", "torch.compile")]
     contest = providers.Contest(case, optimizer, OPTIMIZERS[optimizer], device, names)
-    plan = contest.optimizers["fused_l2"]._plan
-    if plan._others or not plan._parts:
+    plan = contest.optimizers["fused_l2"]._stepper._plan
+    if plan is None or any(part.on_host for part in plan.parts):
         raise RuntimeError("fused_l2 stepped with plain PyTorch, so torch would be compared with itself; a warning said why")
     numel = sum(math.prod(shape) for shape in case.shapes)
     step_bytes = numel * case.dtype.itemsize * sum(STREAMS[optimizer])

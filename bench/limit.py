@@ -47,7 +47,7 @@ def stream_step(optimizer: Any) -> Callable[[], None] | None:
             _library = ctypes.CDLL(str(built))
         _library.stream_step.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         _library.stream_connect(os.fsencode(Path(torch.__file__).parent / "lib" / cpu._TORCH_FILE))
-    ((part, _),) = optimizer._plan._parts
+    (part,) = optimizer._stepper._plan.parts
     return lambda: _library.stream_step(part._address, part._count)
 
 

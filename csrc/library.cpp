@@ -3,13 +3,13 @@
 #include <cstdint>
 
 #include "capability.h"
+#include "look.h"
 #include "norms.h"
 #include "parallel.h"
 #include "statistics.h"
 #include "steps.h"
 #include "table.h"
 #include "torch_abi.h"
-#include "watch.h"
 
 #if defined(_WIN32)
 #define FUSED_L2_EXPORT extern "C" __declspec(dllexport)
@@ -42,18 +42,25 @@ FUSED_L2_EXPORT int64_t fused_l2_capability_supported(int64_t index) {
 FUSED_L2_EXPORT int64_t fused_l2_capability() { return static_cast<int64_t>(active_capability()); }
 FUSED_L2_EXPORT void fused_l2_select_capability(int64_t index) { activate(static_cast<Capability>(index)); }
 
-FUSED_L2_EXPORT int64_t fused_l2_make_watch(int64_t handle, int64_t memory_only, int64_t* out) {
-  return make_watch(handle, memory_only != 0, out);
+FUSED_L2_EXPORT void fused_l2_set_offsets(int64_t head, int64_t handle, int64_t keys) {
+  set_offsets({head, handle, keys});
 }
-FUSED_L2_EXPORT int64_t fused_l2_watches_hold(const int64_t* watches, int64_t count) {
-  return watches_hold(watches, count);
+FUSED_L2_EXPORT void fused_l2_release(int64_t handle) { torch_abi().release(address<void>(handle)); }
+FUSED_L2_EXPORT int64_t fused_l2_make_record(const int64_t* objects, int64_t states, int64_t full, int64_t memory,
+                                             int64_t grad_element_bytes, int64_t strict, int64_t* out) {
+  return make_record(objects, states, full, memory, grad_element_bytes, strict, out);
+}
+FUSED_L2_EXPORT int64_t fused_l2_look(int64_t params, int64_t grads, const int64_t* expected, const int64_t* records,
+                                      int64_t count, int64_t none, int64_t* changed) {
+  return look(params, grads, expected, records, count, none, changed);
 }
 FUSED_L2_EXPORT int64_t fused_l2_words_hold(const int64_t* addresses, const int64_t* expected, int64_t count) {
   return words_hold(addresses, expected, count);
 }
-FUSED_L2_EXPORT void fused_l2_release(const int64_t* handles, int64_t count) { release(handles, count); }
 
-FUSED_L2_EXPORT int64_t fused_l2_check(const Bucket* buckets, int64_t count) { return check(buckets, count); }
+FUSED_L2_EXPORT int64_t fused_l2_unexpected_counts(const Bucket* buckets, int64_t count, int64_t* positions) {
+  return unexpected_counts(buckets, count, positions);
+}
 FUSED_L2_EXPORT void fused_l2_count(const Bucket* buckets, int64_t count) { count_steps(buckets, count); }
 FUSED_L2_EXPORT void fused_l2_step(const Bucket* buckets, int64_t count) { step(buckets, count); }
 FUSED_L2_EXPORT void fused_l2_step_measured(const Bucket* buckets, int64_t count, int64_t chunk, int64_t skip,

@@ -6,9 +6,9 @@
 
 namespace fused_l2 {
 
-// Do all tensors have memory, and do the step counters stand where the coefficients were computed for?
-// Returns 0 if so, else 1 + the position of the first row, over all buckets, that does not.
-int64_t check(const Bucket* buckets, int64_t count);
+// The tensors whose step counter is not what their coefficients were computed for: how many there are, and where
+// `positions` is given, their positions over all rows of all buckets. Rows without a counter are none of them.
+int64_t unexpected_counts(const Bucket* buckets, int64_t count, int64_t* positions);
 
 // Adds one to every tensor's step counter.
 void count_steps(const Bucket* buckets, int64_t count);

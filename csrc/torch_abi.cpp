@@ -41,6 +41,8 @@ const TorchAbi& connect_torch_abi(const char* library_path) {
   resolve(library, "aoti_torch_get_sizes", abi.get_sizes);
   resolve(library, "aoti_torch_get_strides", abi.get_strides);
   resolve(library, "aoti_torch_get_dtype", abi.get_dtype);
+  resolve(library, "aoti_torch_get_device_index", abi.get_device_index);
+  resolve(library, "aoti_torch_get_storage_offset", abi.get_storage_offset);
   resolve(library, "aoti_torch_delete_tensor_object", abi.delete_tensor_object);
   return abi;
 }

@@ -14,11 +14,14 @@ struct TorchAbi {
   int (*get_sizes)(void* tensor, int64_t** out);
   int (*get_strides)(void* tensor, int64_t** out);
   int (*get_dtype)(void* tensor, int32_t* out);
+  int (*get_device_index)(void* tensor, int32_t* out);
+  int (*get_storage_offset)(void* tensor, int64_t* out);
   int (*delete_tensor_object)(void* tensor);
 
   bool has_threads() const { return parallel_for && num_threads; }
   bool has_tensors() const {
-    return get_data_ptr && get_storage_size && get_dim && get_sizes && get_strides && get_dtype && delete_tensor_object;
+    return get_data_ptr && get_storage_size && get_dim && get_sizes && get_strides && get_dtype && get_device_index &&
+           get_storage_offset && delete_tensor_object;
   }
   void release(void* tensor) const { delete_tensor_object(tensor); }
 };

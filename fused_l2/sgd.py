@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import itemgetter
-from typing import Any
-
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from .decay import make_decay
 from .optimizer import FusedOptimizer
-from .parameters.low_precision import make_low_precision
-from .step.hyperparameters import at_least_zero, number
-from .tables import coefficients
-from .tables.control import make_clipping
-from .tables.modes import RANDOM
-from .tables.tensor_table import Flag, Rule
-
-_read: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(
-    "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"
-)
-
-_REMEDY = "Pass decoupled_weight_decay=True."
+from .options import OptionArguments, Options, with_options
+from .step import rules
 
 
+@with_options
 class SGD(FusedOptimizer):
     r"""``torch.optim.SGD`` in one pass over memory.
 
@@ -49,41 +35,13 @@ class SGD(FusedOptimizer):
         differentiable: must be False.
         decoupled_weight_decay: shrink the weights instead of adding the penalty's gradient. An attribute of the optimizer,
             not a param-group key.
-        max_grad_norm: clip the gradients to this norm within the step, over all param groups, as
-            ``torch.nn.utils.clip_grad_norm_`` before it would, without rewriting them. See :attr:`grad_norm`.
-        norm_type: 2 or inf.
-        error_if_nonfinite, skip_if_nonfinite: raise (waits for the device), or leave the step out, if that norm is inf or NaN.
-            See :attr:`step_was_skipped`.
-        amp_scaling: let ``torch.amp.GradScaler.step`` leave unscaling, and skipping after an overflow, to the step itself: one
-            pass less over the gradients, and no wait for the device.
-        decay_rule: ``"plain"``, the above; ``"corrected"`` (SGDC, Defazio 2025): lr / max_lr * weight_decay in place of
-            weight_decay; ``"fully_decoupled"`` (Loshchilov & Hutter 2019, the schedule without the step size; decoupled only):
-            w <- (1 - lr / max_lr * weight_decay) * w. One for all param groups, those added later too; or a sequence with one
-            per group, and "plain" for groups added later. See :class:`AdamW`.
-        max_lr: the largest lr of the schedule, for those rules; None: each group's lr when it was added.
-        cautious: decoupled only. Shrink only weights that the update moves towards 0 (Chen et al. 2025): with u the update,
-            w - lr * u, decay where u * w >= 0.
-        statistics: add up norms, the penalty and more during the step. See :attr:`statistics`.
-        low_precision: what is kept of the float32 value of 16-bit parameters, in which the step is computed. With bfloat16
-            parameters, ``"round"`` loses most of the weight decay, see docs/low-precision.md.
-
-            * ``"round"``: the nearest 16-bit number, as torch's fused step; a warning tells where the decay cannot survive.
-            * ``"remainder"``: all of it, as the bfloat16 parameter and a 16-bit remainder beside it (2 bytes a parameter).
-            * ``"master"``: all of it, in a float32 state (4 bytes a parameter).
-            * ``"kahan"``: what rounding left out, as a bfloat16 compensation (2 bytes a parameter).
-            * ``"stochastic"``: one of the two neighbours at random, with the right mean (nothing).
-
-            With any of the last four, new moments and momentum are float32.
-        state_dtype: ``torch.float32`` or ``torch.bfloat16``: the dtype of moments and momentum. None: the parameter's own.
-        seed: of the random bits of ``"stochastic"`` and ``"kahan"``, which are a hash of it, the step, the parameter and the
-            element: the same on every device.
+        OPTIONS
 
     Raises:
         ValueError, TypeError: if a hyperparameter is out of its range or not a number.
     """
 
-    _rule = Rule.SGD
-    _options = ("_decoupled", *FusedOptimizer._options)
+    _rule = rules.SGD
 
     def __init__(
         self,
@@ -99,25 +57,8 @@ class SGD(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        max_grad_norm: float | None = None,
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool = False,
-        skip_if_nonfinite: bool = False,
-        amp_scaling: bool = False,
-        decay_rule: str | Sequence[str] = "plain",
-        max_lr: float | None = None,
-        cautious: bool = False,
-        statistics: bool = False,
-        low_precision: str = "round",
-        state_dtype: torch.dtype | None = None,
-        seed: int = 0,
+        **options: Unpack[OptionArguments],
     ) -> None:
-        self._clipping = make_clipping(max_grad_norm, norm_type, error_if_nonfinite, skip_if_nonfinite)
-        self._step_supports_amp_scaling = bool(amp_scaling)
-        self._statistics = bool(statistics)
-        self._low_precision = make_low_precision(low_precision, state_dtype, seed)
-        self._decay = make_decay(decay_rule, max_lr, cautious)
-        self._decoupled = decoupled_weight_decay
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -129,60 +70,13 @@ class SGD(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        self._checked_numbers(_read(defaults), None)
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, Options.of(type(self).__name__, dict(options), bool(decoupled_weight_decay)))
 
     @property
     def decoupled_weight_decay(self) -> bool:
         """Whether the decay shrinks the weights outside of the momentum, for all param groups."""
-        return self._decoupled
+        return bool(self._stepper.options.decoupled_weight_decay)
 
     @decoupled_weight_decay.setter
     def decoupled_weight_decay(self, decoupled: bool) -> None:
-        self._set_option("_decoupled", decoupled)
-
-    @staticmethod
-    def _read_hyperparameters(group: dict[str, Any]) -> tuple[Any, ...]:
-        return _read(group)
-
-    def _checked_numbers(self, values: tuple[Any, ...], group: int | None) -> tuple[float, ...]:
-        where = "" if group is None else f" of param group {group}"
-        lr, momentum, dampening, weight_decay, nesterov, _ = values
-        checked = (
-            at_least_zero(lr, "learning rate", where, " (to ascend, pass maximize=True)"),
-            at_least_zero(momentum, "momentum value", where),
-            number(dampening, "dampening", where),
-            at_least_zero(weight_decay, "weight_decay value", where),
-            *self._decay_numbers(group, self._decoupled, _REMEDY),
-        )
-        if nesterov and (checked[1] <= 0 or checked[2] != 0):
-            raise ValueError(
-                f"Nesterov momentum requires a momentum and zero dampening{where}, got momentum={momentum}, "
-                f"dampening={dampening}"
-            )
-        return checked
-
-    def _flags(self, values: tuple[Any, ...]) -> int:
-        _, momentum, _, _, nesterov, maximize = values
-        flags = int(Flag.DECOUPLED) if self._decoupled else 0
-        if self._decay.cautious:
-            flags |= Flag.CAUTIOUS
-        if momentum != 0:
-            flags |= Flag.MOMENTUM
-        if nesterov:
-            flags |= Flag.NESTEROV
-        if maximize:
-            flags |= Flag.MAXIMIZE
-        return flags
-
-    def _counts_on_device(self) -> bool:
-        return bool(self._low_precision.mode & RANDOM)  # whose bits depend on the count, which replays of a graph need
-
-    @staticmethod
-    def _state_names(flags: int) -> tuple[str, ...]:
-        return ("momentum_buffer",) if flags & Flag.MOMENTUM else ()
-
-    @staticmethod
-    def _coefficient_row(numbers: tuple[float, ...], flags: int, step: float) -> tuple[float, ...]:
-        lr, momentum, dampening, weight_decay, max_lr, decay_rule = numbers
-        return coefficients.sgd(lr, momentum, dampening, weight_decay, bool(flags & Flag.DECOUPLED), max_lr, decay_rule)
+        self._set_option("decoupled_weight_decay", decoupled)

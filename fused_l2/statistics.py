@@ -94,19 +94,19 @@ def _consecutive(members: list[int]) -> bool:
 
 
 class Record:
-    """Where the steps of a plan's part leave what they measure. Holds no parameters and no states."""
+    """Where the steps of a part leave what they measure. Holds no parameters and no states."""
 
-    def __init__(self, partials: Sequence[Tensor], chunks: Sequence[int], order: Sequence[int]) -> None:
-        """``partials``: float64 [chunks][4] for each bucket. ``chunks``: how many each tensor has. ``order``: which entry of
-        the part each tensor is."""
-        self._partials, self._chunks, self._order = partials, chunks, order
+    def __init__(self, partials: Sequence[Tensor], chunks: Sequence[int], slots: Sequence[int | None]) -> None:
+        """``partials``: float64 [chunks][4] for each bucket. ``chunks``: how many each tensor has. ``slots``: which of the
+        optimizer's parameters each tensor is, None for one without a gradient."""
+        self._partials, self._chunks, self._slots = partials, chunks, slots
         self._on_device: tuple[Tensor, Tensor] | None = None
 
     def rows(self) -> Tensor:
-        """Sums over each tensor, in the order of the part's entries."""
+        """Sums over each tensor that had a gradient, in the order of slots."""
         if self._on_device is None:
             device = self._partials[0].device
-            where = sorted(range(len(self._order)), key=self._order.__getitem__)
+            where = [i for slot, i in sorted((slot, i) for i, slot in enumerate(self._slots) if slot is not None)]
             chunks, order = (torch.tensor(x, dtype=torch.int64, device="cpu").to(device) for x in (self._chunks, where))
             self._on_device = chunks, order
         chunks, order = self._on_device
@@ -114,26 +114,36 @@ class Record:
         return torch.segment_reduce(together, "sum", lengths=chunks, axis=0, initial=0.0, unsafe=True)[order]
 
 
+class GivenRows(Record):
+    """Rows that are there already."""
+
+    def __init__(self, rows: Sequence[Tensor]) -> None:
+        self._rows = rows
+
+    def rows(self) -> Tensor:
+        return torch.stack(list(self._rows))
+
+
 class Recorded(NamedTuple):
     """All that the statistics of a step are made of, once somebody asks."""
 
     records: Sequence[Record]
-    others: Sequence[Tensor]  # rows of tensors stepped by plain PyTorch
     groups: Sequence[int]
     names: Sequence[str]
     weight_decays: Sequence[float | Tensor]
     inv_scale: float | Tensor
 
     @torch.no_grad()
-    def rows(self) -> Tensor:
-        """A row for each tensor, on the first one's device."""
-        rows = [*(record.rows() for record in self.records), *([torch.stack(list(self.others))] if self.others else [])]
-        rows = rows or [torch.zeros(0, len(STATISTICS), dtype=torch.float64, device="cpu")]
-        return torch.cat([r.to(rows[0].device) for r in rows])
-
-    @torch.no_grad()
     def statistics(self) -> Statistics:
-        return make_statistics(Measured(self.rows(), self.groups, self.names, self.weight_decays, self.inv_scale))
+        return make_statistics(Measured(rows_of(self.records), self.groups, self.names, self.weight_decays, self.inv_scale))
+
+
+@torch.no_grad()
+def rows_of(records: Sequence[Record]) -> Tensor:
+    """A row for each tensor, on the first one's device."""
+    rows = [record.rows() for record in records]
+    rows = rows or [torch.zeros(0, len(STATISTICS), dtype=torch.float64, device="cpu")]
+    return torch.cat([r.to(rows[0].device) for r in rows])
 
 
 @torch.no_grad()

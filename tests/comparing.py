@@ -34,6 +34,11 @@ CASES: dict[str, dict[str, Any]] = {
 each = pytest.mark.parametrize("name", CASES)
 
 
+def plan_of(optimizer: Any) -> Any:
+    """What an optimizer has prepared for its next step."""
+    return optimizer._stepper._plan
+
+
 def make(name: str, params: Any) -> Any:
     return getattr(fused_l2, name)(params, **CASES[name])
 

@@ -22,6 +22,7 @@ from comparing import (
     label,
     make,
     make_params,
+    plan_of,
     set_grads,
     states,
 )
@@ -29,7 +30,7 @@ from torch import Tensor
 
 import fused_l2
 from fused_l2.engines import cuda
-from fused_l2.engines.part import CudaPart
+from fused_l2.engines.cuda_part import CudaPart
 
 DEVICE = "cuda"
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -73,8 +74,7 @@ def assert_same_state(a: Any, on_device: list[Any], b: Any, on_cpu: list[Any]) -
 
 def steps_on_device(optimizer: Any) -> bool:
     """Whether our kernels step everything, not torch's functions."""
-    plan = optimizer._plan
-    return not plan._others and any(isinstance(part, CudaPart) for part, _ in plan._parts)
+    return all(isinstance(part, CudaPart) for part in plan_of(optimizer).parts)
 
 
 @pytest.mark.parametrize("misaligned", [False, True], ids=["aligned", "misaligned"])
@@ -293,7 +293,7 @@ def test_the_host_may_run_far_ahead(name):
             optimizer.param_groups[0]["lr"] *= 0.99
             optimizer.step()
         if params is on_device:
-            assert len(optimizer._plan._parts[0][0]._tables[0]._ring) > 10  # it did run ahead
+            assert len(next(iter(plan_of(optimizer).parts[0]._tables.values()))._ring) > 10  # it did run ahead
     assert_same_state(optimizers[0], on_device, optimizers[1], on_cpu)
 
 
@@ -450,7 +450,7 @@ def test_compute_sanitizer(tool):
             for optimizer in (fused_l2.AdamW(params, max_grad_norm=1.0), fused_l2.SGD(params, lr=0.1, momentum=0.9)):
                 optimizer.step()
                 optimizer.step()
-                assert optimizer._plan._parts and not optimizer._plan._others
+                assert all(isinstance(part, CudaPart) for part in plan_of(optimizer).parts)
         torch.cuda.synchronize()
         """
     )

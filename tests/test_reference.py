@@ -68,7 +68,7 @@ def test_sgd(signature, decay, momentum, maximize, capability):
         params, lr, mu, dampening, wd, "nesterov" in momentum, maximize=maximize, decoupled_weight_decay=decoupled,
         cautious=cautious,
     )  # fmt: skip
-    flags = made._flags(made._read_hyperparameters(made.param_groups[0]))
+    flags = made._rule.flags(made._values(made.param_groups[0]), made._stepper.options)
     row = coefficients.sgd(lr, mu, dampening, wd, decoupled)
     for i, p in enumerate(params):
         state = [tensor(p.numel(), state_dtype, 3 * i + 2)] if mu else []
@@ -104,7 +104,7 @@ def test_adam(signature, decay, amsgrad, maximize, beta1, capability):
     made = fused_l2.Adam(
         params, lr, (beta1, beta2), eps, wd, amsgrad, maximize=maximize, decoupled_weight_decay=decoupled, cautious=cautious
     )
-    flags = made._flags(made._read_hyperparameters(made.param_groups[0]))
+    flags = made._rule.flags(made._values(made.param_groups[0]), made._stepper.options)
     row = coefficients.adam(lr, beta1, beta2, eps, wd, decoupled, step)
     for i, p in enumerate(params):
         state = [tensor(p.numel(), state_dtype, 5 * i + 2 + k, positive=k > 0) for k in range(len(names))]
@@ -130,7 +130,7 @@ def test_plain_pytorch_engine_sgd(signature, nesterov, decay, decay_rule):
     p, g, b = (tensor(1003, d, s, special=False) for d, s in ((dtype, 1), (dtype, 2), (state_dtype, 3)))
     expected, expected_states = reference.sgd(p, g, [b], row, flags, False)
     kept = g.clone()
-    torch_ops.step(Rule.SGD, flags, (*numbers, 0.3, decay_rule), False, [p], [g], [[b]], [], False)
+    torch_ops.step(Rule.SGD, flags, coefficients.SgdNumbers(*numbers, 0.3, decay_rule), [p], [g], [[b]], [], first_step=False)
     assert_same_bits([p, b], [expected, *expected_states])
     assert_same_bits(g, kept, "T52: the gradient")
 
@@ -147,7 +147,8 @@ def test_plain_pytorch_engine_adam(signature, decay, decay_rule, amsgrad, exact_
     row = coefficients.adam(*numbers, bool(decay), 7, 0.3, decay_rule)
     expected, expected_states = reference.adam(p, g, state, row, flags)
     counter = torch.tensor(6.0)
-    torch_ops.step(Rule.ADAM, flags, (*numbers, 0.3, decay_rule), False, [p], [g], [[t] for t in state], [counter], False)
+    whole = coefficients.AdamNumbers(*numbers, 0.3, decay_rule)
+    torch_ops.step(Rule.ADAM, flags, whole, [p], [g], [[t] for t in state], [counter], first_step=False)
     assert_same_bits([p, *state], [expected, *expected_states])
     assert counter.item() == 7
 

@@ -221,7 +221,7 @@ def test_switching_and_copying():
     optimizer.step()
     assert optimizer.statistics is not None
     for other in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
-        assert other._statistics
+        assert other.options["statistics"]
         assert other.statistics is None
     assert "statistics" not in optimizer.state_dict()["param_groups"][0]
     optimizer.statistics = False

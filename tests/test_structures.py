@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fused_l2
+from fused_l2.parameters import memory
 
 OPTIONS = {
     "SGD": [
@@ -111,4 +112,4 @@ def make_step(name, optimizer, generator, data):
 
 
 def dense(tensor: torch.Tensor) -> bool:
-    return fused_l2.engines.is_dense(tensor)
+    return memory.is_dense(tensor)

@@ -1,14 +1,129 @@
-"""Has a tensor, or an attribute, been replaced since the plan was made?"""
+"""What changed between two looks, and has an attribute been replaced?"""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from comparing import plan_of
 
-from fused_l2.engines import cpu
+import fused_l2
+from fused_l2.engines import cpu, watch
 from fused_l2.engines.watch import SlotWatch, slot_offset
+
+LOOKS = ["python", "native"]
+
+
+def looking(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "python":
+        monkeypatch.setattr(watch, "_plain_keys", lambda library: 0)
+    elif cpu.library() is None:
+        pytest.skip("needs the C++ library")
+
+
+def stepped(shape: tuple[int, ...] = (4, 6)) -> tuple[Any, Any, Any]:
+    """An optimizer that has made a step, its plan and its first parameter's entry. Adam, so that there are states."""
+    params = [torch.nn.Parameter(torch.ones(shape)), torch.nn.Parameter(torch.ones(3))]
+    optimizer = fused_l2.Adam(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    plan = plan_of(optimizer)
+    return optimizer, plan, plan._entries[0]
+
+
+def changes(plan: Any) -> list[int]:
+    params = list(plan._params)
+    found: list[int] | None = plan._look.changes(params, [p.grad for p in params])
+    assert found is not None
+    return found
+
+
+def of_data(change: Any) -> Any:
+    return lambda t: setattr(t, "data", change(t.data))
+
+
+CHANGES = {
+    "other memory": of_data(torch.clone),
+    "transposed": of_data(torch.t),
+    "another shape": of_data(lambda t: t.view(3, 8)),
+    "another dtype": of_data(lambda t: t.view(torch.int32)),
+    "freed": lambda t: t.untyped_storage().resize_(0),
+    "resized": lambda t: t.resize_(2, 2),
+}
+
+
+@pytest.mark.parametrize("kind", LOOKS)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("which", ["param", "exp_avg", "exp_avg_sq"])
+def test_every_change_of_a_parameter_or_state_is_seen(kind: str, change: str, which: str, monkeypatch: Any) -> None:
+    looking(kind, monkeypatch)
+    optimizer, plan, entry = stepped()
+    assert changes(plan) == []
+    tensor = entry.param if which == "param" else optimizer.state[entry.param][which]
+    CHANGES[change](tensor.detach() if change in ("freed", "resized") and which == "param" else tensor)
+    if change == "resized" and which == "param":
+        return  # a detached tensor's shape is its own; Parameters refuse it
+    expected = watch.MOVED if (kind, change) == ("native", "other memory") else watch.OTHER
+    assert changes(plan) == [0, expected]
+
+
+@pytest.mark.parametrize("kind", LOOKS)
+def test_a_step_counter_in_other_memory_is_seen(kind: str, monkeypatch: Any) -> None:
+    looking(kind, monkeypatch)
+    optimizer, plan, entry = stepped()
+    optimizer.state[entry.param]["step"].data = torch.tensor(1.0)
+    assert changes(plan) == [0, watch.MOVED if kind == "native" else watch.OTHER]
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def shrunk(grad: torch.Tensor) -> torch.Tensor:
+    grad.untyped_storage().resize_(8)
+    return grad
+
+
+GRADIENTS = {
+    "none": (lambda g: None, watch.GONE),
+    "fresh": (torch.clone, 0),
+    "transposed": (lambda g: torch.ones(6, 4).t(), watch.OTHER),
+    "expanded": (lambda g: torch.ones(1, 6).expand(4, 6), watch.OTHER),
+    "negated": (torch._neg_view, watch.OTHER),
+    "zero tensor": (lambda g: torch._efficientzerotensor(4, 6), watch.OTHER),
+    "a subclass": (lambda g: g.as_subclass(Subclass), watch.OTHER),
+    "sparse": (torch.Tensor.to_sparse, watch.OTHER),
+    "storage made smaller": (shrunk, watch.OTHER),
+}
+
+
+@pytest.mark.parametrize("kind", LOOKS)
+@pytest.mark.parametrize("grad", GRADIENTS)
+def test_every_kind_of_gradient_is_told_from_the_one_before(kind: str, grad: str, monkeypatch: Any) -> None:
+    looking(kind, monkeypatch)
+    _, plan, entry = stepped()
+    make, expected = GRADIENTS[grad]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        entry.param.grad = make(entry.param.grad)
+    assert changes(plan) == ([0, expected] if expected else [])
+
+
+@pytest.mark.parametrize("kind", LOOKS)
+def test_gradients_that_come_back_are_told_from_new_ones(kind: str, monkeypatch: Any) -> None:
+    looking(kind, monkeypatch)
+    optimizer, plan, entry = stepped()
+    kept, entry.param.grad = entry.param.grad, None
+    assert changes(plan) == [0, watch.GONE]
+    optimizer.step()
+    assert changes(plan) == []
+    entry.param.grad = kept.clone()
+    assert changes(plan) == [0, watch.CAME]
+    entry.param.data = entry.param.data.clone()
+    assert changes(plan) == [0, (watch.CAME | watch.MOVED) if kind == "native" else watch.OTHER]
 
 
 class Owner:

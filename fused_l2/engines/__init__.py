@@ -1,4 +1,4 @@
-"""Who computes a step: the one place that looks at a tensor's device.
+"""Who computes a step.
 
 * :mod:`fused_l2.engines.cpu`: the C++ library, for CPU tensors.
 * :mod:`fused_l2.engines.cuda`: Triton kernels, for CUDA tensors.
@@ -8,15 +8,23 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..parameters.entry import Entry
+from ..parameters.memory import has_memory, is_dense, is_plain
+from ..parameters.shards import local, ranks_of, sum_over
 from ..tables.tensor_table import DTYPES, Rule
 from . import cpu, cuda
+from .cpu_part import CpuPart
+from .cuda_part import CudaPart
+from .part import Part
+from .torch_ops import TorchPart
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _warned: set[str] = set()
 
 
@@ -93,21 +101,21 @@ def device_of(tensor: Tensor) -> torch.device:
     return tensor.device
 
 
-def has_engine(param: Tensor, rule: Rule, flags: int, grad_dtype: torch.dtype, state_dtype: torch.dtype) -> bool:
+def has_engine(entry: Entry, rule: Rule) -> bool:
     """Whether an engine of ours steps this parameter, rather than plain PyTorch.
 
     They take strided tensors of a dtype in ``DTYPES`` that fill their memory without gaps, in any order of dimensions. That
     a whole device lacks an engine is told once per process.
     """
-    if not (is_plain(param) and param.dtype in DTYPES and is_dense(param)):
+    if not (entry.is_regular and entry.local.dtype in DTYPES):
         return False
-    device = device_of(param)
+    device = device_of(entry.local)
     if device.type == "cpu":
         if cpu.library() is None:
             _warn_once(f"fused_l2 steps CPU tensors with plain PyTorch operations: {cpu.why_unavailable()}")
         return cpu.library() is not None
     if device.type == "cuda":
-        kernel, reason = cuda.find_kernel(device, rule, flags, param.dtype, grad_dtype, state_dtype)
+        kernel, reason = cuda.find_kernel(device, rule, entry.flags, entry.local.dtype, entry.grad_dtype, entry.state_dtype)
         if kernel is None:
             _warn_once(f"fused_l2 steps tensors on {device} with plain PyTorch operations: {reason}")
         return kernel is not None
@@ -118,28 +126,42 @@ def has_engine(param: Tensor, rule: Rule, flags: int, grad_dtype: torch.dtype, s
     return False
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's memory holds its values: no subclass that wraps others, no lazy negation."""
-    return has_plain_type(tensor) and not tensor.is_neg()
+def make_part(device: torch.device | None, rule: Rule, ranks: tuple[Any, ...], flags: int, on_device: bool) -> Part:
+    """A part for the tensors of this device; None: for those that no engine of ours steps."""
+    if device is None:
+        return TorchPart(rule, flags)
+    return CpuPart(rule, ranks, flags) if device.type == "cpu" else CudaPart(rule, ranks, flags, device, on_device)
 
 
-def has_plain_type(tensor: Tensor) -> bool:
-    """Whether a tensor is of torch's own types, not of a subclass that may wrap others."""
-    return type(tensor) in _PLAIN_TYPES
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory without gaps or overlaps, in any order of dimensions."""
-    if tensor.layout is not torch.strided:
-        return False
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
+    """Sum of x^2 per tensor, in float64. RuntimeError if a tensor's storage was freed."""
+    sharded = [ranks_of(t) for t in tensors]
+    tensors = [local(t) for t in tensors]
+    for i, t in enumerate(tensors):
+        if not has_memory(t):
+            raise RuntimeError(
+                f"tensor {i} of shape {tuple(t.shape)}: its storage holds fewer elements than its shape says, as after "
+                f"untyped_storage().resize_(0). Restore the storage first."
+            )
+    library = cpu.library()
+    sums = [0.0] * len(tensors)
+    native = [
+        i
+        for i, t in enumerate(tensors)
+        if library is not None and t.device.type == "cpu" and t.dtype in DTYPES and is_plain(t) and is_dense(t)
+    ]
+    if library is not None and native:
+        chosen = [tensors[i] for i in native]
+        for i, total in zip(native, library.sums_of_squares(chosen, [DTYPES[t.dtype] for t in chosen]), strict=True):
+            sums[i] = total
+    for i in set(range(len(tensors))) - set(native):
+        sums[i] = float(tensors[i].double().square().sum())
+    for ranks in dict.fromkeys(filter(None, sharded)):
+        at = [i for i, r in enumerate(sharded) if r == ranks]
+        here = torch.tensor([sums[i] for i in at], dtype=torch.float64, device=tensors[at[0]].device)
+        for i, total in zip(at, sum_over(here, ranks).tolist(), strict=True):
+            sums[i] = total
+    return sums
 
 
 def _warn_once(message: str) -> None:

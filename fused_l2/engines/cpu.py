@@ -36,11 +36,12 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "capability_supported": (_INTEGER, (_INTEGER,)),
     "capability": (_INTEGER, ()),
     "select_capability": (None, (_INTEGER,)),
-    "make_watch": (_INTEGER, (_INTEGER, _INTEGER, _POINTER)),
-    "watches_hold": (_INTEGER, (_POINTER, _INTEGER)),
+    "set_offsets": (None, (_INTEGER, _INTEGER, _INTEGER)),
+    "release": (None, (_INTEGER,)),
+    "make_record": (_INTEGER, (_POINTER, _INTEGER, _INTEGER, _INTEGER, _INTEGER, _INTEGER, _POINTER)),
+    "look": (_INTEGER, (_INTEGER, _INTEGER, _POINTER, _POINTER, _INTEGER, _INTEGER, _POINTER)),
     "words_hold": (_INTEGER, (_POINTER, _POINTER, _INTEGER)),
-    "release": (None, (_POINTER, _INTEGER)),
-    "check": (_INTEGER, (_POINTER, _INTEGER)),
+    "unexpected_counts": (_INTEGER, (_POINTER, _INTEGER, _POINTER)),
     "count": (None, (_POINTER, _INTEGER)),
     "step": (None, (_POINTER, _INTEGER)),
     "step_measured": (None, (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER)),
@@ -78,13 +79,14 @@ class Library:
         self.has_tensors = bool(found & 2) and hasattr(torch._C, "_aoti")
 
         # What step() calls each time, bound once.
-        self.check = self._short.fused_l2_check
+        self.look = self._short.fused_l2_look
+        self.unexpected_counts = self._short.fused_l2_unexpected_counts
         self.step = self._long.fused_l2_step
         self.step_measured = self._long.fused_l2_step_measured
         self.measure_grads = self._long.fused_l2_measure_grads
         self.count = self._short.fused_l2_count
-        self.make_watch = self._short.fused_l2_make_watch
-        self.watches_hold = self._short.fused_l2_watches_hold
+        self.make_record = self._short.fused_l2_make_record
+        self.set_offsets = self._short.fused_l2_set_offsets
         self.words_hold = self._short.fused_l2_words_hold
         self.release = self._short.fused_l2_release
 

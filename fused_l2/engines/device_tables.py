@@ -53,6 +53,9 @@ class Sections(NamedTuple):
 class DeviceTable:
     """A bucket's tables on the device, and the kernel that steps it. With ``rows``, coefficient rows are computed there, one
     per tensor; otherwise the host uploads its own, one per (param group, step count).
+
+    ``numels`` are the tensors' sizes, whether they have a gradient or not: the programs of one that has none find no elements
+    in its row, so that gradients may come and go.
     """
 
     def __init__(
@@ -60,14 +63,15 @@ class DeviceTable:
         device: Device,
         kernel: Kernel,
         table: TensorTable,
+        numels: Sequence[int],
         rule: Rule,
         flags: int,
         rows: Rows | None = None,
     ) -> None:
         self._device, self._table = device, table
+        self.coefficient_rows = len(table.steps)
         self._typecode = "d" if kernel.opmath is torch.float64 else "f"
         self._groups = 0 if rows is None else max(rows.groups) + 1
-        numels = table.numels()
         chunk = _chunk_size(sum(numels), device.multiprocessors)
         chunks = chunk_map(numels, chunk)
         self.chunks_of = [-(-n // chunk) for n in numels]
@@ -111,7 +115,7 @@ class DeviceTable:
         address = self._memory.data_ptr()
         return Sections(*(address + offset for offset in offsets))
 
-    def upload(self, stream: int, numbers: Numbers) -> None:
+    def upload(self, stream: int, numbers: Numbers, static_rows: bytes) -> None:
         """Make what changed known to the device, on its current stream; the device must be the current one."""
         if self._launch is None and self._compute is None:  # nothing but empty tensors
             return
@@ -128,7 +132,7 @@ class DeviceTable:
             self._upload_captured(stream, _filled(head), grads)
             return
         self._head, self._grads = self._at.head, self._at.grads
-        parts = [_filled(head), _filled(grads), _filled(self._table.static_rows)]
+        parts = [_filled(head), _filled(grads), _filled(static_rows)]
         for last in (2, 1, 0):
             if parts[last] != self._sent[last]:
                 self._ring.upload(*parts[: last + 1])
@@ -196,7 +200,7 @@ class Measurer:
 
     def control(self, stream: int, prologue: Prologue, dtype: torch.dtype) -> Tensor:
         """A new control, written when the stream gets there. The tables must have been uploaded."""
-        measures = prologue.clipping is not None
+        measures = prologue.measures
         self.prepare(prologue.largest, measures, dtype)
         if measures:
             self._measure(stream, prologue.largest)

@@ -1,340 +1,435 @@
-"""Buckets: the tensors of a step that share an update rule with its flags and a dtype signature; and parts: the buckets of one
-device, which are refreshed and launched together.
-"""
+"""Parts: one engine's share of a step. A part steps the entries of one place (a device, and the ranks that share them where
+something is measured), in *buckets* of entries that one kernel steps: same update rule, flags and dtypes."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..engines import cpu, cuda
-from ..parameters.entry import Entry, needs_copy
+from ..parameters.entry import Entry
 from ..statistics import Record
 from ..tables import coefficients
-from ..tables.control import FACTOR, Clipping, Control, Prologue, on_host
+from ..tables.control import Control, Prologue
 from ..tables.tensor_table import (
     COEFFICIENTS,
+    FLAGS,
     GRAD,
     NUMEL,
-    STATISTICS,
     STEP,
     WIDTH,
-    Flag,
     RowFlag,
     Rule,
     TensorTable,
     address_of,
-    norm_chunk,
-    statistics_chunk,
 )
-from .device_tables import DeviceTable, Measurer, Rows
-from .watch import Watch, gradient_guard, make_watch
+from . import cpu
 
-_data_ptr = Tensor.data_ptr
+_slot = attrgetter("slot")
+_LAST_COUNT = 2.0**24  # where a float32 step counter stands still
+
+Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameter, gradient and states
+# The coefficient row of a group's numbers at a step count, given the bucket's flags.
+RowOf = Callable[[Any, int, float], tuple[float, ...]]
 
 
 class Bucket:
-    """Entries that one kernel steps, and their coefficient rows, one per (param group, step count). With ``on_device`` the
-    device computes those, one per entry: it counts the steps, and may have some of the hyperparameters."""
+    """Entries that one kernel steps, in the order of their slots, and their rows in a tensor table.
 
-    def __init__(self, rule: Rule, entries: list[Entry], factor: array[float], on_device: bool = False) -> None:
-        self.flags = entries[0].flags
-        self.dtypes = entries[0].local.dtype, entries[0].grad.dtype, entries[0].state_dtype
-        self.has_first_steps = any(e.first_step for e in entries)
-        self.on_device: Rows | None = None
-        if on_device:
-            position = {group: i for i, group in enumerate(sorted({e.group for e in entries}))}
-            self.groups = list(position)
-            counters = [0 if e.counter is None else e.counter.data_ptr() for e in entries]
-            self.on_device = Rows([position[e.group] for e in entries], counters)
-        numbers: dict[tuple[int, float], int] = {}
-        rows = []
-        for i, e in enumerate(entries):
-            counter = None if on_device else e.counter
-            key = (i if on_device else e.group, 0.0 if counter is None else float(counter))
-            states = [t.data_ptr() for t in e.states]
-            kept = e.kept
-            rows.append(
-                (
-                    e.local.data_ptr(),
-                    0,  # the gradient: set each step
-                    *states,
-                    *[0] * (3 - len(states)),
-                    0 if counter is None else counter.data_ptr(),
-                    e.local.numel(),
-                    numbers.setdefault(key, len(numbers)),
-                    int(RowFlag.FIRST_STEP) if e.first_step else 0,
-                    0 if kept is None else kept.data_ptr(),
-                    e.key - (e.key >> 63 << 64),  # as a signed number
-                )
-            )
-        if on_device:
-            self.table = TensorTable(rows, 0)
+    A row whose parameter has no gradient is inactive: it has no elements and no counter, so that everything passes over it.
+    There is one coefficient row per (param group, step count). With ``on_device`` the device computes those, one per tensor:
+    it counts the steps, and may have some of the hyperparameters.
+    """
+
+    def __init__(self, rule: Rule, flags: int, dtypes: Dtypes, factor: array[float], on_device: bool) -> None:
+        self.rule, self.flags, self.dtypes, self.on_device = rule, flags, dtypes, on_device
+        self._factor = factor
+        self.entries: list[Entry] = []
+        self.table = TensorTable()
+        self.active = 0  # how many rows are
+        self.first_steps: set[Entry] = set()
+        self.is_rebuilt = True  # rows are where no kernel has seen them yet
+        self.is_changed = True  # rows were changed in place
+        # By coefficient row.
+        self.groups: list[int] = []
+        self._members: list[int] = []
+        self._known: dict[tuple[int, float], int] | None = None
+
+    # Entries that come, go and change. Rows are brought up to date by settle().
+
+    def add(self, entry: Entry) -> None:
+        insort(self.entries, entry, key=_slot)
+        entry.bucket, entry.row = self, -1
+        self.is_rebuilt = True
+
+    def remove(self, entry: Entry) -> None:
+        self.deactivate(entry)
+        del self.entries[self._position(entry)]
+        self.first_steps.discard(entry)
+        entry.bucket, entry.row = None, -1
+        self.is_rebuilt = True
+
+    def replace(self, old: Entry, new: Entry) -> None:
+        """An entry of the same slot and signature, made anew."""
+        if old.row < 0:
+            self.remove(old)
+            return self.add(new)
+        self.deactivate(old)
+        self.first_steps.discard(old)
+        self.entries[self._position(old)] = new  # which is not its row while others come and go
+        new.bucket, new.row = self, old.row
+        old.bucket, old.row = None, -1
+        start = WIDTH * new.row
+        self.table.rows[start : start + WIDTH] = self._row(new)
+        self.activate(new)
+
+    def _position(self, entry: Entry) -> int:
+        return bisect_left(self.entries, entry.slot, key=_slot)
+
+    def activate(self, entry: Entry) -> None:
+        """The entry has a gradient, and is stepped from now on."""
+        entry.active = True
+        if entry.row < 0:  # settle() does it
+            return
+        rows, start = self.table.rows, WIDTH * entry.row
+        if rows[start + NUMEL] or rows[start + STEP]:
+            self.deactivate(entry)
+            entry.active = True
+        rows[start + NUMEL] = entry.numel
+        if not self.on_device:
+            counter = entry.counter
+            if counter is not None:
+                # The lowest bit says float64.
+                rows[start + STEP] = counter.data_ptr() | (counter.dtype is torch.float64)
+            k = rows[start + COEFFICIENTS] = self._coefficient_row(entry.group, 0.0 if counter is None else float(counter))
+            self._members[k] += 1
+        if entry.first_step:
+            rows[start + FLAGS] = int(RowFlag.FIRST_STEP)
+            self.first_steps.add(entry)
+        self.active += 1
+        self.is_changed = True
+
+    def deactivate(self, entry: Entry) -> None:
+        """The entry has no gradient, or is about to leave."""
+        if entry.row >= 0 and entry.active:
+            rows, start = self.table.rows, WIDTH * entry.row
+            if not self.on_device:
+                self._members[rows[start + COEFFICIENTS]] -= 1
+            rows[start + NUMEL] = rows[start + STEP] = 0
+            self.active -= 1
+            self.is_changed = True
+        entry.active = False
+
+    def recount(self, entry: Entry) -> None:
+        """The entry's step counter was set to something else."""
+        self.deactivate(entry)
+        self.activate(entry)
+
+    def settle(self) -> None:
+        """Bring rows up to date."""
+        if not self.is_rebuilt:
+            return
+        old = self.table.rows.tobytes()
+        width = 8 * WIDTH
+        new = [e for e in self.entries if e.row < 0]
+        parts = [self._row(e).tobytes() if e.row < 0 else old[width * e.row : width * (e.row + 1)] for e in self.entries]
+        self.table.set_rows(b"".join(parts))
+        for row, e in enumerate(self.entries):
+            e.row = row
+            if self.on_device:
+                self.table.rows[WIDTH * row + COEFFICIENTS] = row
+        for e in new:
+            if e.active:
+                self.activate(e)
+
+    def _row(self, e: Entry) -> array[int]:
+        """The row of an inactive entry."""
+        states = [t.data_ptr() for t in e.states]
+        kept = 0 if e.kept is None else e.kept.data_ptr()
+        k = max(e.row, 0) if self.on_device else 0
+        key = e.key - (e.key >> 63 << 64)  # as a signed number
+        return array("q", (e.local.data_ptr(), 0, *states, *[0] * (3 - len(states)), 0, 0, k, 0, kept, key))
+
+    def _coefficient_row(self, group: int, count: float) -> int:
+        steps = self.table.steps
+        if self._known is None:
+            self._known = {(g, steps[k]): k for k, g in enumerate(self.groups) if self._members[k]}
+        k = self._known.get((group, count), -1)
+        if k >= 0:
+            return k
+        for k, members in enumerate(self._members):
+            if not members:
+                self.groups[k] = group
+                break
         else:
-            self.groups = [group for group, _ in numbers]
-            self.table = TensorTable(rows, len(numbers))
-            self.table.steps[:] = array("d", [step for _, step in numbers])
-        self.row = self.table.bucket_row(rule, self.flags, *self.dtypes, factor)
+            k = len(self.groups)
+            self.groups.append(group)
+            self._members.append(0)
+            self.table.reserve(k + 1)
+        self.table.steps[k] = count
+        self._known[group, count] = k
+        return k
 
-    def set_coefficients(self, row_of: Callable[..., tuple[float, ...]], numbers: Sequence[tuple[float, ...]]) -> None:
+    # Steps.
+
+    def set_coefficients(self, row_of: RowOf, numbers: Sequence[Any]) -> None:
         """Compute the coefficient rows of the coming step."""
-        if self.on_device is not None:
+        if self.on_device:
             return
         scalars, steps = self.table.scalars, self.table.steps
-        for i, group in enumerate(self.groups):
-            row = row_of(numbers[group], self.flags, steps[i] + 1)
-            start = coefficients.WIDTH * i
-            scalars[start : start + len(row)] = array("d", row)
-            scalars[start + coefficients.STEP_COUNT] = steps[i] + 1
+        for k, group in enumerate(self.groups):
+            if self._members[k]:
+                row = row_of(numbers[group], self.flags, steps[k] + 1)
+                start = coefficients.WIDTH * k
+                scalars[start : start + len(row)] = array("d", row)
+                scalars[start + coefficients.STEP_COUNT] = steps[k] + 1
 
     def stepped(self) -> None:
         """A step was made: what the next one expects to find."""
         steps = self.table.steps
-        for i in range(len(steps)):
-            steps[i] += 1
-        if self.has_first_steps:
-            self.table.clear_first_steps()
-            self.has_first_steps = False
+        for k in range(len(self.groups)):
+            if steps[k] < _LAST_COUNT:
+                steps[k] += 1
+        self._known = None
+        if self.first_steps:
+            for e in self.first_steps:
+                self.table.rows[WIDTH * e.row + FLAGS] = 0
+                e.first_step = False
+            self.first_steps.clear()
+            self.is_changed = True
+
+    def active_entries(self) -> list[Entry]:
+        return [e for e in self.entries if e.active] if self.active < len(self.entries) else self.entries
+
+    def words(self) -> tuple[int, ...]:
+        """What stands for the bucket in a list of buckets."""
+        return self.table.bucket_row(self.rule, self.flags, *self.dtypes, self._factor)
 
 
-class Part:
-    """The entries of a plan that one device steps, with an engine of ours. Where something is measured, ``ranks`` are those of
-    each entry."""
+class Part(ABC):
+    """One engine's share of a plan. It is changed with add() to deactivate(), brought up to date with settle(), and then steps
+    its active entries, on the gradients whose addresses stand in its rows."""
 
+    buckets: Sequence[Bucket] = ()  # those with active rows, in the order of their first one
     record: Record | None = None  # with statistics
+    on_host = False  # whether the host has to know if a step is made
 
-    def __init__(self, rule: Rule, entries: list[Entry], on_device: bool = False) -> None:
-        self._library = cpu.library()
-        by_signature: dict[tuple[Any, ...], list[int]] = {}
-        for i, e in enumerate(entries):
-            by_signature.setdefault((e.flags, e.local.dtype, e.grad.dtype, e.state_dtype), []).append(i)
-        self._factor = array("d", [1.0])  # what gradients are multiplied by where a bucket is SCALED
-        self.buckets = [Bucket(rule, [entries[i] for i in at], self._factor, on_device) for at in by_signature.values()]
-        # Which gradients belong to which bucket, in the order of its rows; not needed where there is one bucket.
-        self._positions = list(by_signature.values()) if len(self.buckets) > 1 else []
-        self._order = [i for at in by_signature.values() for i in at]
-        self._bucket_rows = array("q", [value for b in self.buckets for value in b.row])
-        self._address, self._count = address_of(self._bucket_rows), len(self.buckets)
+    def __init__(self, ranks: tuple[Any, ...] = ()) -> None:
+        self.ranks = ranks
 
-        self.ranks = entries[0].ranks
-        self._params = [e.param for e in entries]
-        self._locals = [e.local for e in entries]
-        grads = [e.grad for e in entries]
-        self._copied = [i for i, (p, g) in enumerate(zip(self._locals, grads, strict=True)) if needs_copy(p, g)]
-        self._guard = gradient_guard(grads)
-        tensors = [t for e in entries for t in (e.local, *e.states, e.kept) if t is not None]
-        self._counters = [e.counter for e in entries if e.counter is not None]
-        self._watch: Watch = make_watch(self._library, tensors, self._counters)
-        self._grads: Sequence[Tensor] = ()  # alive until the step is done, whatever other threads do
-        self._copies: list[Tensor] = []
+    @abstractmethod
+    def add(self, entry: Entry) -> None:
+        """Step this entry, too."""
 
-    def refresh(self, grads: Sequence[Tensor]) -> bool:
-        """Take this step's gradients. False if they or any other tensor are not what the tables were made for."""
-        self._grads = grads
-        try:
-            addresses = array("q", list(map(_data_ptr, grads)))  # from an iterator it would grow step by step
-        except (TypeError, RuntimeError):  # None: a gradient that was there is gone. Or one without memory, a sparse one.
-            return False
-        if not self._guard(grads):
-            return False
-        if self._copied:
-            with torch.no_grad():
-                self._copies = [torch.empty_like(self._locals[i], dtype=grads[i].dtype).copy_(grads[i]) for i in self._copied]
-            for i, copy in zip(self._copied, self._copies, strict=True):
-                addresses[i] = copy.data_ptr()
-        if not self._positions:
-            self.buckets[0].table.set_grads(addresses)
-        for bucket, positions in zip(self.buckets, self._positions, strict=False):
-            bucket.table.set_grads(array("q", [addresses[i] for i in positions]))
-        return self._watch.holds() and self._rows_hold()
+    @abstractmethod
+    def remove(self, entry: Entry) -> None:
+        """Step it no longer."""
 
-    def _rows_hold(self) -> bool:
-        """Whether all tensors have memory, and step counters stand where the coefficients were computed for."""
-        if self._library is not None:
-            return bool(self._library.check(self._address, self._count) == 0)
-        counters = iter(self._counters)
-        for bucket in self.buckets:
-            rows, steps = bucket.table.rows, bucket.table.steps
-            for row in range(0, len(rows), WIDTH):
-                if rows[row + NUMEL] and not rows[row + GRAD]:
-                    return False
-                if rows[row + STEP] and float(next(counters)) != steps[rows[row + COEFFICIENTS]]:
-                    return False
-        return True
+    @abstractmethod
+    def replace(self, old: Entry, new: Entry) -> None:
+        """Step an entry of the same slot instead of one."""
 
-    def set_numbers(self, numbers: Sequence[tuple[float, ...]], sources: Sequence[Sequence[int]]) -> None:
-        """The hyperparameters of all groups and their addresses, where the device computes coefficients."""
+    @abstractmethod
+    def activate(self, entry: Entry) -> None:
+        """It has a gradient."""
 
-    def measure(self, largest: bool) -> Tensor:
-        """The sum of squares of all gradients, or the largest absolute value: 0-dim, float64, on the part's device."""
-        raise NotImplementedError
+    @abstractmethod
+    def deactivate(self, entry: Entry) -> None:
+        """It has none."""
 
+    def moved(self, entry: Entry) -> None:  # noqa: B027
+        """The watch has written new addresses to the entry's row."""
+
+    @abstractmethod
+    def entries(self) -> list[Entry]:
+        """The active entries, in the order in which they are measured."""
+
+    @abstractmethod
+    def settle(self) -> bool:
+        """Bring tables up to date after changes. Whether rows are in another place."""
+
+    def take_gradients(self) -> None:  # noqa: B027
+        """Make copies of gradients that lie in another order than their parameter."""
+
+    def unexpected(self) -> list[Entry]:
+        """Active entries whose step counter is not what the coefficients are computed for."""
+        return []
+
+    def recount(self, entry: Entry) -> None:  # noqa: B027
+        """Compute its coefficients for the count that is there."""
+
+    def prepare(self, row_of: RowOf, numbers: Sequence[Any], sources: Sequence[Sequence[int]]) -> None:  # noqa: B027
+        """Compute what the coming step multiplies with. ``sources``: where numbers are on a device instead."""
+
+    @abstractmethod
+    def measure(self, largest: bool) -> list[Tensor]:
+        """Sums of squares of all gradients, or largest absolute values: 0-dim, float64, on the part's device. What is added up
+        later is a list, because the order of additions decides bits."""
+
+    @abstractmethod
     def control(self, prologue: Prologue, dtype: torch.dtype) -> Tensor | Control:
         """What is decided about the step where there is no other part. ``dtype``: the norm's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def use(self, control: Tensor | Control) -> None:
-        """Do the coming step as ``control`` says. A part on the host is not launched if that is not at all."""
-        raise NotImplementedError
+        """Make the coming step as ``control`` says. A part on the host is not launched if it says not to."""
 
+    @abstractmethod
+    def launch(self) -> None:
+        """Step all active entries."""
+
+    @abstractmethod
     def measure_skipped(self) -> None:
-        """Make the statistics of a step that is left out."""
-        raise NotImplementedError
+        """Make the statistics of a step that is skipped."""
+
+    def release(self) -> None:  # noqa: B027
+        """The step is over: let go of what belongs to others."""
+
+    def captured(self) -> list[Any] | None:
+        """What a CUDA graph that is being captured reads, to be kept alive; None if none is."""
+        return None
+
+
+class TablePart(Part):
+    """A part whose engine reads tensor tables."""
+
+    def __init__(self, rule: Rule, ranks: tuple[Any, ...], on_device: bool = False) -> None:
+        super().__init__(ranks)
+        self._rule, self._on_device = rule, on_device
+        self._library = cpu.library()
+        self._factor = array("d", [1.0])  # what gradients are multiplied by where a bucket is SCALED
+        self._by_signature: dict[tuple[Any, ...], Bucket] = {}
+        self._bucket_words = array("q")
+        self._params: list[Tensor] = []  # of active entries
+        self._address, self._count = 0, 0
+        self._is_changed = True  # which entries are active, or where rows are
+        self._copying: dict[int, Entry] = {}  # by slot: those whose gradient is copied
+        self._copies: list[Tensor] = []
+
+    def _bucket_of(self, entry: Entry) -> Bucket:
+        signature = (entry.flags, entry.local.dtype, entry.grad_dtype, entry.state_dtype)
+        bucket = self._by_signature.get(signature)
+        if bucket is None:
+            bucket = Bucket(self._rule, entry.flags, signature[1:], self._factor, self._on_device)
+            self._by_signature[signature] = bucket
+        return bucket
+
+    def add(self, entry: Entry) -> None:
+        self._bucket_of(entry).add(entry)
+        self._note(entry)
+
+    def remove(self, entry: Entry) -> None:
+        bucket = entry.bucket
+        bucket.remove(entry)
+        self._copying.pop(entry.slot, None)
+        if not bucket.entries:
+            self._by_signature = {k: b for k, b in self._by_signature.items() if b is not bucket}
+        self._is_changed = True
+
+    def replace(self, old: Entry, new: Entry) -> None:
+        if self._bucket_of(new) is not old.bucket:
+            self.remove(old)
+            return self.add(new)
+        old.bucket.replace(old, new)
+        self._note(new)
+
+    def _note(self, entry: Entry) -> None:
+        if entry.copies:
+            self._copying[entry.slot] = entry
+        else:
+            self._copying.pop(entry.slot, None)
+        self._is_changed = True
+
+    def activate(self, entry: Entry) -> None:
+        entry.bucket.activate(entry)
+        self._is_changed = True
+
+    def deactivate(self, entry: Entry) -> None:
+        entry.bucket.deactivate(entry)
+        self._is_changed = True
+
+    def moved(self, entry: Entry) -> None:
+        entry.bucket.is_changed = True
+
+    def entries(self) -> list[Entry]:
+        return sorted((e for bucket in self.buckets for e in bucket.active_entries()), key=_slot)
+
+    def settle(self) -> bool:
+        if not self._is_changed:
+            return False
+        self._is_changed = False
+        are_rebuilt = False
+        for bucket in self._by_signature.values():
+            if bucket.is_rebuilt:
+                bucket.settle()
+                are_rebuilt = True
+        live = [b for b in self._by_signature.values() if b.active]
+        self.buckets = sorted(live, key=lambda b: b.active_entries()[0].slot) if len(live) > 1 else live
+        self._params = [e.param for b in self.buckets for e in b.active_entries()]
+        self._resettled()
+        self._bucket_words = array("q", [word for b in self.buckets for word in b.words()])
+        self._address, self._count = address_of(self._bucket_words), len(self.buckets)
+        for bucket in self._by_signature.values():
+            bucket.is_rebuilt = False
+        return are_rebuilt
+
+    def _resettled(self) -> None:
+        """Other rows are active than before, or rows are in another place."""
+
+    def take_gradients(self) -> None:
+        if not self._copying:
+            return
+        with torch.no_grad():
+            for e in self._copying.values():
+                if e.active:
+                    grad = e.grad
+                    copy = torch.empty_like(e.local, dtype=grad.dtype).copy_(grad)
+                    self._copies.append(copy)
+                    e.bucket.table.rows[WIDTH * e.row + GRAD] = copy.data_ptr()
+
+    def unexpected(self) -> list[Entry]:
+        if self._on_device:
+            return []
+        if self._library is not None:
+            if not self._library.unexpected_counts(self._address, self._count, None):
+                return []
+            words = array("q", bytes(8 * sum(len(b.entries) for b in self.buckets)))
+            found = self._library.unexpected_counts(self._address, self._count, address_of(words))
+            rows = [e for bucket in self.buckets for e in bucket.entries]
+            return [rows[i] for i in words[:found]]
+        return [
+            e
+            for bucket in self.buckets
+            for e in bucket.active_entries()
+            if e.counter is not None and float(e.counter) != bucket.table.steps[bucket.table.rows[WIDTH * e.row + COEFFICIENTS]]
+        ]
+
+    def recount(self, entry: Entry) -> None:
+        entry.bucket.recount(entry)
+        self._is_changed = True
+
+    def prepare(self, row_of: RowOf, numbers: Sequence[Any], sources: Sequence[Sequence[int]]) -> None:
+        for bucket in self.buckets:
+            bucket.set_coefficients(row_of, numbers)
 
     def launch(self) -> None:
-        """Step all entries, on the gradients of the last :meth:`refresh`."""
+        """Step all active entries."""
         if self._step():
             for bucket in self.buckets:
                 bucket.stepped()
-        increment_version(self._params)  # autograd then sees the write, as after torch's own step
-        self._grads, self._copies = (), []
+        # Autograd then sees the write, as after torch's own step.
+        increment_version(self._params)
 
+    @abstractmethod
     def _step(self) -> bool:
         """False if the step was not made but recorded."""
-        raise NotImplementedError
 
-
-class CpuPart(Part):
-    """Stepped by the C++ library, all buckets in one call."""
-
-    def __init__(self, rule: Rule, entries: list[Entry]) -> None:
-        super().__init__(rule, entries)
-        elements = sum(e.local.numel() for e in entries)
-        self._chunk, self._statistics_chunk = norm_chunk(elements), statistics_chunk(elements)
-        self._statistics = bool(entries[0].flags & Flag.STATISTICS)
-        if self._statistics:
-            chunks = [-(-n // self._statistics_chunk) for b in self.buckets for n in b.table.numels()]
-            self._partials = torch.zeros(sum(chunks), len(STATISTICS), dtype=torch.float64, device="cpu")
-            self.record = Record([self._partials], chunks, self._order)
-
-    def _measured(self, largest: bool) -> float:
-        assert self._library is not None
-        return float(self._library.measure_grads(self._address, self._count, self._chunk, largest))
-
-    def measure(self, largest: bool) -> Tensor:
-        return torch.tensor(self._measured(largest), dtype=torch.float64, device="cpu")
-
-    def control(self, prologue: Prologue, dtype: torch.dtype) -> Tensor | Control:
-        return on_host(self._measured(prologue.largest) if prologue.clipping else 0.0, prologue, dtype)
-
-    def use(self, control: Tensor | Control) -> None:
-        self._factor[0] = float(control[FACTOR])
-
-    def _step(self) -> bool:
-        assert self._library is not None  # else plain PyTorch steps CPU tensors
-        if self._statistics:
-            self._step_measured(skip=False)
-        else:
-            self._library.step(self._address, self._count)
-        return True
-
-    def _step_measured(self, skip: bool) -> None:
-        assert self._library is not None
-        self._library.step_measured(self._address, self._count, self._statistics_chunk, skip, self._partials.data_ptr())
-
-    def measure_skipped(self) -> None:
-        self._step_measured(skip=True)
-
-
-class CudaPart(Part):
-    """Stepped by Triton kernels, one launch per bucket."""
-
-    def __init__(self, rule: Rule, entries: list[Entry], device: torch.device, on_device: bool) -> None:
-        super().__init__(rule, entries, on_device)
-        self._device = cuda.device(device)
-        self._tables = []
-        for bucket in self.buckets:
-            kernel, reason = cuda.find_kernel(device, rule, bucket.flags, *bucket.dtypes)
-            assert kernel is not None, reason  # else plain PyTorch steps these tensors
-            self._tables.append(DeviceTable(self._device, kernel, bucket.table, rule, bucket.flags, bucket.on_device))
-        self._numbers: list[list[tuple[Sequence[float], Sequence[int]]]] = [[] for _ in self.buckets]
-        self._measurer: Measurer | None = None
-        self._control: Tensor | None = None
-        self._is_uploaded = False
-        if entries[0].flags & Flag.STATISTICS:
-            chunks = [n for table in self._tables for n in table.chunks_of]
-            self.record = Record([table.partials for table in self._tables], chunks, self._order)
-
-    def prepare(self, clipping: Clipping | None, dtype: torch.dtype) -> None:
-        """Compile what precedes a step, which cannot be done while a stream is captured."""
-        dtypes = [bucket.dtypes[1] for bucket in self.buckets]  # of gradients
-        self._measurer = Measurer(self._device, self._tables, [b.table for b in self.buckets], dtypes)
-        self._measurer.prepare(clipping is not None and clipping.largest, clipping is not None, dtype)
-
-    def refresh(self, grads: Sequence[Tensor]) -> bool:
-        self._is_uploaded = False
-        return super().refresh(grads)
-
-    def set_numbers(self, numbers: Sequence[tuple[float, ...]], sources: Sequence[Sequence[int]]) -> None:
-        for i, bucket in enumerate(self.buckets):
-            self._numbers[i] = [(_row(numbers[g]), _row(sources[g])) for g in bucket.groups if bucket.on_device is not None]
-
-    def launch(self) -> None:
-        had_first_steps = any(bucket.has_first_steps for bucket in self.buckets)
-        super().launch()
-        if had_first_steps:  # now, because the next step may be captured, and a capture uploads no table
-            self._is_uploaded = False
-            with self._device.current():
-                self._upload()
-
-    def measure_skipped(self) -> None:
-        self._launch_tables()  # the control says that nothing is to be changed
-
-    def _upload(self) -> int:
-        stream = self._device.stream()
-        if not self._is_uploaded:
-            for table, numbers in zip(self._tables, self._numbers, strict=True):
-                table.upload(stream, numbers)
-            self._is_uploaded = True
-        return stream
-
-    def measure(self, largest: bool) -> Tensor:
-        assert self._measurer is not None
-        with self._device.current():
-            return self._measurer.measure(self._upload(), largest)
-
-    def control(self, prologue: Prologue, dtype: torch.dtype) -> Tensor | Control:
-        assert self._measurer is not None
-        with self._device.current():
-            return self._measurer.control(self._upload(), prologue, dtype)
-
-    def read(self, control: Tensor) -> Control:
-        """Waits for the device."""
-        return Control(*self._device.read(control))
-
-    def use(self, control: Tensor | Control) -> None:
-        if not isinstance(control, Tensor):
-            control = torch.tensor(control, dtype=torch.float64, device="cpu")
-        self._control = control.to(self._locals[0].device, non_blocking=True)
-
-    def _launch_tables(self) -> None:
-        control = 0 if self._control is None else self._control.data_ptr()
-        with self._device.current():
-            stream = self._upload()
-            for table in self._tables:
-                table.step(stream, control)
-        self._control = None
-
-    def _step(self) -> bool:
-        self._launch_tables()
-        if self._device.is_capturing():
-            return False
-        if self._library is not None:
-            self._library.count(self._address, self._count)
-        elif self._counters and self.buckets[0].on_device is None:
-            torch._foreach_add_(self._counters, 1.0)
-        return True
-
-
-def _row(values: Sequence[Any]) -> list[Any]:
-    return [*values, *[0] * (coefficients.NUMBERS - len(values))]
-
-
-def make_part(device: torch.device, rule: Rule, entries: list[Entry], on_device: bool) -> Part:
-    """The part of a plan on this device."""
-    return CpuPart(rule, entries) if device.type == "cpu" else CudaPart(rule, entries, device, on_device)
+    def release(self) -> None:
+        self._copies = []

@@ -7,28 +7,166 @@ round after every operation and lose the weight decay.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+from ..parameters.entry import Entry
 from ..parameters.low_precision import narrowed, random_bits, widened
+from ..statistics import GivenRows, row_of
 from ..tables import coefficients
+from ..tables.coefficients import AdamNumbers, SgdNumbers
+from ..tables.control import FACTOR, Control, Prologue, on_host
 from ..tables.modes import FLAGS, RANDOM, Mode
 from ..tables.tensor_table import Flag, Rule
+from .part import Part, RowOf
+
+
+class TorchPart(Part):
+    """Tensors that no other engine takes, and those that share memory with an earlier one. Stepped last, in the order of their
+    slots: torch.optim steps tensors that share memory one after the other."""
+
+    on_host = True
+
+    def __init__(self, rule: Rule, flags: int) -> None:
+        super().__init__()
+        self._rule = rule
+        self._statistics = bool(flags & Flag.STATISTICS)
+        self._entries: list[Entry] = []
+        self._numbers: Sequence[Any] = ()
+        self._factor: Tensor | float | None = None
+
+    def add(self, entry: Entry) -> None:
+        insort(self._entries, entry, key=attrgetter("slot"))
+
+    def remove(self, entry: Entry) -> None:
+        self._entries.remove(entry)
+
+    def replace(self, old: Entry, new: Entry) -> None:
+        self._entries[self._entries.index(old)] = new
+
+    def activate(self, entry: Entry) -> None:
+        entry.active = True
+
+    def deactivate(self, entry: Entry) -> None:
+        entry.active = False
+
+    def entries(self) -> list[Entry]:
+        return [e for e in self._entries if e.active]
+
+    def settle(self) -> bool:
+        return False
+
+    def prepare(self, row_of: RowOf, numbers: Sequence[Any], sources: Sequence[Sequence[int]]) -> None:
+        self._numbers = numbers
+
+    def measure(self, largest: bool) -> list[Tensor]:
+        return [_measured(e.grad, largest) for e in self.entries()]
+
+    def measure_of(self, ranks: tuple[Any, ...], largest: bool) -> list[Tensor]:
+        """The same of the entries that these ranks share."""
+        return [_measured(e.grad, largest) for e in self.entries() if e.ranks == ranks]
+
+    def control(self, prologue: Prologue, dtype: torch.dtype) -> Tensor | Control:
+        return combined(self.measure(prologue.largest) if prologue.measures else [], prologue, dtype)
+
+    def use(self, control: Tensor | Control) -> None:
+        self._factor = control[FACTOR]
+
+    def measure_skipped(self) -> None:
+        self.record = GivenRows([row_of(e.grad, e.weights(), e.weights()) for e in self.entries()])
+
+    @torch.no_grad()
+    def launch(self) -> None:
+        entries = self.entries()
+        before = [e.weights().clone() for e in entries] if self._statistics else []
+        # Neighbours that share a param group are stepped in one call.
+        for _, found in groupby(entries, key=lambda e: (e.group, e.flags, e.first_step, e.mode)):
+            alike = list(found)
+            self._step(alike)
+            for e in alike:
+                e.first_step = False
+        increment_version([e.param for e in entries if e.local is not e.param])
+        if self._statistics:
+            rows = [row_of(e.grad, b, e.weights()) for e, b in zip(entries, before, strict=True)]
+            self.record = GivenRows(rows)
+
+    def _step(self, entries: list[Entry]) -> None:
+        first = entries[0]
+        step(
+            self._rule,
+            first.flags,
+            self._numbers[first.group],
+            [e.local for e in entries],
+            [e.grad for e in entries],
+            list(zip(*(e.states for e in entries), strict=True)),
+            [e.counter for e in entries if e.counter is not None],
+            first_step=first.first_step,
+            factor=self._factor,
+            kept=[e.kept for e in entries],
+            keys=[e.key for e in entries],
+        )
+
+    def release(self) -> None:
+        self._factor = None
+
+
+def _measured(grad: Tensor, largest: bool) -> Tensor:
+    wide = grad.detach().double()
+    if largest:
+        return wide.abs().max() if wide.numel() else wide.sum()
+    return wide.square().sum()
+
+
+def total(measured: Sequence[Tensor], largest: bool) -> Tensor:
+    """Several sums (or largest values) as one, on the device of the first one."""
+    together = torch.stack([m.to(measured[0].device, non_blocking=True) for m in measured])
+    return together.max() if largest else together.sum()
+
+
+def combined(measured: Sequence[Tensor], prologue: Prologue, dtype: torch.dtype) -> Tensor | Control:
+    """What is decided of several sums (or largest values), 0-dim and float64, on one or several devices: on the device of the
+    first one. ``tables.control.on_host`` and kernels/control.py have the same operations."""
+    whole = total(measured, prologue.largest) if measured else torch.zeros((), dtype=torch.float64, device="cpu")
+    first = whole.device
+    if first.type == "cpu":
+        return on_host(float(whole), prologue, dtype)
+
+    def here(t: Tensor) -> Tensor:
+        return t.detach().reshape(()).to(device=first, dtype=torch.float32, non_blocking=True)
+
+    norm = whole if prologue.largest else whole.sqrt()
+    inv_scale = torch.ones((), dtype=torch.float64, device=first)
+    if prologue.grad_scale is not None:
+        inv_scale = here(prologue.grad_scale).double().reciprocal().float().double()
+        norm = norm * inv_scale
+    norm = norm.to(dtype)
+    factor = ((norm + 1e-6).reciprocal() * prologue.max_norm).clamp(max=1.0).double() * inv_scale
+    skip = torch.zeros((), dtype=torch.bool, device=first)
+    if prologue.found_inf is not None:
+        skip = here(prologue.found_inf) != 0
+    if prologue.skips_nonfinite:
+        skip = skip | ~norm.isfinite()
+    return torch.stack([factor, skip.double(), norm.double(), inv_scale])
 
 
 def step(
     rule: Rule,
     flags: int,
-    numbers: tuple[float, ...],
-    capturable: bool,
+    numbers: Any,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     states: Sequence[Sequence[Tensor]],
     counters: Sequence[Tensor],
+    *,
     first_step: bool,
     factor: Tensor | float | None = None,
     kept: Sequence[Tensor | None] = (),
@@ -36,8 +174,8 @@ def step(
 ) -> None:
     """Step parameters of one param group in place, with their states and counters. Gradients are left as they are.
 
-    ``factor``: what gradients are multiplied by first, on any device. ``kept``: what is kept beside each parameter, and
-    ``keys`` of random bits, where ``flags`` say a low-precision mode.
+    ``numbers`` are the group's ``SgdNumbers`` or ``AdamNumbers``. ``factor``: what gradients are multiplied by first, on any
+    device. ``kept``: what is kept beside each parameter, and ``keys`` of random bits, where ``flags`` say a low-precision mode.
 
     ``states`` holds one sequence per kind of state: all momentum buffers, or all exp_avg, all exp_avg_sq, ...
     """
@@ -51,7 +189,7 @@ def step(
     if rule is Rule.SGD:
         _sgd(flags, numbers, wide_params, wide_grads, wide_states, first_step)
     else:
-        _adam(flags, numbers, capturable, wide_params, wide_grads, wide_states, list(counters))
+        _adam(flags, numbers, wide_params, wide_grads, wide_states, list(counters))
     if rule is Rule.SGD and flags & RANDOM:
         torch._foreach_add_(list(counters), 1.0)
     for kind, wide in zip(states, wide_states, strict=True):
@@ -84,15 +222,14 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _sgd(
     flags: int,
-    numbers: tuple[float, ...],
+    numbers: SgdNumbers,
     params: list[Tensor],
     grads: list[Tensor],
     states: list[list[Tensor]],
     first_step: bool,
 ) -> None:
-    lr, momentum, dampening, weight_decay, max_lr, decay_rule = numbers
-    decoupled = bool(flags & Flag.DECOUPLED)
-    weight_decay, decay = coefficients.decay(lr, weight_decay, decoupled, max_lr, decay_rule)
+    n, decoupled = numbers, bool(flags & Flag.DECOUPLED)
+    weight_decay, decay = coefficients.decay(n.lr, n.weight_decay, decoupled, n.max_lr, n.decay_rule)
     cautious = bool(flags & Flag.CAUTIOUS) and weight_decay != 0
     if decoupled:
         if not cautious:
@@ -110,9 +247,9 @@ def _sgd(
         # foreach with nesterov and no weight decay adds the momentum to the gradient itself.
         foreach=False if nesterov else None,
         weight_decay=weight_decay,
-        momentum=momentum,
-        lr=-1.0 if cautious else lr,
-        dampening=dampening,
+        momentum=n.momentum,
+        lr=-1.0 if cautious else n.lr,
+        dampening=n.dampening,
         nesterov=nesterov,
         maximize=bool(flags & Flag.MAXIMIZE),
     )
@@ -123,23 +260,21 @@ def _sgd(
     if cautious:
         _shrink_where_agreeing(params, stepped, decay)
         for param, update in zip(params, stepped, strict=True):
-            param.add_(update, alpha=-lr)
+            param.add_(update, alpha=-n.lr)
 
 
 def _adam(
     flags: int,
-    numbers: tuple[float, ...],
-    capturable: bool,
+    numbers: AdamNumbers,
     params: list[Tensor],
     grads: list[Tensor],
     states: list[list[Tensor]],
     counters: list[Tensor],
 ) -> None:
-    lr, beta1, beta2, eps, weight_decay, max_lr, decay_rule = numbers
-    decoupled = bool(flags & Flag.DECOUPLED)
-    weight_decay, decay = coefficients.decay(lr, weight_decay, decoupled, max_lr, decay_rule)
+    n, decoupled = numbers, bool(flags & Flag.DECOUPLED)
+    weight_decay, decay = coefficients.decay(n.lr, n.weight_decay, decoupled, n.max_lr, n.decay_rule)
     cautious = bool(flags & Flag.CAUTIOUS) and weight_decay != 0
-    if decoupled and (cautious or decay_rule != coefficients.DecayRule.PLAIN):  # plain is torch's own
+    if decoupled and (cautious or n.decay_rule != coefficients.DecayRule.PLAIN):  # plain is torch's own
         if not cautious:
             _shrink(params, decay)
         weight_decay = 0.0
@@ -151,14 +286,14 @@ def _adam(
         states[1],
         states[2] if len(states) > 2 else [],
         counters,
-        capturable=capturable,
+        capturable=counters[0].device.type != "cpu",
         decoupled_weight_decay=decoupled,
         amsgrad=bool(flags & Flag.AMSGRAD),
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
+        beta1=n.beta1,
+        beta2=n.beta2,
+        lr=n.lr,
         weight_decay=weight_decay,
-        eps=eps,
+        eps=n.eps,
         maximize=bool(flags & Flag.MAXIMIZE),
     )
     if cautious:

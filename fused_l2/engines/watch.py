@@ -1,8 +1,9 @@
-"""Has a tensor moved or changed its kind since we looked? Asked of every tensor at every step, so it has to be cheap.
+"""What changed between two steps? Asked of every tensor at every step, so it has to be cheap.
 
-torch has fast accessors for this, but they are not public Python API: tensor handles for its stable C ABI
-(``torch._C._aoti``) and dynamo's tensor guards. Each is used only where it exists and passes a check of its own; the plain
-Python way, slower by a microsecond a tensor, is the definition of both.
+torch has fast accessors for this, functions of its stable C ABI, which take handles. A Python tensor object holds such a
+handle, but where is not public; nor is where a tensor has its dispatch keys, which tell negated, sparse and fake tensors from
+plain ones. Both are found by looking, and used only if what is found passes a test. The plain Python way, slower by
+microseconds a tensor, is the definition. Neither keeps a tensor alive beyond what Python's collector can see.
 """
 
 from __future__ import annotations
@@ -11,56 +12,263 @@ import ctypes
 import functools
 import inspect
 import sys
+from array import array
 from collections.abc import Callable, Sequence
-from operator import is_
+from operator import is_, is_not
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..tables.tensor_table import int64_array
+from ..parameters.entry import Entry
+from ..parameters.memory import PLAIN_TYPES, facts_of, has_memory, kind_of
+from ..tables.tensor_table import GRAD, WIDTH, address_of, int64_array
+from . import cpu
 from .cpu import Library
 
+# What became of a slot since it was seen, as bits: csrc/look.h.
+GONE, CAME, MOVED, OTHER = 1, 2, 4, 8
 
-class Watch:
-    """Tells whether ``tensors`` still have the address, storage, shape, strides and dtype they had, and ``memory`` theirs."""
+# The words of a record that are written from here: csrc/look.h.
+_ACTIVE, _ROW, _DIM, _SIZES = 0, 1, 9, 13
+_WATCHED, _ADDRESS = 6, 2  # words for each watched tensor, of which the first is the object
 
-    def __init__(self, tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> None:
-        self._tensors = [*tensors, *memory]
-        self._facts = [self._facts_of(t) for t in self._tensors]
+
+class Look:
+    """The parameters of a plan, by slot, and what was seen of them. The definition, in Python."""
+
+    def __init__(self) -> None:
+        self._params: list[Tensor] = []
+        self._entries: list[Entry | None] = []
+        self._facts: dict[int, tuple[Any, ...]] = {}
+
+    def resize(self, params: list[Tensor]) -> None:
+        """The slots are those of these parameters, and nothing is known of any that are new."""
+        self._entries = [*self._entries, *[None] * len(params)][: len(params)]
+        self._params = params
+        self._facts = {slot: facts for slot, facts in self._facts.items() if slot < len(params)}
+
+    def probe(self, param: Tensor, grad: Tensor, states: Sequence[Any], counter: Any) -> bool:
+        """Whether these are plain CPU tensors that lie in memory alike and have memory, which passes most checks at once."""
+        return False
+
+    def set(self, entry: Entry, grad: Tensor) -> None:
+        """This is how the entry, which has this gradient, is now."""
+        self._entries[entry.slot] = entry
+        self._facts[entry.slot] = self._seen(entry, grad)
+
+    def forget(self, slot: int) -> None:
+        """Nothing is known of this slot."""
+        self._entries[slot] = None
+        self._facts.pop(slot, None)
+
+    def placed(self, entry: Entry) -> None:
+        """The entry's row is in another place, or is active or not."""
+
+    def exchange(self, entry: Entry, tensors: Sequence[Any]) -> bool:
+        """Watch these instead of the entry's states, what is kept and its counter. False if it has to be made anew."""
+        return False
+
+    def address_of(self, entry: Entry) -> int:
+        """Where the parameter's memory is."""
+        return entry.local.data_ptr()
 
     @staticmethod
-    def _facts_of(t: Tensor) -> tuple[Any, ...]:
-        return t.data_ptr(), t.untyped_storage().nbytes(), t.shape, t.stride(), t.dtype, t.device
+    def _seen(entry: Entry, grad: Tensor) -> tuple[Any, ...]:
+        full, memory = entry.watched()
+        return kind_of(grad), *map(facts_of, (*full, *memory))
 
-    def holds(self) -> bool:
-        return [self._facts_of(t) for t in self._tensors] == self._facts
+    def changes(self, params: list[Tensor], grads: list[Tensor | None]) -> list[int] | None:
+        """Slots that changed, each followed by what changed. None if these are other parameters.
+
+        Writes the gradients' addresses to the rows.
+        """
+        if len(params) != len(self._params) or any(map(is_not, params, self._params)):
+            return None
+        found: list[int] = []
+        for slot, (entry, grad) in enumerate(zip(self._entries, grads, strict=True)):
+            change = self._change(entry, grad)
+            if change:
+                found += (slot, change)
+        return found
+
+    def _change(self, entry: Entry | None, grad: Tensor | None) -> int:
+        if entry is None:
+            return 0 if grad is None else OTHER
+        if grad is None:
+            return GONE if entry.active else 0
+        if self._seen(entry, grad) != self._facts[entry.slot] or not has_memory(grad):
+            return OTHER
+        if entry.bucket is not None:
+            entry.bucket.table.rows[entry.row * WIDTH + GRAD] = grad.data_ptr()
+        return 0 if entry.active else CAME
 
 
-class NativeWatch(Watch):
-    """The same through the C++ library and torch's stable C ABI: some nanoseconds a tensor."""
+class NativeLook(Look):
+    """The same through the C++ library, some nanoseconds a tensor. What it cannot read is looked at in Python."""
 
-    def __init__(self, library: Library, tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> None:
-        self._library = library
-        watched = [*((t, False) for t in tensors), *((t, True) for t in memory)]
-        self._count = len(watched)
-        capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([t for t, _ in watched])
-        # The capsules own nothing: the handles they hold are ours to release.
-        self._handles = int64_array([_capsule_pointer()(capsule, None) for capsule in capsules])
-        self._watches = (ctypes.c_int64 * max(sum(5 + 2 * t.dim() for t, _ in watched), 1))()
-        self._address = ctypes.addressof(self._watches)
-        end, self._valid = self._address, True
-        for handle, (_, memory_only) in zip(self._handles, watched, strict=True):
-            length = library.make_watch(handle, memory_only, end)
-            self._valid &= length > 0
-            end += 8 * length
+    def __init__(self, library: Library, keys: int) -> None:
+        super().__init__()
+        self._look, self._make_record, self._plain_keys = library.look, library.make_record, keys
+        self._expected = array("q")
+        self._records = array("q")
+        self._changed = array("q")
+        self._arguments: tuple[int, int, int] = (0, 0, 0)
 
-    def holds(self) -> bool:
-        return self._valid and bool(self._library.watches_hold(self._address, self._count))
+    def resize(self, params: list[Tensor]) -> None:
+        super().resize(params)
+        count = len(params)
+        self._expected = array("q", map(id, params))
+        self._records = array("q", [*self._records, *[0] * count][:count])
+        self._changed = array("q", bytes(16 * max(count, 1)))
+        self._arguments = address_of(self._expected), address_of(self._records), count
 
-    def __del__(self) -> None:
-        if hasattr(self, "_handles"):
-            self._library.release(self._handles, self._count)
+    def probe(self, param: Tensor, grad: Tensor, states: Sequence[Any], counter: Any) -> bool:
+        if type(param) not in PLAIN_TYPES or type(grad) is not Tensor:
+            return False
+        watched: list[Any] = [param, *states, *([] if counter is None else [counter])]
+        if not all(type(t) in PLAIN_TYPES for t in watched):
+            return False
+        return bool(self._write(grad, watched, len(states), 1 + len(states), self._plain_keys)[1])
+
+    def _write(self, grad: Tensor, watched: Sequence[Tensor], states: int, full: int, strict: int) -> tuple[array[int], int]:
+        words = [id(grad)]
+        for t in watched:
+            words += (id(t), t.itemsize)
+        objects = array("q", words)
+        record = array("q", bytes(8 * (_SIZES + 3 * watched[0].dim() + _WATCHED * len(watched))))
+        memory = len(watched) - full
+        length = self._make_record(address_of(objects), states, full, memory, grad.itemsize, strict, address_of(record))
+        return record, length
+
+    def set(self, entry: Entry, grad: Tensor) -> None:
+        self.forget(entry.slot)
+        full, memory = entry.watched()
+        watched = [*full, *memory]
+        readable = all(type(t) in PLAIN_TYPES for t in watched) and type(grad) in PLAIN_TYPES
+        if readable and all(t.layout is torch.strided for t in (*watched, grad)) and not grad._is_zerotensor():
+            record, length = self._write(grad, watched, len(entry.states), len(full), 0)
+            if length:
+                entry.record = record
+                self._records[entry.slot] = address_of(record)
+                return
+        super().set(entry, grad)
+
+    def forget(self, slot: int) -> None:
+        super().forget(slot)
+        self._records[slot] = 0
+
+    def placed(self, entry: Entry) -> None:
+        record = entry.record
+        if record is not None:
+            record[_ACTIVE] = entry.active
+            record[_ROW] = 0 if entry.bucket is None else entry.bucket.table.address + 8 * WIDTH * entry.row
+
+    def exchange(self, entry: Entry, tensors: Sequence[Any]) -> bool:
+        record = entry.record
+        if record is None or not all(type(t) in PLAIN_TYPES and t.layout is torch.strided for t in tensors):
+            return False
+        at = _SIZES + 3 * record[_DIM]
+        for t in tensors:
+            at += _WATCHED
+            record[at] = id(t)
+        record[_ACTIVE] = entry.active
+        return True
+
+    def address_of(self, entry: Entry) -> int:
+        record = entry.record
+        return entry.local.data_ptr() if record is None else record[_SIZES + 3 * record[_DIM] + _ADDRESS]
+
+    def changes(self, params: list[Tensor], grads: list[Tensor | None]) -> list[int] | None:
+        expected, records, count = self._arguments
+        found = self._look(id(params), id(grads), expected, records, count, id(None), self._changed.buffer_info()[0])
+        if found < 0:
+            return None
+        if not (found or self._facts):
+            return []
+        changed = self._changed[: 2 * found].tolist()
+        if not self._facts:
+            return changed
+        merged = {slot: change for slot, change in zip(changed[::2], changed[1::2], strict=True) if slot not in self._facts}
+        for slot in self._facts:
+            if change := self._change(self._entries[slot], grads[slot]):
+                merged[slot] = change
+        return [word for slot in sorted(merged) for word in (slot, merged[slot])]
+
+
+def make_look() -> Look:
+    """What looks at the tensors of one plan."""
+    library = cpu.library()
+    if library is not None and (keys := _plain_keys(library)):
+        return NativeLook(library, keys)
+    return Look()
+
+
+@functools.cache
+def _plain_keys(library: Library) -> int:
+    """The dispatch keys of a plain CPU tensor; 0 if the library cannot look at tensors of this torch."""
+    if sys.implementation.name != "cpython" or not library.has_tensors:
+        return 0
+    try:
+        with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+            return _find_offsets(library)
+    except Exception:  # not public API: whatever goes wrong, the plain way remains
+        return 0
+
+
+def _find_offsets(library: Library) -> int:
+    def plain(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device="cpu")
+
+    same = [
+        plain(2, 3),
+        plain(5),
+        plain(4, dtype=torch.bfloat16),
+        plain(),
+        plain(1, 2, 3, 4, dtype=torch.float64),
+        torch.nn.Parameter(plain(3)),
+        torch.nn.Buffer(plain(3)),
+    ]
+    different = [
+        torch._neg_view(plain(2, 3)),
+        torch._efficientzerotensor(2, 3, device="cpu"),
+        plain(2, 3).to_sparse(),
+        torch.zeros(2, 3, device="meta"),
+    ]
+    with torch.inference_mode():
+        different.append(plain(2, 3))
+    impls = {id(t): _impl_of(library, t) for t in (*same, *different)}
+    head = object.__basicsize__
+
+    def only(candidates: list[int]) -> int:
+        (found,) = candidates
+        return found
+
+    handle = only([at for at in range(head, Tensor.__basicsize__, 8) if all(_word(id(t) + at) == impls[id(t)] for t in same)])
+
+    def keys_at(tensor: Tensor, at: int) -> int:
+        return _word(impls[id(tensor)] + at)
+
+    def tells(at: int) -> bool:
+        known = keys_at(same[0], at)
+        return all(keys_at(t, at) == known for t in same) and all(keys_at(t, at) != known for t in different)
+
+    # A TensorImpl has 160 to 208 bytes, and says so itself.
+    keys = only([at for at in range(8, 208, 8) if tells(at)])
+    library.set_offsets(head, handle, keys)
+    return keys_at(same[0], keys) if _passes_test(library, keys_at(same[0], keys)) else 0
+
+
+def _word(address: int) -> int:
+    return int(ctypes.c_int64.from_address(address).value)
+
+
+def _impl_of(library: Library, tensor: Tensor) -> int:
+    (capsule,) = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([tensor])
+    pointer = _capsule_pointer()(capsule, None)
+    impl = _word(pointer)
+    library.release(pointer)  # the capsule owns nothing
+    return impl
 
 
 @functools.cache
@@ -70,26 +278,38 @@ def _capsule_pointer() -> Callable[[Any, None], int]:
     return get_pointer
 
 
-def make_watch(library: Library | None, tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> Watch:
-    """A watch over these tensors as they are now; of those in ``memory`` only address and storage matter."""
-    if library is not None and library.has_tensors and _native_watch_works(library):
-        return NativeWatch(library, tensors, memory)
-    return Watch(tensors, memory)
+def _passes_test(library: Library, keys: int) -> bool:
+    """Whether the library sees what it has to see."""
 
+    def plain() -> Tensor:
+        return torch.zeros(2, 3, device="cpu")
 
-@functools.cache
-def _native_watch_works(library: Library) -> bool:
-    """Whether the accessors of this torch tell apart what has to be told apart."""
-    try:
-        moved, reshaped, still = torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3)
-        watches = [NativeWatch(library, [t], [still]) for t in (moved, reshaped, still)]
-        if not all(watch.holds() for watch in watches):
+    def entry(slot: int, param: Tensor, state: Tensor) -> Entry:
+        e = Entry()
+        e.slot, e.local, e.states, e.kept, e.counter = slot, param, [state], None, torch.zeros((), device="cpu")
+        e.active, e.record, e.bucket, e.row = True, None, None, -1
+        return e
+
+    tensors: list[Any] = [torch.nn.Parameter(plain()) for _ in range(6)]
+    states = [plain() for _ in tensors]
+    grads: list[Any] = [plain() for _ in tensors]
+    look = NativeLook(library, keys)
+    look.resize(tensors)
+    entries = [entry(slot, p, s) for slot, (p, s) in enumerate(zip(tensors, states, strict=True))]
+    for e, g in zip(entries, grads, strict=True):
+        if not look.probe(e.local, g, e.states, e.counter):
             return False
-        moved.data = moved.data.clone()
-        reshaped.data = reshaped.data.view(3, 2)
-        return [watch.holds() for watch in watches] == [False, False, True]
-    except Exception:  # not public API: whatever goes wrong, the plain way remains
+        look.set(e, g)
+    if look.changes(list(tensors), list(grads)) != [] or look.changes(tensors[1:], grads[1:]) is not None:
         return False
+    tensors[0].data = tensors[0].data.clone()
+    tensors[1].data = tensors[1].data.view(3, 2)
+    states[2].data = states[2].data.view(torch.int32)
+    kept = grads[3:]
+    grads[3], grads[4] = torch._neg_view(plain()), plain().t()
+    given: list[Any] = [*grads[:5], None]
+    expected = [0, MOVED, 1, OTHER, 2, OTHER, 3, OTHER, 4, OTHER, 5, GONE]
+    return look.changes(list(tensors), given) == expected and len(kept) == 3
 
 
 class SlotWatch:
@@ -138,60 +358,3 @@ def slot_offset(of: Any, slot: str) -> int | None:
         return int(member.offset)
     except Exception:  # not public API: whatever goes wrong, the plain way remains
         return None
-
-
-Guard = Callable[[Sequence[Tensor]], bool]
-
-
-def python_guard(tensors: Sequence[Tensor]) -> Guard:
-    """Tells of other tensors, one for one, whether they have the kind, shape and strides of these."""
-
-    def facts(t: Tensor) -> tuple[Any, ...]:
-        return type(t), t.dtype, t.device, t.layout, t.is_neg(), t.requires_grad, t.shape, t.stride()
-
-    expected = [facts(t) for t in tensors]
-
-    def guard(others: Sequence[Tensor]) -> bool:
-        return len(others) == len(expected) and [facts(t) for t in others] == expected
-
-    return guard
-
-
-def _dynamo_guard(tensors: Sequence[Tensor]) -> Guard:
-    from torch._C._dynamo.guards import TensorGuards  # type: ignore[import-not-found, unused-ignore]
-
-    count = len(tensors)
-    check = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-
-    def guard(others: Sequence[Tensor]) -> bool:
-        return len(others) == count and bool(check(*others))
-
-    return guard
-
-
-@functools.cache
-def _dynamo_guard_works() -> bool:
-    """Whether this torch has dynamo's guards and they tell apart what has to be told apart."""
-    same, known = torch.zeros(2, 3), torch.zeros(2, 3)
-    different = (
-        torch.zeros(3, 2),
-        torch.zeros(3, 2).t(),
-        torch.zeros(1, 3).expand(2, 3),
-        torch.zeros(2, 3, dtype=torch.bfloat16),
-        torch.zeros(2, 3, device="meta"),
-        torch.zeros(2, 3).to_sparse(),
-        torch._neg_view(torch.zeros(2, 3)),
-        torch.nn.Parameter(torch.zeros(2, 3)),
-    )
-    try:
-        guard = _dynamo_guard([known])
-        return guard([same]) and not any(guard([t]) for t in different) and not guard([])
-    except Exception:  # not public API: whatever goes wrong, the plain way remains
-        return False
-
-
-def gradient_guard(tensors: Sequence[Tensor]) -> Guard:
-    """Tells whether the gradients of a later step have the kind, shape and strides of these, one for one."""
-    if not tensors:
-        return lambda others: not others
-    return _dynamo_guard(tensors) if _dynamo_guard_works() else python_guard(tensors)

@@ -19,12 +19,11 @@ from .shards import is_dtensor, like, local
 
 @dataclass(frozen=True)
 class LowPrecision:
-    """The options of an optimizer that concern dtypes. They are attributes of it, not param-group keys."""
+    """The options of an optimizer that concern dtypes."""
 
     mode: Mode = Mode.ROUND
     state_dtype: torch.dtype | None = None
     seed: int = 0
-    first: int = 0  # which parameter, for random bits, the optimizer's first one is
 
     def mode_of(self, param: Tensor) -> Mode:
         return self.mode if param.dtype in HALVES else Mode.ROUND
@@ -36,24 +35,6 @@ class LowPrecision:
         if self.state_dtype is None and self.mode_of(param) is not Mode.ROUND:
             return torch.float32
         return self.state_dtype
-
-
-def make_low_precision(mode: str, state_dtype: torch.dtype | None, seed: int) -> LowPrecision:
-    """Check the arguments of an optimizer.
-
-    Raises:
-        ValueError, TypeError: if one of them is none of what there is.
-    """
-    names = [m.name.lower() for m in Mode]
-    if mode not in names:
-        raise ValueError(f"low_precision must be one of {', '.join(map(repr, names))}, got {mode!r}")
-    if state_dtype not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"state_dtype must be torch.float32, torch.bfloat16 or None (each parameter's own dtype), got {state_dtype!r}"
-        )
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {seed!r}")
-    return LowPrecision(Mode[mode.upper()], state_dtype, seed)
 
 
 # Random bits: a hash of where they are used, so that no result depends on who computes it, in which order.

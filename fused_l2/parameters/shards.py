@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import is_
 from typing import Any
 
@@ -155,33 +155,33 @@ class LocalGradients:
 
 
 class Shards:
-    """The DTensors among a plan's parameters. ``watch`` makes what tells whether their shards are still those they were."""
+    """The DTensors among an optimizer's parameters, by slot."""
 
-    def __init__(self, params: Sequence[Any], gradients: LocalGradients, watch: Callable[[list[Any], str], Any]) -> None:
+    def __init__(self, params: Sequence[Any], gradients: LocalGradients) -> None:
         self._at = [i for i, p in enumerate(params) if is_dtensor(p)]
         self._all = len(self._at) == len(params)
         self._params = [params[i] for i in self._at]
-        self._watch = watch(self._params, "_local_tensor")
-        self._specs: list[Any] = [None] * len(self._at)  # of gradients that were seen to be cut up as their parameters
+        self._specs: list[Any] = [None] * len(self._at)  # of gradients that were seen to be sharded as their parameters
         self._gradients = gradients
 
-    def localized(self, grads: list[Any]) -> list[Any] | None:
-        """The gradients with local shards in the place of DTensors. None if a parameter's or a gradient is not what it was."""
-        if not self._watch.holds():
-            return None
+    def __bool__(self) -> bool:
+        return bool(self._at)
+
+    def localize(self, grads: list[Any]) -> None:
+        """Put local shards of gradients in the place of DTensors; leave everything else as it is."""
         chosen = grads if self._all else [grads[i] for i in self._at]
         try:
             specs = [g._spec for g in chosen]
+            shards = [g._local_tensor for g in chosen]
         except AttributeError:  # None, or a plain tensor
-            return None
-        shards = [g._local_tensor for g in chosen]
+            specs = [getattr(g, "_spec", None) for g in chosen]
+            shards = [g if spec is None else g._local_tensor for g, spec in zip(chosen, specs, strict=True)]
         if not all(map(is_, specs, self._specs)):  # with FSDP2 they are the same objects at every step
             for i, (spec, known) in enumerate(zip(specs, self._specs, strict=True)):
-                if spec is not known and (known is None or not _cut_alike(spec, known)):
+                if spec is not None and spec is not known and (known is None or not _cut_alike(spec, known)):
+                    if why_refused(chosen[i], self._params[i]):
+                        continue  # the checks say so
                     shards[i] = self._gradients.of(self._params[i])
                     self._specs[i] = spec if shards[i] is chosen[i]._local_tensor else None
-        if self._all:
-            return shards
         for i, shard in zip(self._at, shards, strict=True):
             grads[i] = shard
-        return grads

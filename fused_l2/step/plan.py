@@ -1,115 +1,576 @@
-"""The plan of a step: which engine steps which tensors, where they are, and what makes the plan out of date.
+"""The plan of a step: which part steps which tensors, where they are, and what changed since the last step.
 
-Building a plan checks every tensor and changes nothing until all have passed. Afterwards a step only re-reads what may have
-changed: the gradients (new tensors each step), the hyperparameters, and whether everything else is still what and where it was.
+A plan has an entry for each parameter that ever had a gradient. A step asks which entries changed (gradient there or not,
+address, dtype, strides, state, step counter, hyperparameters) and mends those; the cost of a change is that of what changed.
+Nothing but the plan is changed before every check of every tensor has passed. A plan in whose making or mending something was
+raised is thrown away by its owner, so that nothing half-seen stays.
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Sequence
-from itertools import accumulate, compress, groupby, repeat
-from operator import is_, is_not, not_
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from .. import engines
-from ..engines import cpu, cuda, torch_ops
-from ..engines.part import CudaPart, Part, make_part
-from ..engines.watch import SlotWatch
-from ..parameters.entry import Entry, check_grad, make_entry
+from ..engines import cuda
+from ..engines.cuda_part import CudaPart
+from ..engines.part import Part
+from ..engines.torch_ops import TorchPart, combined, total
+from ..engines.watch import CAME, GONE, MOVED, OTHER, SlotWatch, make_look
+from ..options import Options
+from ..parameters import checks
+from ..parameters.entry import Entry, Needs, make_entry
 from ..parameters.low_precision import lost_decay
-from ..parameters.shards import Shards, gradients_of, is_dtensor, sum_over
-from ..statistics import Recorded, row_of
-from ..tables.control import FACTOR, Control, Prologue, combined, total
-from ..tables.modes import HALVES, RANDOM, STATE_NAMES, Mode
-from ..tables.tensor_table import Flag, Rule
-from .hyperparameters import DeviceValues, is_on_device, sources
-from .state import OptimizerState, ParamState
+from ..parameters.memory import Ranges
+from ..parameters.shards import LocalGradients, Shards, gradients_of, is_dtensor, local, ranks_of, sum_over
+from ..statistics import GivenRows, Record, Recorded, rows_of
+from ..tables.control import Control, Prologue
+from ..tables.modes import HALVES, STATE_NAMES, Mode
+from ..tables.tensor_table import DTYPES
+from .hyperparameters import DeviceValues, is_on_device
+from .rules import UpdateRule
+from .state import ParamState, changes
 
-if TYPE_CHECKING:
-    from ..optimizer import FusedOptimizer
+Groups = list[dict[str, Any]]
+
+
+class _Group:
+    """What is known of a param group: the values that were read, and what follows from them."""
+
+    def __init__(self, values: Any, numbers: Any, sources: list[int], needs: Needs) -> None:
+        self.values, self.numbers, self.sources, self.needs = values, numbers, sources, needs
+        self.may_change_in_place = _may_change_in_place(values)
 
 
 class Plan:
-    """Everything one optimizer's step needs, prepared."""
+    """What one optimizer's steps need, prepared."""
 
-    def __init__(self, optimizer: FusedOptimizer) -> None:
-        self._rule, self._row_of = optimizer._rule, optimizer._coefficient_row
-        self._read = optimizer._read_hyperparameters
-        groups = optimizer.param_groups
-        if _has_cuda_gradients(groups) and cuda.is_capturing():  # before anything is compiled or read, which it does not allow
-            raise RuntimeError(_capture_refused("there is nothing prepared. " + _FIRST_STEP))
-        self._hyperparameters = [self._read(group) for group in groups]
-        self._device_values, self._host_needs_values = DeviceValues(), False
-        read = [self._device_values.read(v) for v in self._hyperparameters]
-        self._sources = [sources(v, f" of param group {i}") for i, v in enumerate(self._hyperparameters)]
-        self._numbers = [optimizer._checked_numbers(v, i) for i, v in enumerate(read)]
-        self._has_sources = any(map(any, self._sources))
-        # Where the host cannot know whether a step was made, or what with, the device counts and computes.
-        self._on_device = optimizer._counts_on_device() or self._has_sources
-        self._scaled = optimizer._has_prologue()
-        self._around = (Flag.SCALED if self._scaled else 0) | (Flag.STATISTICS if optimizer._statistics else 0)
-        self._flags = [optimizer._flags(v) | self._around for v in read]
-        self._dynamic = [_may_change_in_place(v) for v in self._hyperparameters]
+    def __init__(
+        self,
+        rule: UpdateRule,
+        options: Options,
+        gradients: LocalGradients,
+        initial_lrs: Mapping[int, float],
+        waiting: Mapping[Tensor, Mapping[str, Any]],
+        first: int,
+    ) -> None:
+        self._rule, self._options, self._gradients = rule, options, gradients
+        self._initial_lrs, self._waiting, self._first = initial_lrs, waiting, first
+        self._read = rule.read
+        self._is_measured = options.decides or options.statistics
+        self._device_values, self._rereads_values = DeviceValues(), False
+        self._groups: list[_Group] = []
+        self._on_device: bool | None = None  # whether a device counts steps and computes coefficients
+        self._has_sources = False
+
+        self._params: list[Tensor] = []
+        self._ends: list[int] = []
+        self._group_of: list[int] = []
+        self._entries: list[Entry | None] = []
+        self._look = make_look()
+        self._sharded = Shards([], gradients)
+        self._shard_watch: SlotWatch | None = None
+        self._ranks: list[Any] = []
+        self._ranges = Ranges()
+        self._later: set[int] = set()  # slots of parameters that share memory with an earlier one
+        self._stale: set[int] = set()  # slots whose entries have to be made anew
+        self._state: Any = None
+        self._state_changes = -1
+        self._has_foreign_state = False  # dictionaries that do not count changes
+        self._uncommitted: list[Entry] = []
+
+        self._by_place: dict[Any, Part] = {}
+        self.parts: list[Part] = []  # those with something to step; other devices first: they work while the CPU does
+        self._cuda_parts: list[CudaPart] = []
+        self._on_host = False
         self._coefficients_due = True
+        self._grads: list[Any] = []  # alive until the step is done, whatever other threads do
+        self.norm_dtype = torch.float32
 
-        self._params: list[Tensor] = [p for group in groups for p in group["params"]]
-        self._ends = list(accumulate(len(group["params"]) for group in groups))
-        self._active = [p.grad is not None for p in self._params]
-        self._all_active = all(self._active)
-        entries = self._entries = self._make_entries(optimizer)
+    # What changed?
 
-        self._counts = self._rule is Rule.ADAM or any(e.flags & RANDOM for e in entries)
-        devices = [engines.device_of(e.local) if _has_engine(e, self._rule) else None for e in entries]
-        for i in _overlapping([e.local for e in entries]):
-            devices[i] = None  # steps after the tensor whose memory it shares
-        self._others = [e for e, device in zip(entries, devices, strict=True) if device is None]
-        # Other devices first: they work while the CPU does.
-        self._parts: list[tuple[Part, list[bool]]] = []
-        self._ranks = list(dict.fromkeys(e.ranks for e in entries))  # in an order that is the same in all processes
-        places = [(device, e.ranks if self._around else ()) for e, device in zip(entries, devices, strict=True)]
-        distinct = dict.fromkeys((device, ranks) for device, ranks in places if device is not None)
-        for place in sorted(distinct, key=lambda place: (place[0].type == "cpu", str(place[0]))):
-            belongs = [p == place for p in places]
-            part = make_part(place[0], self._rule, list(compress(entries, belongs)), self._on_device)
-            self._parts.append((part, belongs))
-        watch = functools.partial(SlotWatch, cpu.library())
-        cut = any(is_dtensor(e.param) for e in entries)
-        self._shards = Shards([e.param for e in entries], optimizer._gradients, watch) if cut else None
-        dtypes = {e.param.dtype for e in entries}
+    def refresh(self, groups: Groups, state: Any) -> bool:
+        """Look at gradients, states and hyperparameters, and mend what changed. False if a new plan has to be made.
+
+        Raises if a hyperparameter or a tensor is invalid.
+        """
+        if self._cuda_parts:
+            self._refuse_capture(groups)
+        params: list[Tensor] = []
+        changed = []
+        regrouped = False
+        if len(groups) == len(self._groups):
+            for i, (group, known) in enumerate(zip(groups, self._groups, strict=True)):
+                params += group["params"]
+                values = self._read(group)
+                try:
+                    differs = known.may_change_in_place or values != known.values
+                except RuntimeError:  # a tensor of several elements among them: refused below
+                    differs = True
+                if differs:
+                    changed.append(i)
+                regrouped |= len(params) != self._ends[i]
+        else:
+            regrouped = True
+        if regrouped:
+            changed = [*range(len(groups))]
+            params = [p for group in groups for p in group["params"]]
+        if changed and not self._adopt(groups, changed):
+            return False
+        if state is not self._state or changes() != self._state_changes or self._has_foreign_state:
+            self._look_at_states(state)
+
+        found, grads = self._look_at(params) if not regrouped else (None, [])
+        if found is None:
+            self._list(groups, params)
+            found, grads = self._look_at(params)
+            assert found is not None
+        self._grads = grads
+        if found or self._stale:
+            self._mend(groups, params, found)
+        elif self._sharded:
+            self._grads = grads
+        for part in self.parts:
+            part.take_gradients()
+            self._recount(part, groups)
+        return True
+
+    def _look_at(self, params: list[Tensor]) -> tuple[list[int] | None, list[Any]]:
+        if not self._sharded:
+            grads: list[Any] = [p.grad for p in params]
+        else:
+            grads = gradients_of(params)
+            if len(params) == len(self._params) and all(map(is_, params, self._params)):
+                self._sharded.localize(grads)
+            if self._shard_watch is not None and not self._shard_watch.holds():
+                self._stale |= {
+                    e.slot for e in self._entries if e is not None and is_dtensor(e.param) and local(e.param) is not e.local
+                }
+        return self._look.changes(params, grads), grads
+
+    def _adopt(self, groups: Groups, changed: Iterable[int]) -> bool:
+        """Take over hyperparameters that changed. False if they change who counts steps and computes coefficients."""
+        read_again = self._rereads_values
+        new: dict[int, _Group] = {}
+        for i in changed:
+            values = self._rule.Values._make(self._read(groups[i]))
+            on_host = self._rule.Values._make(self._device_values.read(values, again=read_again))
+            numbers = self._rule.numbers(on_host, self._options, i, self._initial_lrs.get(i, 0.0))
+            flags = self._rule.flags(on_host, self._options)
+            names = self._rule.state_names(flags)
+            needs = Needs(
+                flags,
+                names,
+                frozenset(name for name in names if self._rule.may_start_at_zero(name)),
+                self._rule.counts,
+                bool(groups[i].get("capturable", False)),
+                self._options.precision,
+            )
+            new[i] = _Group(tuple(values), numbers, self._rule.sources(values, i), needs)
+        known = {**dict(enumerate(self._groups[: len(groups)])), **new}
+        has_sources = any(any(group.sources) for group in known.values())
+        on_device = has_sources or self._rule.counts_on_device(self._options, groups)
+        if self._on_device not in (None, on_device):
+            return False
+        self._on_device, self._has_sources = on_device, has_sources
+        for i, group in new.items():
+            old = self._groups[i] if i < len(self._groups) else None
+            if old is None or old.needs != group.needs:
+                self._stale |= {e.slot for e in self._entries if e is not None and e.group == i}
+            if old is None or old.numbers != group.numbers or old.sources != group.sources:
+                self._coefficients_due = True
+        self._groups = [known[i] for i in range(len(groups))]
+        return True
+
+    def _look_at_states(self, state: Any) -> None:
+        """Find the entries whose state is not what it was."""
+        self._has_foreign_state = False
+        for e in self._entries:
+            if e is None:
+                continue
+            own = state.get(e.param)
+            if own is e.state and (own is None or type(own) is ParamState):
+                continue
+            if not self._exchange_state(e, own):
+                self._stale.add(e.slot)
+            self._has_foreign_state |= own is not None and type(own) is not ParamState
+        self._state, self._state_changes = state, changes()
+
+    def _exchange_state(self, e: Entry, state: Any) -> bool:
+        """Take state tensors that were put in the place of others, as moving them to another device and back does. False if
+        that takes more than looking at them."""
+        if e.new or not isinstance(state, Mapping) or is_dtensor(e.param):
+            return False
+        if any(name in state for name in STATE_NAMES if name != e.mode.state_name):
+            return False
+        tensors: list[Any] = [state.get(name) for name in e.names]
+        if not self._look.exchange(e, tensors):
+            return False
+        e.take(state, tensors)
+        if type(state) is ParamState:
+            state.watch(e)
+        return True
+
+    def _list(self, groups: Groups, params: list[Tensor]) -> None:
+        """Parameters were added, removed or exchanged: keep the entries of those that are where they were."""
+        group_of = [i for i, group in enumerate(groups) for _ in group["params"]]
+        for slot, e in enumerate(self._entries):
+            stays = slot < len(params) and params[slot] is self._params[slot] and group_of[slot] == self._group_of[slot]
+            if e is not None and not stays:
+                self._forget(e)
+        self._entries = [*self._entries, *[None] * len(params)][: len(params)]
+        self._params, self._group_of = params, group_of
+        self._ends = []
+        for group in groups:
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(group["params"]))
+        self._stale = {slot for slot in self._stale if slot < len(params)}
+        self._look.resize(params)
+        self._sharded = Shards(params, self._gradients)
+        if self._is_measured:
+            # Of all parameters, in an order that is the same in all processes, whichever of them have a gradient here.
+            self._ranks = list(dict.fromkeys(map(ranks_of, params)))
+
+    def _forget(self, e: Entry) -> None:
+        """The entry is none any more."""
+        if e.place is not None:
+            e.place.remove(e)
+            e.place = None
+        self._entries[e.slot] = None
+        self._ranges.remove(e.slot)
+        self._look.forget(e.slot)
+        if e.new:
+            self._uncommitted = [u for u in self._uncommitted if u is not e]
+
+    # Mending.
+
+    @torch.no_grad()
+    def _mend(self, groups: Groups, params: list[Tensor], found: list[int]) -> None:
+        for slot, change in zip(found[::2], found[1::2], strict=True):
+            if change & OTHER:
+                self._stale.add(slot)
+        self._refuse_capture_of_changes([*found[::2], *self._stale])
+        touched: dict[Part, None] = {}
+        ranges_changed = False
+        made = self._make_entries(groups)
+        for slot, change in zip(found[::2], found[1::2], strict=True):
+            if slot in self._stale:
+                continue
+            e = self._entries[slot]
+            assert e is not None
+            if change & MOVED:
+                self._ranges.move(slot, self._look.address_of(e))
+                ranges_changed = True
+                e.place.moved(e)
+            if change & CAME:
+                e.place.activate(e)
+                self._coefficients_due = True
+            elif change & GONE:
+                e.place.deactivate(e)
+            touched[e.place] = None
+            self._look.placed(e)
+        for slot in self._stale - {e.slot for e in made}:
+            if (old := self._entries[slot]) is not None:  # it will be made when its gradient comes
+                touched[old.place] = None
+                self._forget(old)
+        self._stale = set()
+        for e in made:
+            self._ranges.put(e.slot, e.local)
+        if made or ranges_changed:
+            later = self._ranges.later()
+            moving = later ^ self._later
+            self._later = later
+            for e in made:
+                self._place(e, touched)
+            for slot in moving:
+                if (entry := self._entries[slot]) is not None and entry not in made:
+                    self._place(entry, touched)
+                    made.append(entry)  # whose row has no gradient yet
+        self._settle(touched)
+        if made:
+            self._coefficients_due = True
+            again, self._grads = self._look_at(params)
+            if again:
+                raise RuntimeError(
+                    "fused_l2: tensors changed while step() was looking at them. Is another thread using this optimizer's "
+                    "parameters or state?"
+                )
+            if any(is_dtensor(e.param) for e in made):
+                sharded = [e.param for e in self._entries if e is not None and is_dtensor(e.param)]
+                self._shard_watch = SlotWatch(engines.cpu.library(), sharded, "_local_tensor")
+
+    def _make_entries(self, groups: Groups) -> list[Entry]:
+        """New entries for stale slots that have a gradient. Nothing is changed."""
+        made: list[Entry] = []
+        new: dict[int, dict[str, Any]] = {id(e.param): e.new for e in self._uncommitted if e.slot not in self._stale}
+        for slot in sorted(self._stale):
+            grad = self._grads[slot]
+            if grad is None:
+                continue
+            param, index = self._params[slot], self._group_of[slot]
+            group = groups[index]
+            position = slot - (self._ends[index] - len(group["params"]))
+            # A parameter that is listed twice has one state.
+            pending = new.get(id(param)) or self._waiting.get(param) or {}
+            own = self._state.get(param)
+            needs = self._groups[index].needs
+            device = engines.device_of(param)
+            if self._on_device and device.type == "cuda":
+                needs = needs._replace(counts_on_device=True)
+            e = make_entry(
+                param,
+                param.grad,  # type: ignore[arg-type]
+                slot=slot,
+                number=self._first + slot,
+                group=index,
+                state=own,
+                pending=pending,
+                needs=needs,
+                gradients=self._gradients,
+                is_cuda=device.type == "cuda",
+                checked=device.type == "cpu" and self._is_checked(param, grad, own or {}, pending, needs),
+                name=lambda group=group, index=index, position=position: checks.describe(group, index, position),  # type: ignore[misc]
+            )
+            if e.new:
+                new[id(param)] = e.new
+            made.append(e)
+        return made
+
+    def _is_checked(
+        self, param: Tensor, grad: Tensor, state: Mapping[str, Any], pending: Mapping[str, Any], needs: Needs
+    ) -> bool:
+        """Whether the watch sees at once that all is in order."""
+        names = (*needs.state_names, *STATE_NAMES)
+        tensors = [t for name in names if (t := pending.get(name, state.get(name))) is not None]
+        counter = state.get("step")
+        if not checks.may_be_mixed(grad.dtype, param.dtype) or param.dtype not in DTYPES:
+            return False
+        if not all(isinstance(t, Tensor) for t in tensors):
+            return False
+        return self._look.probe(param, grad, tensors, counter if isinstance(counter, Tensor) else None)
+
+    def _place(self, e: Entry, touched: dict[Part, None]) -> None:
+        """Give an entry to the part that steps it."""
+        device = None
+        if e.slot not in self._later and engines.has_engine(e, self._rule.rule):
+            device = engines.device_of(e.local)
+        key = (device, e.ranks if self._is_measured else ()) if device is not None else None
+        part = self._by_place.get(key)
+        if part is None:
+            flags = self._options.flags
+            part = engines.make_part(device, self._rule.rule, key[1] if key else (), flags, bool(self._on_device))
+            self._by_place[key] = part
+        old = self._entries[e.slot]
+        if old is not None and old.place is part:
+            part.replace(old, e)
+        else:
+            if old is not None and old.place is not None:
+                old.place.remove(old)
+                touched[old.place] = None
+            part.add(e)
+        if old is not None and old is not e and old.new:
+            self._uncommitted = [u for u in self._uncommitted if u is not old]
+        if e.new and all(u is not e for u in self._uncommitted):
+            self._uncommitted.append(e)
+        self._entries[e.slot], e.place = e, part
+        self._watch_state(e)
+        touched[part] = None
+        e.active = True
+        self._look.set(e, self._grads[e.slot])
+        self._look.placed(e)
+
+    def _settle(self, touched: Iterable[Part]) -> None:
+        """Bring the parts that changed up to date."""
+        for part in touched:
+            if part.settle():
+                for e in self._entries:
+                    if e is not None and e.place is part:
+                        self._look.placed(e)
+        live = {key: part for key, part in self._by_place.items() if part.entries()}
+        order = sorted(
+            (key for key in live if key is not None),
+            key=lambda key: (key[0].type == "cpu", str(key[0]), _first_slot(live[key])),
+        )
+        self.parts = [live[key] for key in (*order, *([None] if None in live else []))]
+        self._by_place = {
+            key: part for key, part in self._by_place.items() if any(e is not None and e.place is part for e in self._entries)
+        }
+        self._cuda_parts = [part for part in self.parts if isinstance(part, CudaPart)]
+        self._on_host = any(part.on_host for part in self.parts)
+        self._rereads_values = self._has_sources and self._on_host
+        dtypes = {e.param.dtype for e in self._entries if e is not None and e.active}
         self.norm_dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
-        self._cuda_parts = [part for part, _ in self._parts if isinstance(part, CudaPart)]
-        for part in self._cuda_parts:
-            if self._scaled:
-                part.prepare(optimizer._clipping, self.norm_dtype)
-        self._host_steps = bool(self._others) or len(self._cuda_parts) < len(self._parts)
-        self._host_needs_values = self._has_sources and self._host_steps
-        self._others_factor: Tensor | float | None = None
-        self._others_rows: list[Tensor] = []
-        in_order = [e for _, belongs in self._parts for e in compress(entries, belongs)] + self._others
-        self._measured_entries = [e.group for e in in_order], [e.label for e in in_order]
-        self._measured_ranks = [e.ranks for e in in_order]
-        self._is_committed = False
+        if self._options.decides:
+            for part in self._cuda_parts:
+                part.prepare_to_measure(self._options.is_largest, self._options.clips, self.norm_dtype)
+
+    def _recount(self, part: Part, groups: Groups) -> None:
+        """Step counters that somebody has set: compute coefficients for what they say."""
+        unexpected = part.unexpected()
+        if not unexpected:
+            return
+        for e in unexpected:
+            group, position = groups[e.group], e.slot - (self._ends[e.group] - len(groups[e.group]["params"]))
+            if e.counter is not None:
+                checks.check_counter(e.counter, lambda: checks.describe(group, e.group, position))  # noqa: B023
+            part.recount(e)
+        self._coefficients_due = True
+        self._settle([part])
+
+    # The step.
+
+    def prepare(self) -> None:
+        """Compute what the coming step multiplies with."""
+        if self._coefficients_due:
+            numbers = [group.numbers for group in self._groups]
+            sources = [group.sources for group in self._groups]
+            for part in self.parts:
+                part.prepare(self._rule.row, numbers, sources)
+            self._coefficients_due = False
 
     @property
     def host_must_know(self) -> bool:
         """Whether the host has to know if the step is made: it steps some tensors itself, or has to create states."""
-        return self._host_steps or (not self._is_committed and any(e.new_state for e in self._entries))
+        return self._on_host or any(e.active for e in self._uncommitted)
 
-    def _refuse_capture(self, optimizer: FusedOptimizer) -> None:
-        if not (self._cuda_parts and cuda.is_capturing()):
+    @torch.no_grad()
+    def decide(self, prologue: Prologue) -> Tensor | Control:
+        """What precedes the step: the factor of all gradients, whether the step is skipped, and the norm."""
+        if len(self.parts) == 1 and self._ranks == [()]:
+            return self.parts[0].control(prologue, self.norm_dtype)
+        measured: list[Tensor] = []
+        for ranks in self._ranks if prologue.measures else ():
+            here: list[Tensor] = []
+            for part in self.parts:
+                if isinstance(part, TorchPart):
+                    here += part.measure_of(ranks, prologue.largest)
+                elif part.ranks == ranks:
+                    here += part.measure(prologue.largest)
+            if not ranks:
+                measured += here
+                continue
+            here = here or [torch.zeros((), dtype=torch.float64, device="cpu")]  # no gradient here, but elsewhere
+            measured.append(sum_over(total(here, prologue.largest), ranks, prologue.largest))
+        if not measured and self._cuda_parts:
+            measured = [torch.zeros((), dtype=torch.float64, device=self._cuda_parts[0].entries()[0].local.device)]
+        return combined(measured, prologue, self.norm_dtype)
+
+    def read(self, control: Tensor | Control) -> Control:
+        """The control as numbers. Waits for the device."""
+        if isinstance(control, Control):
+            return control
+        return self._cuda_parts[0].read(control) if self._cuda_parts else Control(*control.tolist())
+
+    def use(self, control: Tensor | Control) -> None:
+        """Make the coming step as this says."""
+        for part in self.parts:
+            part.use(control)
+
+    def measure_skipped(self) -> None:
+        """Make the statistics of a step that is skipped."""
+        for part in self.parts:
+            part.measure_skipped()
+
+    def commit(self, state: Any) -> None:
+        """Every check has passed: all of a parameter's new state becomes visible at once."""
+        left = []
+        for e in self._uncommitted:
+            if not e.active:
+                left.append(e)
+                continue
+            own = state.get(e.param)
+            if own is None:
+                own = state[e.param] = ParamState(e.new)
+            elif type(own) is ParamState:
+                own.put(e.new, [u for u in self._uncommitted if u.param is e.param])
+            else:
+                own.update(e.new)
+            e.state, e.new = own, {}
+            self._watch_state(e)
+        self._uncommitted = left
+        self._state_changes = changes()
+
+    def _watch_state(self, e: Entry) -> None:
+        if type(e.state) is ParamState:
+            e.state.watch(e)
+        elif e.state is not None:
+            self._has_foreign_state = True
+
+    @property
+    def has_uncommitted(self) -> bool:
+        return bool(self._uncommitted)
+
+    def launch(self) -> None:
+        """Step every tensor that has a gradient."""
+        for part in self.parts:
+            part.launch()
+        # SGD's depend on the step count for random bits only, and what the device computes the host need not.
+        counts = self._rule.counts or self._options.precision.mode.is_random
+        self._coefficients_due |= counts and (self._on_host or not self._on_device)
+
+    def captured(self) -> list[Any]:
+        """What a CUDA graph that is being captured reads, to be kept alive."""
+        return [kept for part in self._cuda_parts if (kept := part.captured()) is not None]
+
+    def release(self) -> None:
+        """The step is over, whatever became of it: let go of the gradients."""
+        self._grads = []
+        for part in self.parts:
+            part.release()
+
+    def recorded(self, groups: Groups, weight_decays: list[float | Tensor], inv_scale: float | Tensor) -> Recorded:
+        """What the last step left of its tensors."""
+        slots = [e.slot for part in self.parts for e in part.entries()]
+        records: list[Record] = [part.record for part in self.parts if part.record is not None]
+        if any(self._ranks):  # now, because somebody may ask for them in one process only
+            slots, rows = self._rows_over_ranks(slots, rows_of(records))
+            records = [GivenRows(rows)]
+        names = [self._label(groups, slot) for slot in slots]
+        return Recorded(records, [self._group_of[slot] for slot in slots], names, weight_decays, inv_scale)
+
+    @torch.no_grad()
+    def _rows_over_ranks(self, slots: list[int], rows: Tensor) -> tuple[list[int], list[Tensor]]:
+        """Sums over all processes: of every parameter that several of them share, whether it has a gradient here or not."""
+        here = dict(zip(slots, rows.unbind(), strict=True))
+        nothing = torch.zeros(rows.shape[1], dtype=rows.dtype, device=rows.device)
+        for ranks in filter(None, self._ranks):
+            shared = [slot for slot, param in enumerate(self._params) if ranks_of(param) == ranks]
+            summed = sum_over(torch.stack([here.get(slot, nothing) for slot in shared]), ranks)
+            here.update(zip(shared, summed.unbind(), strict=True))
+        return list(here), list(here.values())
+
+    def _label(self, groups: Groups, slot: int) -> str:
+        index = self._group_of[slot]
+        group = groups[index]
+        position = slot - (self._ends[index] - len(group["params"]))
+        names = group.get("param_names") or ()
+        return str(names[position]) if position < len(names) else f"{index}.{position}"
+
+    def lost_decay(self) -> str | None:
+        """A warning, if rounding will leave nothing of the weight decay of some parameter."""
+        for e in self._uncommitted or self._entries:
+            if e is None or e.mode is not Mode.ROUND or e.local.dtype not in HALVES:
+                continue
+            numbers = self._groups[e.group].numbers
+            share = self._rule.decay_share(numbers, e.flags)
+            if message := lost_decay(e.local, share, f" (lr {numbers.lr:g}, param group {e.group})"):
+                return message
+        return None
+
+    # CUDA graphs.
+
+    def _refuse_capture(self, groups: Groups) -> None:
+        if not cuda.is_capturing():
             return
-        groups = optimizer.param_groups
-        if self._rule is Rule.ADAM and not all(g.get("capturable", False) for g in groups):
+        if self._rule.counts and not all(g.get("capturable", False) for g in groups):
             raise RuntimeError(_capture_refused("its steps are counted on the host. Pass capturable=True."))
-        if self._host_steps:
+        if self._on_host:
             raise RuntimeError(_capture_refused("some of its tensors are stepped by the host or by plain PyTorch."))
-        if optimizer._clipping is not None and optimizer._clipping.error_if_nonfinite:
+        if self._options.raises_if_nonfinite:
             raise RuntimeError(_capture_refused("error_if_nonfinite waits for the norm. Pass skip_if_nonfinite=True instead."))
         if not all(map(self._device_values.knows, map(self._read, groups))):
             raise RuntimeError(_capture_refused("a hyperparameter is a tensor that no step has seen yet. " + _FIRST_STEP))
@@ -123,228 +584,12 @@ class Plan:
                 )
                 break
 
-    def _keep_captured(self, optimizer: FusedOptimizer) -> None:
-        """A graph that is captured now will read this plan's memory whenever it is replayed."""
-        if self._cuda_parts and cuda.is_capturing() and self not in optimizer._captured:
-            optimizer._captured.append(self)
-
-    def _make_entries(self, optimizer: FusedOptimizer) -> list[Entry]:
-        entries: list[Entry] = []
-        known: dict[int, Entry] = {}
-        low_precision = optimizer._low_precision
-        for index, group in enumerate(optimizer.param_groups):
-            start = low_precision.first + self._ends[index] - len(group["params"])
-            flags = self._flags[index]
-            for position, param in enumerate(group["params"]):
-                if param.grad is None:
-                    continue
-                state = optimizer.state.get(param, {})
-                names, counts = optimizer._state_names(flags), self._rule is Rule.ADAM
-                capturable = bool(group.get("capturable", False))
-                on_device = capturable or (self._on_device and engines.device_of(param).type == "cuda")
-                number = start + position
-                entry = make_entry(
-                    group, index, position, flags, state, names, counts, on_device, low_precision, number, optimizer._gradients
-                )
-                if id(param) in known:  # listed twice: one state
-                    entry.new_state = known[id(param)].new_state
-                known.setdefault(id(param), entry)
-                entries.append(entry)
-        return entries
-
-    def commit(self, optimizer: FusedOptimizer) -> None:
-        """Every check has passed: new state becomes visible, and its replacement is watched for."""
-        self._is_committed = True
-        for e in self._entries:
-            if e.new_state:
-                e.state = optimizer.state.setdefault(e.param, ParamState())
-                for key, value in e.new_state.items():
-                    if e.state.get(key) is not value:
-                        e.state[key] = value
-        self._known_state = [
-            (e.param, e.state, [(key, e.get(key)) for key in (*e.state_names, *_KEYS) if e.get(key) is not None])
-            for e in self._entries
-        ]
-        self._state = optimizer.state
-        # Dictionaries that do not tell of replacements are searched at every step instead.
-        self._is_told = type(self._state) is OptimizerState and all(
-            type(state) is ParamState for _, state, known in self._known_state if known
-        )
-
-    def refresh(self, optimizer: FusedOptimizer) -> bool:
-        """Read this step's gradients and hyperparameters. False if the plan no longer fits and has to be made anew.
-
-        Changes nothing but the plan; raises if a hyperparameter or a gradient was set to something invalid.
-        """
-        self._refuse_capture(optimizer)
-        if self._is_committed and (optimizer.state is not self._state or not (self._is_told or self._finds_its_state())):
-            return False
-        groups, known = optimizer.param_groups, self._hyperparameters
-        if len(groups) != len(known):
-            return False
-        params: list[Tensor] = []
-        changed = []
-        for i, group in enumerate(groups):
-            params += group["params"]
-            if len(params) != self._ends[i]:  # a parameter was added or removed, or moved to a neighbouring group
-                return False
-            values = self._read(group)
-            try:
-                differs = self._dynamic[i] or values != known[i]
-            except RuntimeError:  # a tensor of several elements among them: refused below
-                differs = True
-            if differs:
-                changed.append((i, values))
-        if not all(map(is_, params, self._params)):
-            return False
-        if changed and not self._adopt(optimizer, changed):
-            return False
-
-        grads: list[Any] = [p.grad for p in params] if self._shards is None else gradients_of(params)
-        if not self._all_active:
-            if any(map(is_not, compress(grads, map(not_, self._active)), repeat(None))):
-                return False
-            grads = list(compress(grads, self._active))
-        if self._shards is not None:
-            localized = self._shards.localized(grads)
-            if localized is None:
-                return False
-            grads = localized
-        for e in self._others:
-            if e.param.grad is None:
-                return False
-            check_grad(e.param, e.name, e.gradients)
-        if len(self._parts) == 1 and not self._others:
-            return self._parts[0][0].refresh(grads)
-        return all(part.refresh(list(compress(grads, belongs))) for part, belongs in self._parts)
-
-    def _adopt(self, optimizer: FusedOptimizer, changed: list[tuple[int, tuple[Any, ...]]]) -> bool:
-        """Take over hyperparameters that changed. False if they change the shape of the computation."""
-        checked = []
-        for i, values in changed:
-            read = self._device_values.read(values, again=self._host_needs_values) if self._has_sources else values
-            where = sources(values, f" of param group {i}")
-            if (any(where) and not self._has_sources) or optimizer._flags(read) | self._around != self._flags[i]:
-                return False
-            checked.append((i, values, optimizer._checked_numbers(read, i), where))
-        for i, values, numbers, where in checked:
-            self._hyperparameters[i] = values
-            self._dynamic[i] = _may_change_in_place(values)
-            self._coefficients_due |= numbers != self._numbers[i] or where != self._sources[i]
-            self._numbers[i], self._sources[i] = numbers, where
-        return True
-
-    def _finds_its_state(self) -> bool:
-        return all(
-            not known or (self._state.get(param) is state and all(state.get(key) is value for key, value in known))
-            for param, state, known in self._known_state
-        )
-
-    def prepare(self) -> None:
-        """Compute what the coming step multiplies with."""
-        if self._coefficients_due:
-            for part, _ in self._parts:
-                part.set_numbers(self._numbers, self._sources)
-                for bucket in part.buckets:
-                    bucket.set_coefficients(self._row_of, self._numbers)
-            self._coefficients_due = False
-
-    @torch.no_grad()
-    def decide(self, prologue: Prologue) -> Tensor | Control:
-        """What precedes the step: the factor of all gradients, whether the step is skipped, and the norm."""
-        if len(self._parts) == 1 and not self._others and not self._parts[0][0].ranks:
-            return self._parts[0][0].control(prologue, self.norm_dtype)
-        measured = []
-        for ranks in self._ranks if prologue.clipping is not None else ():
-            here = [part.measure(prologue.largest) for part, _ in self._parts if part.ranks == ranks]
-            here += [_measured(e.grad, prologue.largest) for e in self._others if e.ranks == ranks]
-            measured += [sum_over(total(here, prologue.largest), ranks, prologue.largest)] if ranks else here
-        nothing = torch.zeros((), dtype=torch.float64, device=self._entries[0].local.device if self._entries else "cpu")
-        return combined(measured or [nothing], prologue, self.norm_dtype)
-
-    def read(self, control: Tensor | Control) -> Control:
-        """The control as numbers. Waits for the device."""
-        if isinstance(control, Control):
-            return control
-        return self._cuda_parts[0].read(control) if self._cuda_parts else Control(*control.tolist())
-
-    def use(self, control: Tensor | Control) -> None:
-        """Make the coming step as this says."""
-        for part, _ in self._parts:
-            part.use(control)
-        self._others_factor = control[FACTOR]
-
-    def measure_skipped(self) -> None:
-        """Make the statistics of a step that is left out."""
-        for part, _ in self._parts:
-            part.measure_skipped()
-        self._others_rows = [row_of(e.grad, e.weights(), e.weights()) for e in self._others]
-
-    def recorded(self, weight_decays: list[float | Tensor], inv_scale: float | Tensor) -> Recorded:
-        """What the last step left of its tensors."""
-        records = [part.record for part, _ in self._parts if part.record is not None]
-        recorded = Recorded(records, self._others_rows, *self._measured_entries, weight_decays, inv_scale)
-        if not any(self._ranks):
-            return recorded
-        # Now, because somebody may ask for them in one process only.
-        rows = recorded.rows()
-        for ranks in filter(None, self._ranks):
-            at = [i for i, r in enumerate(self._measured_ranks) if r == ranks]
-            rows[at] = sum_over(rows[at], ranks)
-        return recorded._replace(records=[], others=rows.unbind())
-
-    def lost_decay(self) -> str | None:
-        """A warning, if rounding will leave nothing of the weight decay of some parameter."""
-        for e in self._entries:
-            if e.mode is not Mode.ROUND or e.local.dtype not in HALVES:
-                continue
-            flags = self._flags[e.group]
-            if self._rule is Rule.ADAM and not flags & Flag.DECOUPLED:
-                continue  # it passes through the moments, and is as large as the update
-            row = self._row_of(self._numbers[e.group], flags, 1.0)
-            lr = self._numbers[e.group][0]
-            share = 1 - row[1] if flags & Flag.DECOUPLED else lr * row[0]
-            if message := lost_decay(e.local, share, f" (lr {lr:g}, param group {e.group})"):
-                return message
-        return None
-
-    def launch(self, optimizer: FusedOptimizer) -> None:
-        """Step every tensor of the plan."""
-        befores = [e.weights().clone() for e in self._others] if self._around & Flag.STATISTICS else []
-        for part, _ in self._parts:
-            part.launch()
-        # SGD's depend on the step count for random bits only, and what the device computes the host need not.
-        self._coefficients_due |= self._counts and (self._host_steps or not self._on_device)
-        self._keep_captured(optimizer)
-        if self._others:
-            self._launch_others(optimizer)
-        self._others_rows = [row_of(e.grad, b, e.weights()) for e, b in zip(self._others, befores, strict=False)]
-
-    @torch.no_grad()
-    def _launch_others(self, optimizer: FusedOptimizer) -> None:
-        # In their order, and neighbours that share a param group in one call.
-        for (group, first_step, mode), found in groupby(self._others, key=lambda e: (e.group, e.first_step, e.mode)):
-            entries = list(found)
-            torch_ops.step(
-                self._rule,
-                self._flags[group] | mode,
-                self._numbers[group],
-                entries[0].counter is not None and entries[0].counter.device.type != "cpu",
-                [e.local for e in entries],
-                [e.grad for e in entries],
-                list(zip(*(e.states for e in entries), strict=True)),
-                [e.counter for e in entries if e.counter is not None],
-                first_step,
-                self._others_factor,
-                [e.kept for e in entries],
-                [e.key for e in entries],
-            )
-            for e in entries:
-                e.first_step = False
-        increment_version([e.param for e in self._others if e.local is not e.param])
+    def _refuse_capture_of_changes(self, slots: Sequence[int]) -> None:
+        # Before anything is compiled or read, which a capture does not allow.
+        if any(engines.device_of(self._params[slot]).type == "cuda" for slot in slots) and cuda.is_capturing():
+            raise RuntimeError(_capture_refused("there is nothing prepared. " + _FIRST_STEP))
 
 
-_KEYS = ("step", *STATE_NAMES)
 _FIRST_STEP = "Make one step() before, with the same parameters having gradients."
 
 
@@ -352,50 +597,10 @@ def _capture_refused(reason: str) -> str:
     return f"fused_l2: this step() cannot be captured into a CUDA graph: {reason}"
 
 
-def _has_cuda_gradients(groups: Sequence[dict[str, Any]]) -> bool:
-    return any(p.grad is not None and engines.device_of(p).type == "cuda" for g in groups for p in g["params"])
+def _first_slot(part: Part) -> int:
+    return part.entries()[0].slot
 
 
-def _measured(grad: Tensor, largest: bool) -> Tensor:
-    wide = grad.detach().double()
-    if largest:
-        return wide.abs().max() if wide.numel() else wide.sum()
-    return wide.square().sum()
-
-
-def _has_engine(entry: Entry, rule: Rule) -> bool:
-    grad = entry.grad
-    if not engines.has_plain_type(grad) or grad._is_zerotensor():
-        return False
-    states = [*entry.states, *([] if entry.kept is None else [entry.kept])]
-    if len({t.dtype for t in entry.states}) > 1 or not all(map(engines.is_plain, states)):
-        return False
-    return engines.has_engine(entry.local, rule, entry.flags, grad.dtype, entry.state_dtype)
-
-
-def _may_change_in_place(values: tuple[Any, ...]) -> bool:
+def _may_change_in_place(values: Sequence[Any]) -> bool:
     """Whether a hyperparameter may change in place, as a tensor, an array or a list of betas may."""
     return any(_may_change_in_place(v) if type(v) is tuple else not isinstance(v, (float, int)) for v in values)
-
-
-def _overlapping(params: Sequence[Tensor]) -> list[int]:
-    """Which parameters share memory with an earlier one: listed twice, or tied through their storage.
-
-    torch.optim steps them one after the other; within one launch they would race. May name one too many, never one too few.
-    """
-    ranges = []
-    for i, p in enumerate(params):
-        if p.device.type in ("cpu", "cuda") and engines.has_plain_type(p) and p.numel() > 0:
-            extent = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
-            ranges.append((p.data_ptr(), p.data_ptr() + extent * p.element_size(), i))
-    ranges.sort()
-    later: list[int] = []
-    end, owner = 0, -1
-    for start, stop, i in ranges:
-        if start < end:
-            later.append(max(i, owner))
-            owner = min(i, owner)
-            end = max(stop, end)
-        else:
-            end, owner = stop, i
-    return later

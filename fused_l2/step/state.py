@@ -1,8 +1,9 @@
-"""Dictionaries for an optimizer's state that tell when an entry was replaced.
+"""Dictionaries for an optimizer's state that count the changes that matter to a step.
 
-A plan (``buckets.py``) holds state tensors and their addresses. Code outside the optimizer replaces such tensors freely
-(offloading to another device and back, sharding, hand-written restores), and nothing in a plain dict would tell. Any change of
-these dictionaries drops every plan there is: the next step makes a new one, and the replaced tensor's memory is free at once.
+A plan (``plan.py``) holds state tensors and their addresses. Code outside the optimizer replaces such tensors freely
+(offloading to another device and back, sharding, hand-written restores), and nothing in a plain dict would tell. These
+dictionaries count: a step looks at one number, and only if it has changed at the parameters' own ones. Keys that no step reads
+are nobody's change.
 """
 
 from __future__ import annotations
@@ -10,59 +11,78 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..parameters.entry import Entry
+from ..tables.modes import STATE_NAMES
+
+# The entries of a parameter's state that a step reads.
+KEYS = frozenset(("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", *STATE_NAMES))
+
+_changes = 0
 
 
-class HasPlan(Protocol):
-    """An optimizer, as far as this module knows one."""
-
-    def drop_plan(self) -> None: ...
-
-
-_planned: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def tell_of_changes(optimizer: HasPlan) -> None:
-    """From now on until its next change, a change of any state drops this optimizer's plan."""
-    _planned.add(optimizer)
-
-
-def state_changed() -> None:
-    """Some state entry was set or removed. Entries are made once per parameter, so this is rare."""
-    while _planned:
-        try:
-            optimizer = _planned.pop()
-        except KeyError:  # the last one has just been collected, or taken by another thread
-            return
-        optimizer.drop_plan()
-
-
-def _telling(base: type, name: str) -> Callable[..., Any]:
-    change = getattr(base, name)
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state_changed()
-        return change(self, *args, **kwargs)
-
-    return functools.update_wrapper(method, change)
-
-
-_CHANGES = ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update")
+def changes() -> int:
+    """How many changes of states there were so far, in all optimizers of the process. Entries are made once per parameter, so
+    a change is rare, and what it costs others is a look at their own parameters."""
+    return _changes
 
 
 class ParamState(dict[str, Any]):
-    """The state of one parameter: ``step``, ``momentum_buffer``, ..."""
+    """The state of one parameter: ``step``, ``momentum_buffer``, ...
+
+    When something that a step reads is replaced or removed, the entries that ``watch`` it let go of its tensors, so that
+    their memory is free at once.
+    """
+
+    _watchers: tuple[weakref.ref[Entry], ...] = ()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return ParamState, (), None, None, iter(self.items())
+
+    def copy(self) -> ParamState:
+        return type(self)(self)
+
+    __copy__ = copy
+
+    def watch(self, entry: Entry) -> None:
+        """This entry holds tensors of the state."""
+        self._watchers = (*(w for w in self._watchers if w() not in (None, entry)), weakref.ref(entry))
+
+    def put(self, new: dict[str, Any], by: Sequence[Entry]) -> None:
+        """Take over what a step made, which the entries ``by`` whom hold already."""
+        self._changed(by)
+        super().update(new)
+
+    def _changed(self, keep: Sequence[Entry] = ()) -> None:
+        global _changes
+        _changes += 1
+        kept = []
+        for w in self._watchers:
+            entry = w()
+            if entry is not None and any(entry is k for k in keep):
+                kept.append(w)
+            elif entry is not None:
+                entry.let_go()
+        self._watchers = tuple(kept)
 
 
 class OptimizerState(defaultdict[Any, Any]):
-    """The state of all parameters, ``optimizer.state``."""
+    """The state of all parameters, ``optimizer.state``: a ``ParamState`` for each.
 
-    def __init__(self, entries: Mapping[Any, Any] | None = None) -> None:
+    Can be rebuilt as a defaultdict is, from a factory and a mapping, and as a pytree.
+    """
+
+    def __init__(self, factory: Any = None, entries: Mapping[Any, Any] | Iterable[Any] = ()) -> None:
+        if factory is not None and not callable(factory):
+            factory, entries = None, factory
         # Plain dicts are converted. Anything else is some library's own: it is kept, and looked through at every step.
-        converted = {k: ParamState(v) if type(v) is dict else v for k, v in (entries or {}).items()}
+        converted = {k: ParamState(v) if type(v) is dict else v for k, v in dict(entries).items()}
         super().__init__(ParamState, converted)
-        state_changed()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (), None, None, iter(self.items()))
@@ -72,7 +92,65 @@ class OptimizerState(defaultdict[Any, Any]):
 
     __copy__ = copy
 
+    def _changed(self, key: Any = None) -> None:
+        global _changes
+        _changes += 1
+        for state in [self.get(key)] if key is not None else self.values():
+            if type(state) is ParamState:
+                state._changed()
 
-for _name in _CHANGES:
-    setattr(ParamState, _name, _telling(dict, _name))
-    setattr(OptimizerState, _name, _telling(defaultdict, _name))
+
+def _counting_any(base: type, name: str) -> Callable[..., Any]:
+    change = getattr(base, name)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._changed()
+        return change(self, *args, **kwargs)
+
+    return functools.update_wrapper(method, change)
+
+
+def _counting_keys(base: type, name: str, matters: Callable[[Any], bool]) -> Callable[..., Any]:
+    change = getattr(base, name)
+
+    def method(self: Any, key: Any, *args: Any) -> Any:
+        if matters(key):
+            self._changed(*([key] if base is defaultdict else []))
+        return change(self, key, *args)
+
+    return functools.update_wrapper(method, change)
+
+
+def _is_read(key: Any) -> bool:
+    return isinstance(key, str) and key in KEYS
+
+
+def _is_param(key: Any) -> bool:
+    return isinstance(key, Tensor)
+
+
+for _class, _base, _matters in ((ParamState, dict, _is_read), (OptimizerState, defaultdict, _is_param)):
+    for _name in ("__setitem__", "__delitem__", "pop", "setdefault"):
+        setattr(_class, _name, _counting_keys(_base, _name, _matters))
+    for _name in ("__ior__", "clear", "popitem", "update"):
+        setattr(_class, _name, _counting_any(_base, _name))
+
+
+def _register_pytrees() -> None:
+    """As a dict and a defaultdict are, so that what walks torch.optim's states walks these."""
+    pytree = torch.utils._pytree
+
+    def register(kind: Any) -> None:
+        pytree.register_pytree_node(
+            kind,
+            lambda found: (list(found.values()), list(found)),
+            lambda values, keys: kind(zip(keys, values, strict=True)),
+            serialized_type_name=f"fused_l2.{kind.__name__}",
+            flatten_with_keys_fn=lambda found: ([(pytree.MappingKey(k), v) for k, v in found.items()], list(found)),
+        )
+
+    register(ParamState)
+    register(OptimizerState)
+
+
+_register_pytrees()

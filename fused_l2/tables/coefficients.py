@@ -5,7 +5,9 @@ The expressions are torch.optim's own (its for-loop implementation), so that the
 
 from __future__ import annotations
 
+import functools
 from enum import IntEnum
+from typing import NamedTuple
 
 # The columns of a coefficient row. csrc/table.h names the same columns in the same order.
 SGD = ("weight_decay", "decay", "momentum", "one_minus_dampening", "neg_lr")
@@ -24,6 +26,29 @@ WIDTH = STEP_COUNT + 1  # float64 numbers from one row to the next
 NUMBERS = 8  # room for the hyperparameters of a group that rows are made of: Adam has 7
 
 
+class SgdNumbers(NamedTuple):
+    """The hyperparameters of a param group that SGD's rows are made of. Devices have them in the same order."""
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    max_lr: float  # 1 where the rule of decay does not look at it
+    decay_rule: float
+
+
+class AdamNumbers(NamedTuple):
+    """The hyperparameters of a param group that Adam's rows are made of. Devices have them in the same order."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    max_lr: float
+    decay_rule: float
+
+
 class DecayRule(IntEnum):
     """What multiplies ``weight_decay``."""
 
@@ -33,7 +58,7 @@ class DecayRule(IntEnum):
 
 
 def decay_rate(lr: float, max_lr: float, decay_rule: float) -> float:
-    """What the share of a weight that decoupled decay takes per step is a multiple of. PLAIN does not look at ``max_lr``."""
+    """Decoupled decay shrinks a weight by ``decay_rate * weight_decay`` per step. PLAIN does not look at ``max_lr``."""
     if decay_rule == DecayRule.FULLY_DECOUPLED:
         return lr / max_lr
     if decay_rule == DecayRule.CORRECTED:
@@ -42,9 +67,10 @@ def decay_rate(lr: float, max_lr: float, decay_rule: float) -> float:
 
 
 def decay(lr: float, weight_decay: float, decoupled: bool, max_lr: float, decay_rule: float) -> tuple[float, float]:
-    """The first two columns: the coefficient of w in the gradient (not 0 where decoupled decay is on), and what multiplies w.
+    """The first two columns: the coefficient of w in the gradient, and what multiplies w.
 
-    The second is 1 - decay_rate * weight_decay where the decay is decoupled, else 1.
+    Where the decay is decoupled the first is only a switch, not 0 if there is any, and the second is
+    1 - decay_rate * weight_decay; otherwise the second is 1.
     """
     if weight_decay == 0:
         return weight_decay, 1.0
@@ -83,8 +109,14 @@ def adam(
 
     ``bias_correction2_sqrt`` is sqrt(1 - beta2^t), ``neg_step_size`` is -lr / (1 - beta1^t).
     """
-    bias_correction1 = 1 - beta1**step
-    bias_correction2 = 1 - beta2**step
+    bias_correction1, bias_correction2_sqrt = bias_corrections(beta1, beta2, step)
     step_size = lr / bias_correction1
     columns = decay(lr, weight_decay, decoupled, max_lr, decay_rule)
-    return (*columns, 1 - beta1, beta2, 1 - beta2, bias_correction2**0.5, eps, -step_size)
+    return (*columns, 1 - beta1, beta2, 1 - beta2, bias_correction2_sqrt, eps, -step_size)
+
+
+# Where gradients come and go, tensors of many step counts ask for the same powers in step after step.
+@functools.lru_cache(maxsize=128)
+def bias_corrections(beta1: float, beta2: float, step: float) -> tuple[float, float]:
+    """1 - beta1^t, and sqrt(1 - beta2^t)."""
+    return 1 - beta1**step, (1 - beta2**step) ** 0.5

@@ -86,38 +86,44 @@ def layout() -> str:
 
 
 class TensorTable:
-    """The rows of one bucket, in memory that keeps its address.
+    """The rows of one bucket, and what its coefficient rows hold.
 
-    ``rows`` holds one int64 row per tensor, ``static_rows`` the same without the gradients' addresses, ``scalars`` one float64
-    row per coefficient row, ``steps`` the step count each coefficient row expects to find in its tensors' counters.
+    ``rows`` holds one int64 row per tensor, ``scalars`` one float64 row per coefficient row, ``steps`` the step count each
+    coefficient row expects to find in its tensors' counters. ``address`` is that of the rows.
     """
 
-    def __init__(self, rows: Sequence[Sequence[int]], coefficient_rows: int) -> None:
-        self.rows = array("q", [value for row in rows for value in row])
-        self.scalars = array("d", bytes(8 * coefficients.WIDTH * max(coefficient_rows, 1)))
-        self.steps = array("d", bytes(8 * max(coefficient_rows, 1)))
-        self.count = len(rows)
-        self._grads = memoryview(self.rows)[GRAD::WIDTH]
-        self.static_rows = self._without_grads()
+    def __init__(self) -> None:
+        self.rows = array("q")
+        self.address = 0
+        self.scalars = array("d", bytes(8 * coefficients.WIDTH))
+        self.steps = array("d", bytes(8))
 
-    def set_grads(self, addresses: array[int]) -> None:
-        """Write the gradients' addresses of this step, one per row."""
-        self._grads[:] = memoryview(addresses)
+    @property
+    def count(self) -> int:
+        return len(self.rows) // WIDTH
 
-    def _without_grads(self) -> bytes:
+    def set_rows(self, rows: bytes) -> None:
+        """Hold these rows, in memory of their own, instead of the ones before."""
+        self.rows = array("q", rows)
+        self.address = address_of(self.rows)
+
+    def reserve(self, coefficient_rows: int) -> None:
+        """Have room for so many coefficient rows. Keeps what is in the rows that there are."""
+        missing = coefficient_rows - len(self.steps)
+        if missing > 0:
+            more = max(missing, len(self.steps))  # doubled, so that growing one by one moves the memory rarely
+            self.scalars.frombytes(bytes(8 * coefficients.WIDTH * more))
+            self.steps.frombytes(bytes(8 * more))
+
+    def static_rows(self) -> bytes:
+        """The rows without the gradients' addresses."""
         rows = array("q", self.rows)
         memoryview(rows)[GRAD::WIDTH] = array("q", bytes(8 * self.count))
         return rows.tobytes()
 
     def numels(self) -> list[int]:
-        """The number of elements of each tensor."""
+        """The number of elements of each tensor, 0 for those without a gradient."""
         return self.rows[NUMEL::WIDTH].tolist()
-
-    def clear_first_steps(self) -> None:
-        """Every tensor of this table has made a step."""
-        for row in range(self.count):
-            self.rows[row * WIDTH + FLAGS] &= ~int(RowFlag.FIRST_STEP)
-        self.static_rows = self._without_grads()
 
     def bucket_row(
         self, rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype, factor: array[float]

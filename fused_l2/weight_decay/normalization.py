@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.optimizer import Optimizer
 
-from .penalty import sums_of_squares
+from ..engines import sums_of_squares
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from ..engines import cpu, is_dense
-from ..parameters.entry import has_memory
-from ..parameters.shards import local, ranks_of, sum_over
-from ..tables.tensor_table import DTYPES
+from ..engines import sums_of_squares
 from .conversion import Reduction, from_lambda
 
 
@@ -62,39 +59,3 @@ def penalty(
                 tensors.append(param.detach())
                 weights.append(own if coefficient is None else coefficient)
     return 0.5 * math.fsum(w * s for w, s in zip(weights, sums_of_squares(tensors), strict=True))
-
-
-def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
-    """Sum of x^2 per tensor, in float64. RuntimeError if a tensor's storage was freed."""
-    cut_up = [ranks_of(t) for t in tensors]
-    tensors = [local(t) for t in tensors]
-    for i, t in enumerate(tensors):
-        if not has_memory(t):
-            raise RuntimeError(
-                f"tensor {i} of shape {tuple(t.shape)}: its storage holds fewer elements than its shape says, as after "
-                f"untyped_storage().resize_(0). Restore the storage first."
-            )
-    library = cpu.library()
-    sums = [0.0] * len(tensors)
-    native = [
-        i
-        for i, t in enumerate(tensors)
-        if library is not None
-        and t.device.type == "cpu"
-        and t.dtype in DTYPES
-        and type(t) is Tensor
-        and not t.is_neg()
-        and is_dense(t)
-    ]
-    if library is not None and native:
-        chosen = [tensors[i] for i in native]
-        for i, total in zip(native, library.sums_of_squares(chosen, [DTYPES[t.dtype] for t in chosen]), strict=True):
-            sums[i] = total
-    for i in set(range(len(tensors))) - set(native):
-        sums[i] = float(tensors[i].double().square().sum())
-    for ranks in dict.fromkeys(filter(None, cut_up)):
-        at = [i for i, r in enumerate(cut_up) if r == ranks]
-        here = torch.tensor([sums[i] for i in at], dtype=torch.float64, device=tensors[at[0]].device)
-        for i, total in zip(at, sum_over(here, ranks).tolist(), strict=True):
-            sums[i] = total
-    return sums

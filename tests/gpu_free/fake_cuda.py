@@ -23,8 +23,7 @@ from torch import Tensor
 
 from fused_l2 import engines
 from fused_l2.engines import cuda
-from fused_l2.step import plan
-from fused_l2.tables.tensor_table import Rule
+from fused_l2.engines.cuda_part import CudaPart
 
 from . import aot
 from .interpreter import interpreted, repaired
@@ -121,7 +120,7 @@ class FakeKernel:
             assert stream == device.stream()
             if which[0] == "step":
                 device.launches.append(programs)
-            tensors = [*device.memories, *device.accessible(), *device.new_states]
+            tensors = [*device.memories, *device.accessible(), *device.new_states, *device.copies()]
             device.enqueue(lambda: device.run(which, tensors, programs, arguments))
 
         return launch
@@ -157,6 +156,7 @@ class FakeDevice(cuda.Device):
         self.told: list[int] = []  # streams the allocator was told of
         self.memories: list[Tensor] = []
         self.new_states: list[Tensor] = []
+        self.parts: list[CudaPart] = []
         self.accessible: Callable[[], Sequence[Tensor]] = lambda: ()
 
     @contextmanager
@@ -169,15 +169,22 @@ class FakeDevice(cuda.Device):
             patch.setattr(cuda, "device", lambda of: self if of == self.device else others(of))
             patch.setattr(cuda, "is_capturing", lambda: self.capturing)
             patch.setattr(cuda, "_kernels", {})
-            make_part = plan.make_part
+            settled = CudaPart._resettled
 
-            def watched(device: torch.device, rule: Rule, entries: list[Any], on_device: bool) -> Any:
+            def watched(part: CudaPart) -> None:
                 # A skipped first step is measured, with states that nobody else ever sees.
-                self.new_states = [t for e in entries for t in e.new_state.values()]
-                return make_part(device, rule, entries, on_device)
+                self.new_states = [t for b in part.buckets for e in b.entries for t in e.new.values()]
+                if part not in self.parts:
+                    self.parts.append(part)
+                settled(part)
 
-            patch.setattr(plan, "make_part", watched)
+            patch.setattr(CudaPart, "_resettled", watched)
             yield
+
+    def copies(self) -> list[Tensor]:
+        """What parts made of gradients and of controls from elsewhere."""
+        controls = [part._control for part in self.parts if part._control is not None]
+        return [*controls, *(copy for part in self.parts for copy in part._copies)]
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -265,8 +272,4 @@ def tensors_of(optimizer: Any) -> list[Tensor]:
             found += [t for t in state.values() if isinstance(t, Tensor)]
         found += [v for v in group.values() if isinstance(v, Tensor)]
         found += [v for v in group.get("betas", ()) if isinstance(v, Tensor)]
-    for part, _ in optimizer._plan._parts if optimizer._plan else ():
-        found += part._copies
-        control = getattr(part, "_control", None)
-        found += [] if control is None else [control]
     return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import CASES, assert_same_bits, assert_unchanged, each, make_params, set_grads, snapshot, states
+from comparing import CASES, assert_same_bits, assert_unchanged, each, make_params, plan_of, set_grads, snapshot, states
 
 pytest.importorskip("triton", reason="Triton kernels need triton: pip install triton")
 pytest.importorskip("numpy")
@@ -162,9 +162,16 @@ def test_a_graph_outlives_the_plan_it_was_captured_with(device):
     device.synchronize()
     with device.capture():
         optimizer.step()
-    plan = optimizer._plan
+    (part,) = plan_of(optimizer).parts
+    ((tables, *_),) = optimizer._stepper._captured
+    assert tables == part._tables
     optimizer.drop_plan()
-    assert plan in optimizer._captured
+    del part
+    params[0].grad = None  # another plan, and rows of its own
+    optimizer.step()
+    (part,) = plan_of(optimizer).parts
+    assert tables
+    assert not set(tables.values()) & set(part._tables.values())
 
 
 def test_float_hyperparameters_are_kept_by_a_graph_with_a_warning_for_lr(device):

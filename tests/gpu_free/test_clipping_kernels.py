@@ -40,7 +40,7 @@ def run_side_by_side(name, dtypes, sizes, run, monkeypatch, **options):
             a.step()
         device.synchronize()
         b.step()
-        assert a._control.tolist() == list(b._control)  # factor and norm
+        assert a._stepper._control.tolist() == list(b._stepper._control)  # factor and norm
         assert_same_bits(a.grad_norm, b.grad_norm, "norm")
     assert_same_bits(ours, theirs, "parameter")
 
@@ -97,9 +97,9 @@ def test_steps_queued_behind_each_other_keep_their_own_factor(monkeypatch):
         kept.append([p.grad for p in ours])
         with device.in_place(monkeypatch):
             a.step()
-        norms.append(a._control)
+        norms.append(a._stepper._control)
         b.step()
-        expected.append(list(b._control))
+        expected.append(list(b._stepper._control))
     device.synchronize()
     assert_same_bits(ours, theirs)
     assert [n.tolist() for n in norms] == expected

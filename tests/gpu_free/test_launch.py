@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import assert_same_bits, make, make_params, set_grads
+from comparing import assert_same_bits, make, make_params, plan_of, set_grads
 
 pytest.importorskip("triton", reason="Triton kernels need triton: pip install triton")
 pytest.importorskip("numpy")
@@ -74,7 +74,7 @@ def test_what_reaches_the_driver_steps_the_tensors(stub):
     optimizer = make("AdamW", params)
     set_grads(params, 0)
     optimizer.step()
-    device = optimizer._plan._parts[0][0]._device
+    device = plan_of(optimizer).parts[0]._device
     device.on = 0
     (launch,) = arguments_of(stub, optimizer.step, STEP)
     programs, threads, stream, arguments = launch
@@ -100,7 +100,7 @@ def test_launches_go_to_the_current_stream(stub):
     optimizer = make("SGD", params)
     set_grads(params, 0)
     optimizer.step()
-    device = optimizer._plan._parts[0][0]._device
+    device = plan_of(optimizer).parts[0]._device
     device.streams.append(type(device.streams[0])())
     device.on = 1
     (launch,) = arguments_of(stub, optimizer.step, STEP)

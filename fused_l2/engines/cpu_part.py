@@ -1,0 +1,63 @@
+"""The part of a plan that the C++ library steps, all buckets in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..statistics import Record
+from ..tables.control import FACTOR, Control, Prologue, on_host
+from ..tables.tensor_table import STATISTICS, Flag, Rule, norm_chunk, statistics_chunk
+from .part import TablePart
+
+
+class CpuPart(TablePart):
+    """CPU tensors, and the C++ library."""
+
+    on_host = True
+
+    def __init__(self, rule: Rule, ranks: tuple[Any, ...], flags: int) -> None:
+        super().__init__(rule, ranks)
+        self._statistics = bool(flags & Flag.STATISTICS)
+        self._measures = bool(flags & (Flag.STATISTICS | Flag.SCALED))
+
+    def _resettled(self) -> None:
+        if not self._measures:
+            return
+        entries = [e for bucket in self.buckets for e in bucket.active_entries()]
+        elements = sum(e.numel for e in entries)
+        self._chunk, self._statistics_chunk = norm_chunk(elements), statistics_chunk(elements)
+        if self._statistics:
+            chunks = [-(-e.numel // self._statistics_chunk) for e in entries]
+            self._partials = torch.zeros(sum(chunks), len(STATISTICS), dtype=torch.float64, device="cpu")
+            self.record = Record([self._partials], chunks, [e.slot for e in entries])
+
+    def _measured(self, largest: bool) -> float:
+        assert self._library is not None
+        return float(self._library.measure_grads(self._address, self._count, self._chunk, largest))
+
+    def measure(self, largest: bool) -> list[Tensor]:
+        return [torch.tensor(self._measured(largest), dtype=torch.float64, device="cpu")]
+
+    def control(self, prologue: Prologue, dtype: torch.dtype) -> Tensor | Control:
+        return on_host(self._measured(prologue.largest) if prologue.measures else 0.0, prologue, dtype)
+
+    def use(self, control: Tensor | Control) -> None:
+        self._factor[0] = float(control[FACTOR])
+
+    def _step(self) -> bool:
+        assert self._library is not None  # else plain PyTorch steps CPU tensors
+        if self._statistics:
+            self._step_measured(skip=False)
+        else:
+            self._library.step(self._address, self._count)
+        return True
+
+    def _step_measured(self, skip: bool) -> None:
+        assert self._library is not None
+        self._library.step_measured(self._address, self._count, self._statistics_chunk, skip, self._partials.data_ptr())
+
+    def measure_skipped(self) -> None:
+        self._step_measured(skip=True)

@@ -1,0 +1,166 @@
+"""Every refusal of a step: what is wrong with which tensor, and what to do. Nothing is changed here.
+
+``name`` gives the parameter's name for messages; it is only asked for when there is something to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tables.modes import HALVES, STATE_NAMES, Mode
+from ..tables.tensor_table import DTYPES
+from .memory import has_memory, is_expanded
+from .shards import is_dtensor, local, why_refused
+
+Name = Callable[[], str]
+
+_KNOWN = ("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(group: Mapping[str, Any], group_index: int, position: int) -> str:
+    """How error messages call a parameter: its name if the group knows it, its place, shape and dtype."""
+    param: Tensor = group["params"][position]
+    names = group.get("param_names") or ()
+    name = f" {names[position]!r}" if position < len(names) else ""
+    return f"parameter {position} of group {group_index}{name} (shape {tuple(param.shape)}, {dtype_name(param.dtype)})"
+
+
+def check_param(param: Any, name: Name) -> None:
+    if param.dtype not in DTYPES:
+        known = ", ".join(dtype_name(d) for d in DTYPES)
+        raise RuntimeError(
+            f"{name()}: fused_l2 steps parameters of dtype {known}. Convert this one, or give it to an optimizer of its own."
+        )
+    if is_expanded(param):
+        raise RuntimeError(
+            f"{name()}: it is an expanded tensor, whose elements share memory. Optimize the tensor it was made from."
+        )
+    if is_dtensor(param) and any(placement.is_partial() for placement in param.placements):
+        raise RuntimeError(
+            f"{name()}: its placements are {param.placements}, so that every process holds a summand of it. Redistribute it to "
+            f"Shard and Replicate, and make the optimizer of that."
+        )
+    if not has_memory(local(param)):
+        raise RuntimeError(
+            f"{name()}: its storage holds fewer elements than its shape says, as after untyped_storage().resize_(0). "
+            f"Restore the storage before step()."
+        )
+
+
+def check_grad(param: Tensor, grad: Tensor, local_grad: Callable[[], Tensor], name: Name) -> None:
+    """Refuse a gradient that cannot be applied. ``local_grad`` gives the part of it that belongs to this process."""
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"{name()}: fused_l2 does not support sparse gradients (layout {grad.layout}). Use nn.Embedding(sparse=False), "
+            f"or give this parameter to torch.optim.SparseAdam or torch.optim.SGD."
+        )
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"{name()}: its gradient has shape {tuple(grad.shape)}. Gradients must have the parameter's shape: was the "
+            f"parameter or its gradient replaced through .data since backward()?"
+        )
+    if grad.device != param.device:
+        raise RuntimeError(
+            f"{name()}: it is on {param.device}, its gradient on {grad.device}. Move the model before backward(), or set "
+            f"its gradients to None."
+        )
+    if reason := why_refused(grad, param):
+        raise RuntimeError(f"{name()}: its gradient cannot be applied to it: {reason}. Distribute both in the same way.")
+    if not may_be_mixed(grad.dtype, param.dtype):
+        raise RuntimeError(
+            f"{name()}: its gradient has dtype {dtype_name(grad.dtype)}. Convert the gradient to the parameter's dtype before "
+            f"step()."
+        )
+    if not grad._is_zerotensor() and not has_memory(local_grad()):
+        raise RuntimeError(
+            f"{name()}: its gradient's storage holds fewer elements than its shape says. Set the gradient to None or restore "
+            f"it."
+        )
+
+
+def may_be_mixed(grad: torch.dtype, param: torch.dtype) -> bool:
+    """The dtypes that are computed with in float32 may be mixed."""
+    return grad is param or {grad, param} <= {torch.float32, *HALVES}
+
+
+def check_state(param: Any, key: str, value: Any, name: Name, dtype: torch.dtype | None = None) -> None:
+    """Refuse a state tensor that does not belong to its parameter."""
+
+    def remedy() -> str:
+        return f"Load a checkpoint of this model, or delete the entry: optimizer.state[param].pop({key!r})."
+
+    if not isinstance(value, Tensor):
+        raise RuntimeError(f"{name()}: its state {key!r} is {value!r}, not a tensor. {remedy()}")
+    if value.shape != param.shape:
+        raise RuntimeError(f"{name()}: its state {key!r} has shape {tuple(value.shape)}. {remedy()}")
+    if value.device != param.device:
+        raise RuntimeError(
+            f"{name()}: it is on {param.device}, its state {key!r} on {value.device}. Move the state to the parameter's "
+            f"device, as optimizer.load_state_dict does."
+        )
+    if not is_state_dtype(value.dtype, param.dtype, dtype):
+        raise RuntimeError(f"{name()}: its state {key!r} has dtype {dtype_name(value.dtype)}. {remedy()}")
+    if reason := why_refused(value, param):
+        raise RuntimeError(
+            f"{name()}: its state {key!r} cannot be used: {reason}. Load states with set_optimizer_state_dict of "
+            f"torch.distributed.checkpoint.state_dict, which shards them as the parameters are."
+        )
+    if not has_memory(local(value)):
+        raise RuntimeError(f"{name()}: the storage of its state {key!r} was freed. Restore it before step().")
+
+
+def is_state_dtype(dtype: torch.dtype, param: torch.dtype, only: torch.dtype | None = None) -> bool:
+    if only is not None:
+        return dtype is only
+    return dtype in DTYPES and (dtype is torch.float64) == (param is torch.float64)
+
+
+def check_whole(state: Mapping[str, Any], missing: list[str], name: Name) -> None:
+    """Refuse a state that was made, but lacks some of its entries, or is another optimizer's: to start those at zero beside
+    the others would make the first updates hundreds of times too large."""
+    if not missing:
+        return
+    found = [key for key in _KNOWN if state.get(key) is not None]
+    foreign = [
+        key for key, value in state.items() if key not in (*_KNOWN, *STATE_NAMES) and isinstance(value, Tensor) and value.dim()
+    ]
+    if found or foreign:
+        raise RuntimeError(
+            f"{name()}: its state has {', '.join(map(repr, [*found, *foreign]))}, but no {missing[0]!r}. Load a whole "
+            f"checkpoint of this optimizer, or start this parameter anew: optimizer.state[param].clear()."
+        )
+
+
+def check_counter(value: Any, name: Name) -> None:
+    if math.isnan(float(value)):
+        raise RuntimeError(f"{name()}: its state 'step' is NaN. Set it to the number of steps made.")
+
+
+def refuse_counter(value: Any, name: Name) -> RuntimeError:
+    return RuntimeError(f"{name()}: its state 'step' is {value!r}, not a number.")
+
+
+def check_mode(param: Tensor, mode: Mode, state: Mapping[str, Any], name: Name) -> None:
+    """Refuse a low-precision mode that this parameter cannot have, or the traces of another one."""
+    if mode is Mode.REMAINDER and param.dtype is not torch.bfloat16:
+        raise RuntimeError(
+            f"{name()}: low_precision='remainder' completes bfloat16 to float32, which 16 bits beside "
+            f"{dtype_name(param.dtype)} cannot. Use low_precision='master'."
+        )
+    for other in STATE_NAMES:
+        if other != mode.state_name and other in state:
+            of = next(m for m in Mode if m.state_name == other).name.lower()
+            raise RuntimeError(
+                f"{name()}: its state holds {other!r}, which low_precision={of!r} has kept, and this optimizer has "
+                f"low_precision={mode.name.lower()!r}. To change over, make it with the former and set "
+                f"optimizer.low_precision; to give up what is kept, delete the entry: optimizer.state[param].pop({other!r})."
+            )

@@ -1,0 +1,153 @@
+"""Makes the steps of one optimizer, or of one parameter of it (``step_in_backward``).
+
+The way of one step: look at what changed and mend the plan; compute coefficients; decide about clipping and skipping, if asked
+for; make new state visible; launch.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..options import Options
+from ..parameters.shards import LocalGradients
+from ..statistics import Recorded, Statistics
+from ..tables.control import INV_SCALE, NORM, SKIP, Control, Prologue
+from .plan import Groups, Plan
+from .rules import UpdateRule
+
+
+class Stepper:
+    """Options, results and the plan of an optimizer. Wrappers that copy an optimizer's ``__dict__`` share it.
+
+    Neither ``param_groups`` nor ``state`` are kept: torch replaces them.
+    """
+
+    def __init__(self, rule: UpdateRule, options: Options, first: int = 0) -> None:
+        """``first``: which of an optimizer's parameters the first one is, for random bits."""
+        self.rule, self.options, self._first = rule, options, first
+        self.initial_lrs: dict[int, float] = {}  # by param group: its lr when it was added
+        self.waiting: dict[Tensor, dict[str, Any]] = {}  # states set before the first step, by parameter
+        self.has_warned = False  # of decay that rounding loses
+        self._gradients = LocalGradients()
+        self._plan: Plan | None = None
+        self._drops = 0
+        self._captured: list[Any] = []  # what CUDA graphs read
+        self._control: Tensor | Control | None = None  # of the last step
+        self._norm_dtype = torch.float32
+        self._recorded: Recorded | None = None  # what the last step's statistics are made of
+
+    def step(self, groups: Groups, state: Any, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        """Step every parameter that has a gradient. ``grad_scale`` and ``found_inf`` are what a GradScaler says."""
+        # While a step is under way there is no plan: whatever ends it early, an interrupt as well, the next one looks anew;
+        # and a second thread does not use this one's tables.
+        plan, self._plan = self._plan, None
+        drops = self._drops
+        try:
+            if plan is None or not plan.refresh(groups, state):
+                plan = self._make_plan(groups, state)
+            plan.prepare()
+            options = self.options
+            if not options.decides or self._decide(plan, grad_scale, found_inf):
+                if plan.has_uncommitted:
+                    self._warn_of_lost_decay(plan)
+                    plan.commit(state)
+                    for group in groups if self.waiting else ():
+                        for param in group["params"]:
+                            if param in state:
+                                self.waiting.pop(param, None)
+                plan.launch()
+                self._captured += plan.captured()
+            elif options.statistics:
+                plan.measure_skipped()
+            if options.statistics:
+                self._remember(plan, groups)
+        finally:
+            if plan is not None:
+                plan.release()
+            self._gradients.clear()
+        if drops == self._drops:
+            self._plan = plan
+
+    def _make_plan(self, groups: Groups, state: Any) -> Plan:
+        plan = Plan(self.rule, self.options, self._gradients, self.initial_lrs, self.waiting, self._first)
+        if not plan.refresh(groups, state):
+            raise RuntimeError(
+                "fused_l2: tensors changed while step() was looking at them. Is another thread using this optimizer's "
+                "parameters or state?"
+            )
+        return plan
+
+    def drop_plan(self) -> None:
+        """Forget what was prepared for the next step; it will be prepared again."""
+        self._plan = None
+        self._drops += 1
+
+    def set_options(self, options: Options) -> None:
+        """Make the coming steps with these."""
+        self.options = options
+        self.drop_plan()
+
+    def _warn_of_lost_decay(self, plan: Plan) -> None:
+        if not self.has_warned and (message := plan.lost_decay()):
+            self.has_warned = True
+            warnings.warn(message, stacklevel=5)
+
+    def _decide(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Measure this step's gradients and ask the GradScaler. False if the host knows that the step is to be skipped."""
+        options = self.options
+        limit = math.inf if options.max_grad_norm is None else options.max_grad_norm
+        prologue = Prologue(options.clips, options.is_largest, limit, options.skips_nonfinite)
+        if options.amp_scaling:
+            prologue = prologue._replace(grad_scale=grad_scale, found_inf=found_inf)
+        control = self._control = plan.decide(prologue)
+        self._norm_dtype = plan.norm_dtype
+        raises = options.raises_if_nonfinite
+        if raises or plan.host_must_know or isinstance(control, Control):
+            known = plan.read(control)
+            if known.skip:
+                plan.use(control)
+                return False
+            if raises and not math.isfinite(known.norm):
+                raise RuntimeError(
+                    f"The total norm of order {options.norm_type} of the gradients is {known.norm}, so they cannot be "
+                    f"clipped; nothing was changed. To leave such steps out, pass skip_if_nonfinite=True instead of "
+                    f"error_if_nonfinite=True; to multiply by the factor that comes of it anyway, neither."
+                )
+        plan.use(control)
+        return True
+
+    def _remember(self, plan: Plan, groups: Groups) -> None:
+        inv_scale = 1.0 if self._control is None or not self.options.decides else self._control[INV_SCALE]
+        decays = [group["weight_decay"] for group in groups]
+        # A tensor may be written to before somebody asks.
+        kept: Sequence[Any] = [d.detach().clone() if isinstance(d, Tensor) else d for d in decays]
+        self._recorded = plan.recorded(groups, list(kept), inv_scale)
+
+    # What the last step left.
+
+    @property
+    def statistics(self) -> Statistics | None:
+        return None if self._recorded is None else self._recorded.statistics()
+
+    def forget_statistics(self) -> None:
+        self._recorded = None
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        if self._control is None or not self.options.clips:
+            return None
+        norm = self._control[NORM]
+        if isinstance(norm, Tensor):
+            return norm.to(self._norm_dtype)
+        return torch.tensor(norm, dtype=self._norm_dtype, device="cpu")
+
+    @property
+    def was_skipped(self) -> Tensor:
+        skip = 0.0 if self._control is None else self._control[SKIP]
+        return skip != 0 if isinstance(skip, Tensor) else torch.tensor(skip != 0, device="cpu")
