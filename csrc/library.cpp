@@ -47,8 +47,8 @@ FUSED_L2_EXPORT void fused_l2_set_offsets(int64_t head, int64_t handle, int64_t 
 }
 FUSED_L2_EXPORT void fused_l2_release(int64_t handle) { torch_abi().release(address<void>(handle)); }
 FUSED_L2_EXPORT int64_t fused_l2_make_record(const int64_t* objects, int64_t states, int64_t full, int64_t memory,
-                                             int64_t grad_element_bytes, int64_t strict, int64_t* out) {
-  return make_record(objects, states, full, memory, grad_element_bytes, strict, out);
+                                             int64_t strict, int64_t* out) {
+  return make_record(objects, states, full, memory, strict, out);
 }
 FUSED_L2_EXPORT int64_t fused_l2_look(int64_t params, int64_t grads, const int64_t* expected, const int64_t* records,
                                       int64_t count, int64_t none, int64_t* changed) {

@@ -154,8 +154,8 @@ int64_t change_of(int64_t grad, int64_t* r) {
 
 void set_offsets(const Offsets& found) { offsets = found; }
 
-int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_t memory, int64_t grad_element_bytes,
-                    int64_t strict, int64_t* out) {
+int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_t memory, int64_t strict,
+                    int64_t* out) {
   const TorchAbi& torch = torch_abi();
   void* const param = handle_of(objects[1]);
   void* const grad = handle_of(objects[0]);
@@ -166,6 +166,7 @@ int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_
       torch.get_sizes(grad, &grad_sizes) != 0 || torch.get_strides(grad, &grad_strides) != 0 ||
       torch.get_dtype(grad, &dtype) != 0 || torch.get_device_index(grad, &device) != 0)
     return 0;
+  const auto grad_element_bytes = static_cast<int64_t>(torch.dtype_element_size(dtype));
   out[record::active] = 1;
   out[record::row] = 0;
   out[record::grad_type] = type_of(objects[0]);
@@ -195,13 +196,13 @@ int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_
   if (!memory_of(grad, elements, out[record::grad_extent], grad_element_bytes, at, bytes)) return 0;
   int64_t* w = out + record::sizes + 3 * dim;
   for (int64_t i = 0; i < full + memory; ++i, w += watched::count) {
-    const int64_t object = objects[1 + 2 * i];
+    const int64_t object = objects[1 + i];
     void* const tensor = handle_of(object);
     w[watched::object] = object;
-    w[watched::element_bytes] = objects[2 + 2 * i];
     w[watched::keys] = keys_of(object);
     if (torch.get_dtype(tensor, &dtype) != 0 || (strict != 0 && w[watched::keys] != strict)) return 0;
     w[watched::dtype] = dtype;
+    w[watched::element_bytes] = static_cast<int64_t>(torch.dtype_element_size(dtype));
     const bool is_full = i < full;
     if (is_full && !has_shape(tensor, out + record::sizes, out + record::sizes + dim, dim, elements)) return 0;
     if (!memory_of(tensor, is_full ? elements : 1, is_full ? extent : 1, w[watched::element_bytes], w[watched::address],

@@ -47,12 +47,11 @@ enum : int64_t { gone = 1, came = 2, moved = 4, other = 8 };
 }
 
 // Writes the record of a parameter to `out`; its length, or 0 if there is no telling whether these tensors change.
-// objects: the gradient; then, each with the bytes of an element, `full` tensors of the parameter's shape and strides:
+// objects: the gradient; then `full` tensors of the parameter's shape and strides:
 // the parameter, `states` states, what is kept beside it; then `memory` step counters. With `strict`, 0 also unless the
 // parameter fills its memory and all of the full ones and the gradient lie in memory like it: plain tensors of the
 // dispatch keys `strict`.
-int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_t memory, int64_t grad_element_bytes,
-                    int64_t strict, int64_t* out);
+int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_t memory, int64_t strict, int64_t* out);
 
 // Compares every slot with its record and writes the gradients' addresses to the tables. Returns the number of slots
 // that changed, with (slot, change) for each in `changed`; -1 if the list `params` does not hold the `expected`

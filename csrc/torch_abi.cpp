@@ -43,6 +43,7 @@ const TorchAbi& connect_torch_abi(const char* library_path) {
   resolve(library, "aoti_torch_get_dtype", abi.get_dtype);
   resolve(library, "aoti_torch_get_device_index", abi.get_device_index);
   resolve(library, "aoti_torch_get_storage_offset", abi.get_storage_offset);
+  resolve(library, "aoti_torch_dtype_element_size", abi.dtype_element_size);
   resolve(library, "aoti_torch_delete_tensor_object", abi.delete_tensor_object);
   return abi;
 }

@@ -167,7 +167,8 @@ def test_declarations_of_torchs_functions_match_its_headers(tmp_path):
         "parallel_for": "torch_parallel_for", "num_threads": "torch_get_num_threads", "get_data_ptr": "aoti_torch_get_data_ptr",
         "get_storage_size": "aoti_torch_get_storage_size", "get_dim": "aoti_torch_get_dim", "get_sizes": "aoti_torch_get_sizes",
         "get_strides": "aoti_torch_get_strides", "get_dtype": "aoti_torch_get_dtype",
-        "delete_tensor_object": "aoti_torch_delete_tensor_object",
+        "get_device_index": "aoti_torch_get_device_index", "get_storage_offset": "aoti_torch_get_storage_offset",
+        "dtype_element_size": "aoti_torch_dtype_element_size", "delete_tensor_object": "aoti_torch_delete_tensor_object",
     }  # fmt: skip
     members = set((ROOT / "csrc/torch_abi.h").read_text().replace("(*", "\0").split("\0")[1:])
     assert {m.split(")")[0] for m in members if m[0].islower()} - {""} >= set(names)

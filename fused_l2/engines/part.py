@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -33,6 +33,7 @@ from ..tables.tensor_table import (
 from . import cpu
 
 _slot = attrgetter("slot")
+_NO_STATES = (0, 0, 0)
 _LAST_COUNT = 2.0**24  # where a float32 step counter stands still
 
 Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameter, gradient and states
@@ -55,6 +56,7 @@ class Bucket:
         self.table = TensorTable()
         self.active = 0  # how many rows are
         self.first_steps: set[Entry] = set()
+        self._new: dict[int, tuple[Entry, array[int]]] = {}  # by slot: what has no row in the table yet
         self.is_rebuilt = True  # rows are where no kernel has seen them yet
         self.is_changed = True  # rows were changed in place
         # By coefficient row.
@@ -64,31 +66,38 @@ class Bucket:
 
     # Entries that come, go and change. Rows are brought up to date by settle().
 
-    def add(self, entry: Entry) -> None:
-        insort(self.entries, entry, key=_slot)
+    def add(self, entry: Entry, addresses: list[int]) -> None:
         entry.bucket, entry.row = self, -1
+        self._new[entry.slot] = entry, self._row(entry, addresses)
         self.is_rebuilt = True
 
     def remove(self, entry: Entry) -> None:
-        self.deactivate(entry)
-        del self.entries[self._position(entry)]
-        self.first_steps.discard(entry)
+        if entry.row >= 0:
+            self.deactivate(entry)
+            del self.entries[self._position(entry)]
+            self.first_steps.discard(entry)
+        else:
+            del self._new[entry.slot]
         entry.bucket, entry.row = None, -1
         self.is_rebuilt = True
 
-    def replace(self, old: Entry, new: Entry) -> None:
+    def replace(self, old: Entry, new: Entry, addresses: list[int]) -> None:
         """An entry of the same slot and signature, made anew."""
         if old.row < 0:
             self.remove(old)
-            return self.add(new)
+            return self.add(new, addresses)
         self.deactivate(old)
         self.first_steps.discard(old)
         self.entries[self._position(old)] = new  # which is not its row while others come and go
         new.bucket, new.row = self, old.row
         old.bucket, old.row = None, -1
         start = WIDTH * new.row
-        self.table.rows[start : start + WIDTH] = self._row(new)
+        self.table.rows[start : start + WIDTH] = self._row(new, addresses)
         self.activate(new)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.entries or self._new)
 
     def _position(self, entry: Entry) -> int:
         return bisect_left(self.entries, entry.slot, key=_slot)
@@ -138,24 +147,26 @@ class Bucket:
             return
         old = self.table.rows.tobytes()
         width = 8 * WIDTH
-        new = [e for e in self.entries if e.row < 0]
-        parts = [self._row(e).tobytes() if e.row < 0 else old[width * e.row : width * (e.row + 1)] for e in self.entries]
+        new = self._new
+        self.entries = sorted([*self.entries, *(e for e, _ in new.values())], key=_slot)
+        parts = [new[e.slot][1].tobytes() if e.row < 0 else old[width * e.row : width * (e.row + 1)] for e in self.entries]
         self.table.set_rows(b"".join(parts))
         for row, e in enumerate(self.entries):
             e.row = row
             if self.on_device:
                 self.table.rows[WIDTH * row + COEFFICIENTS] = row
-        for e in new:
+        self._new = {}
+        for e, _ in new.values():
             if e.active:
                 self.activate(e)
 
-    def _row(self, e: Entry) -> array[int]:
-        """The row of an inactive entry."""
-        states = [t.data_ptr() for t in e.states]
-        kept = 0 if e.kept is None else e.kept.data_ptr()
+    def _row(self, e: Entry, addresses: list[int]) -> array[int]:
+        """The row of an inactive entry. ``addresses``: of the parameter, its states, what is kept, its counter."""
+        states = len(e.states)
+        kept = 0 if e.kept is None else addresses[1 + states]
         k = max(e.row, 0) if self.on_device else 0
-        key = e.key - (e.key >> 63 << 64)  # as a signed number
-        return array("q", (e.local.data_ptr(), 0, *states, *[0] * (3 - len(states)), 0, 0, k, 0, kept, key))
+        key = e.key - (e.key >> 63 << 64) if e.key else 0  # as a signed number
+        return array("q", (addresses[0], 0, *addresses[1 : 1 + states], *_NO_STATES[states:], 0, 0, k, 0, kept, key))
 
     def _coefficient_row(self, group: int, count: float) -> int:
         steps = self.table.steps
@@ -225,15 +236,15 @@ class Part(ABC):
         self.ranks = ranks
 
     @abstractmethod
-    def add(self, entry: Entry) -> None:
-        """Step this entry, too."""
+    def add(self, entry: Entry, addresses: list[int]) -> None:
+        """Step this entry, too. ``addresses``: of the parameter, its states, what is kept, its counter."""
 
     @abstractmethod
     def remove(self, entry: Entry) -> None:
         """Step it no longer."""
 
     @abstractmethod
-    def replace(self, old: Entry, new: Entry) -> None:
+    def replace(self, old: Entry, new: Entry, addresses: list[int]) -> None:
         """Step an entry of the same slot instead of one."""
 
     @abstractmethod
@@ -321,23 +332,23 @@ class TablePart(Part):
             self._by_signature[signature] = bucket
         return bucket
 
-    def add(self, entry: Entry) -> None:
-        self._bucket_of(entry).add(entry)
+    def add(self, entry: Entry, addresses: list[int]) -> None:
+        self._bucket_of(entry).add(entry, addresses)
         self._note(entry)
 
     def remove(self, entry: Entry) -> None:
         bucket = entry.bucket
         bucket.remove(entry)
         self._copying.pop(entry.slot, None)
-        if not bucket.entries:
+        if bucket.is_empty:
             self._by_signature = {k: b for k, b in self._by_signature.items() if b is not bucket}
         self._is_changed = True
 
-    def replace(self, old: Entry, new: Entry) -> None:
+    def replace(self, old: Entry, new: Entry, addresses: list[int]) -> None:
         if self._bucket_of(new) is not old.bucket:
             self.remove(old)
-            return self.add(new)
-        old.bucket.replace(old, new)
+            return self.add(new, addresses)
+        old.bucket.replace(old, new, addresses)
         self._note(new)
 
     def _note(self, entry: Entry) -> None:

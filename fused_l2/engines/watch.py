@@ -48,8 +48,9 @@ class Look:
         self._params = params
         self._facts = {slot: facts for slot, facts in self._facts.items() if slot < len(params)}
 
-    def probe(self, param: Tensor, grad: Tensor, states: Sequence[Any], counter: Any) -> bool:
-        """Whether these are plain CPU tensors that lie in memory alike and have memory, which passes most checks at once."""
+    def accepts(self, entry: Entry, grad: Tensor) -> bool:
+        """Whether these are plain CPU tensors that lie in memory alike and have memory, which passes most checks at once. Their
+        record is made on the way."""
         return False
 
     def set(self, entry: Entry, grad: Tensor) -> None:
@@ -69,9 +70,10 @@ class Look:
         """Watch these instead of the entry's states, what is kept and its counter. False if it has to be made anew."""
         return False
 
-    def address_of(self, entry: Entry) -> int:
-        """Where the parameter's memory is."""
-        return entry.local.data_ptr()
+    def addresses(self, entry: Entry) -> list[int]:
+        """Where the memory of the parameter is, of its states, of what is kept, and its counter."""
+        full, memory = entry.watched()
+        return [t.data_ptr() for t in (*full, *memory)]
 
     @staticmethod
     def _seen(entry: Entry, grad: Tensor) -> tuple[Any, ...]:
@@ -123,25 +125,29 @@ class NativeLook(Look):
         self._changed = array("q", bytes(16 * max(count, 1)))
         self._arguments = address_of(self._expected), address_of(self._records), count
 
-    def probe(self, param: Tensor, grad: Tensor, states: Sequence[Any], counter: Any) -> bool:
-        if type(param) not in PLAIN_TYPES or type(grad) is not Tensor:
+    def accepts(self, entry: Entry, grad: Tensor) -> bool:
+        counter = entry.counter
+        watched = [entry.local, *entry.states] if counter is None else [entry.local, *entry.states, counter]
+        if type(grad) is not Tensor or not PLAIN_TYPES.issuperset(map(type, watched)):
             return False
-        watched: list[Any] = [param, *states, *([] if counter is None else [counter])]
-        if not all(type(t) in PLAIN_TYPES for t in watched):
-            return False
-        return bool(self._write(grad, watched, len(states), 1 + len(states), self._plain_keys)[1])
+        entry.record, length = self._write(grad, watched, len(entry.states), 1 + len(entry.states), self._plain_keys)
+        if not length:
+            entry.record = None
+        return length > 0
 
-    def _write(self, grad: Tensor, watched: Sequence[Tensor], states: int, full: int, strict: int) -> tuple[array[int], int]:
-        words = [id(grad)]
-        for t in watched:
-            words += (id(t), t.itemsize)
-        objects = array("q", words)
-        record = array("q", bytes(8 * (_SIZES + 3 * watched[0].dim() + _WATCHED * len(watched))))
-        memory = len(watched) - full
-        length = self._make_record(address_of(objects), states, full, memory, grad.itemsize, strict, address_of(record))
+    def _write(self, grad: Tensor, watched: list[Tensor], states: int, full: int, strict: int) -> tuple[array[int], int]:
+        count = len(watched)
+        objects = array("q", [id(grad), *map(id, watched)])
+        record = array("q", bytes(8 * (_SIZES + 3 * watched[0].dim() + _WATCHED * count)))
+        length = self._make_record(objects.buffer_info()[0], states, full, count - full, strict, record.buffer_info()[0])
         return record, length
 
     def set(self, entry: Entry, grad: Tensor) -> None:
+        if entry.record is not None:  # it was accepted
+            if self._facts:
+                self._facts.pop(entry.slot, None)
+            self._records[entry.slot] = entry.record.buffer_info()[0]
+            return
         self.forget(entry.slot)
         full, memory = entry.watched()
         watched = [*full, *memory]
@@ -162,7 +168,7 @@ class NativeLook(Look):
         record = entry.record
         if record is not None:
             record[_ACTIVE] = entry.active
-            record[_ROW] = 0 if entry.bucket is None else entry.bucket.table.address + 8 * WIDTH * entry.row
+            record[_ROW] = 0 if entry.row < 0 else entry.bucket.table.address + 8 * WIDTH * entry.row
 
     def exchange(self, entry: Entry, tensors: Sequence[Any]) -> bool:
         record = entry.record
@@ -175,9 +181,9 @@ class NativeLook(Look):
         record[_ACTIVE] = entry.active
         return True
 
-    def address_of(self, entry: Entry) -> int:
+    def addresses(self, entry: Entry) -> list[int]:
         record = entry.record
-        return entry.local.data_ptr() if record is None else record[_SIZES + 3 * record[_DIM] + _ADDRESS]
+        return super().addresses(entry) if record is None else record[_SIZES + 3 * record[_DIM] + _ADDRESS :: _WATCHED].tolist()
 
     def changes(self, params: list[Tensor], grads: list[Tensor | None]) -> list[int] | None:
         expected, records, count = self._arguments
@@ -297,7 +303,7 @@ def _passes_test(library: Library, keys: int) -> bool:
     look.resize(tensors)
     entries = [entry(slot, p, s) for slot, (p, s) in enumerate(zip(tensors, states, strict=True))]
     for e, g in zip(entries, grads, strict=True):
-        if not look.probe(e.local, g, e.states, e.counter):
+        if not look.accepts(e, g):
             return False
         look.set(e, g)
     if look.changes(list(tensors), list(grads)) != [] or look.changes(tensors[1:], grads[1:]) is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tables.modes import Mode
+from ..tables.tensor_table import DTYPES
 from . import checks
 from .checks import Name
 from .low_precision import LowPrecision, parameter_key, widened
@@ -28,6 +29,26 @@ class Needs(NamedTuple):
     counts: bool  # whether there is a step counter
     counts_on_device: bool  # whether it is where a CUDA parameter is
     precision: LowPrecision
+
+    def of(self, param: Tensor) -> Kind:
+        """The same for one parameter, which is a matter of its dtype."""
+        mode = self.precision.mode_of(param)
+        counts = self.counts or mode.is_random
+        kept = (mode.state_name,) if mode.state_name else ()
+        names = (*self.state_names, *kept, *(("step",) if counts else ()))
+        return Kind(self, int(self.flags | mode), mode, self.precision.state_dtype_of(param), counts, names, frozenset(names))
+
+
+class Kind(NamedTuple):
+    """What a parameter of one param group and dtype needs besides itself."""
+
+    needs: Needs
+    flags: int
+    mode: Mode
+    wanted: torch.dtype | None  # the dtype that moments and momentum have to have
+    counts: bool
+    names: tuple[str, ...]  # the entries of the state that are used: states, what is kept, step counter
+    keys: frozenset[str]
 
 
 class Entry:
@@ -128,6 +149,54 @@ class Entry:
         return full, [] if self.counter is None else [self.counter]
 
 
+_COUNTERS = (torch.float32, torch.float64)
+
+
+def plain_entry(param: Tensor, grad: Tensor, slot: int, group: int, state: Any, kind: Kind, gradients: LocalGradients) -> Any:
+    """The entry of a parameter whose state is whole or does not exist yet, as almost all are; None if it takes a closer look.
+
+    Only dtypes are checked here. Types, shapes, strides, devices and memory are for the watch to check as it records them.
+    """
+    param_dtype, grad_dtype = param.dtype, grad.dtype
+    if kind.mode is not Mode.ROUND or param_dtype not in DTYPES:
+        return None
+    if grad_dtype is not param_dtype and not checks.may_be_mixed(grad_dtype, param_dtype):
+        return None
+    new: dict[str, Any] = {}
+    counter = None
+    names = kind.needs.state_names
+    if not state:
+        states = [torch.zeros_like(param, dtype=kind.wanted) for _ in names]
+        new.update(zip(names, states, strict=True))
+        if kind.counts:
+            counter = new["step"] = torch.tensor(0.0, dtype=scalar_dtype(), device="cpu")
+    elif state.keys() == kind.keys:
+        states = [state[key] for key in names]
+        counter = state["step"] if kind.counts else None
+    else:
+        return None
+    dtype = param_dtype
+    try:
+        for i, t in enumerate(states):
+            if i and t.dtype is not dtype:
+                return None
+            dtype = t.dtype
+        if counter is not None and (counter.dtype not in _COUNTERS or counter.numel() != 1):
+            return None
+    except AttributeError:  # not a tensor
+        return None
+    if kind.wanted not in (None, dtype) or (dtype is not param_dtype and not checks.is_state_dtype(dtype, param_dtype)):
+        return None
+    e = Entry()
+    e.param = e.local = param
+    e.slot, e.group, e.gradients, e.mode, e.flags, e.names = slot, group, gradients, kind.mode, kind.flags, kind.names
+    e.ranks, e.state, e.new, e.first_step, e.key = (), state, new, bool(new), 0
+    e.states, e.kept, e.counter, e.state_dtype, e.grad_dtype = states, None, counter, dtype, grad_dtype
+    e.copies, e.is_regular, e.numel = False, True, param.numel()
+    e.active, e.record, e.place, e.bucket, e.row = True, None, None, None, -1
+    return e
+
+
 def make_entry(
     param: Tensor,
     grad: Tensor,
@@ -137,41 +206,33 @@ def make_entry(
     group: int,
     state: Any,
     pending: Mapping[str, Any],
-    needs: Needs,
+    kind: Kind,
     gradients: LocalGradients,
-    is_cuda: bool,
-    checked: bool,
+    on_device: bool,
     name: Name,
 ) -> Entry:
     """Check a parameter that has a gradient, its gradient and its state, and prepare the state it lacks.
 
-    ``number`` names its stream of random bits. ``pending`` holds state that waits for a first step. ``checked``: the watch has
-    compared shapes, strides and memory of parameter, gradient and existing state, which are plain tensors on the CPU.
+    ``number`` names its stream of random bits. ``pending`` holds state that waits for a first step. ``on_device``: whether
+    steps are counted on the parameter's device.
 
     Raises:
         RuntimeError: if the step cannot be made; the message names the parameter, what is wrong and what to do.
     """
-    precision = needs.precision
-    mode = precision.mode_of(param)
-    wanted = precision.state_dtype_of(param)
-    found: Mapping[str, Any] = state or {}
-    if pending:
-        found = {**found, **pending}
-    if not checked:
-        checks.check_param(param, name)
-        checks.check_grad(param, grad, lambda: gradients.of(param), name)
+    mode, wanted, needs = kind.mode, kind.wanted, kind.needs
+    found: Mapping[str, Any] = {**(state or {}), **pending}
+    checks.check_param(param, name)
+    checks.check_grad(param, grad, lambda: gradients.of(param), name)
     checks.check_mode(param, mode, found, name)
     missing = [key for key in needs.state_names if found.get(key) is None and key not in needs.optional_states]
-    counts = needs.counts or mode.is_random
     if needs.counts and found.get("step") is None:
         missing.append("step")
     checks.check_whole(found, missing, name)
 
     e = Entry()
     e.param, e.slot, e.group, e.gradients, e.mode = param, slot, group, gradients, mode
-    sharded = is_dtensor(param)
-    e.local, e.ranks = (local(param), ranks_of(param)) if sharded else (param, ())
-    e.flags = needs.flags | mode
+    e.local, e.ranks = local(param), ranks_of(param)
+    e.flags, e.names = kind.flags, kind.names
     e.state, e.new, e.first_step = state, dict(pending), False
     e.states = []
     for key in needs.state_names:
@@ -180,12 +241,11 @@ def make_entry(
         if value is None:
             value = e.new[key] = torch.zeros_like(param, dtype=wanted or param.dtype)
         else:
-            value = _usable(e, key, value, wanted, None, checked, name)
-        e.states.append(local(value) if sharded else value)
-    e.kept = _kept(e, found, checked, name)
+            value = _usable(e, key, value, wanted, None, name)
+        e.states.append(local(value))
+    e.kept = _kept(e, found, name)
     e.counter = None
-    if counts:
-        on_device = is_cuda and needs.counts_on_device
+    if kind.counts:
         value = found.get("step")
         counter = as_counter(value, param, on_device, name)
         if not on_device and value is not None:
@@ -193,41 +253,29 @@ def make_entry(
         if counter is not value:
             e.new["step"] = counter
         e.counter = counter
-    e.names = needs.state_names
-    if mode.state_name:
-        e.names = (*e.names, mode.state_name)
-    if counts:
-        e.names = (*e.names, "step")
     e.state_dtype = e.states[0].dtype if e.states else param.dtype
     e.grad_dtype = grad.dtype
     e.numel = e.local.numel()
     e.key = 0
     if mode.is_random:
-        e.key = parameter_key(precision.seed, number) | (first_element(param) & 0xFFFFFFFF) << 32
-    if checked:
-        e.copies, e.is_regular = False, True
-    else:
-        own = gradients.of(param)
-        e.copies = needs_copy(e.local, own) if own.layout is torch.strided else False
-        e.is_regular = (
-            has_plain_type(own)
-            and not own._is_zerotensor()
-            and all(map(is_plain, (e.local, *e.states, *([] if e.kept is None else [e.kept]))))
-            and is_dense(e.local)
-        )
-    if len(e.states) > 1 and any(s.dtype is not e.state_dtype for s in e.states):
-        e.is_regular = False
+        e.key = parameter_key(needs.precision.seed, number) | (first_element(param) & 0xFFFFFFFF) << 32
+    own = gradients.of(param)
+    e.copies = needs_copy(e.local, own) if own.layout is torch.strided else False
+    e.is_regular = (
+        has_plain_type(own)
+        and not own._is_zerotensor()
+        and all(map(is_plain, (e.local, *e.states, *([] if e.kept is None else [e.kept]))))
+        and is_dense(e.local)
+        and all(s.dtype is e.state_dtype for s in e.states)
+    )
     e.active, e.record, e.place, e.bucket, e.row = True, None, None, None, -1
     return e
 
 
-def _usable(
-    e: Entry, key: str, value: Any, wanted: torch.dtype | None, only: torch.dtype | None, checked: bool, name: Name
-) -> Any:
+def _usable(e: Entry, key: str, value: Any, wanted: torch.dtype | None, only: torch.dtype | None, name: Name) -> Any:
     """A state tensor as the step can use it: itself, or a copy of another layout, dtype or sharding, which replaces it."""
     param = e.param
-    if not checked or not checks.is_state_dtype(value.dtype, param.dtype, only):
-        checks.check_state(param, key, value, name, only)
+    checks.check_state(param, key, value, name, only)
     usable = value
     if is_dtensor(param) and not matches(value, param):
         usable = redistributed(value, param)
@@ -238,14 +286,14 @@ def _usable(
     return usable
 
 
-def _kept(e: Entry, found: Mapping[str, Any], checked: bool, name: Name) -> Tensor | None:
+def _kept(e: Entry, found: Mapping[str, Any], name: Name) -> Tensor | None:
     """What the mode keeps beside a 16-bit parameter, made if there is none yet."""
     own, param = e.mode.state_name, e.param
     if own is None:
         return None
     value = found.get(own)
     if value is not None:
-        value = _usable(e, own, value, None, e.mode.state_dtype, checked, name)
+        value = _usable(e, own, value, None, e.mode.state_dtype, name)
     elif e.mode is Mode.MASTER:
         value = e.new[own] = torch.empty_like(param, dtype=torch.float32).copy_(param.detach())
     else:

@@ -106,6 +106,11 @@ class Ranges:
         self._of[slot] = start, start + extent * tensor.element_size(), slot
         self._sorted = []
 
+    def fill(self, slot: int, start: int, size: int) -> None:
+        """A tensor fills that much memory."""
+        self._of[slot] = start, start + size, slot
+        self._sorted = []
+
     def move(self, slot: int, start: int) -> None:
         """The same tensor begins somewhere else."""
         if (known := self._of.get(slot)) is not None:

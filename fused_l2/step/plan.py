@@ -24,14 +24,13 @@ from ..engines.torch_ops import TorchPart, combined, total
 from ..engines.watch import CAME, GONE, MOVED, OTHER, SlotWatch, make_look
 from ..options import Options
 from ..parameters import checks
-from ..parameters.entry import Entry, Needs, make_entry
+from ..parameters.entry import Entry, Kind, Needs, make_entry, plain_entry
 from ..parameters.low_precision import lost_decay
 from ..parameters.memory import Ranges
 from ..parameters.shards import LocalGradients, Shards, gradients_of, is_dtensor, local, ranks_of, sum_over
 from ..statistics import GivenRows, Record, Recorded, rows_of
 from ..tables.control import Control, Prologue
 from ..tables.modes import HALVES, STATE_NAMES, Mode
-from ..tables.tensor_table import DTYPES
 from .hyperparameters import DeviceValues, is_on_device
 from .rules import UpdateRule
 from .state import ParamState, changes
@@ -82,7 +81,7 @@ class Plan:
         self._state: Any = None
         self._state_changes = -1
         self._has_foreign_state = False  # dictionaries that do not count changes
-        self._uncommitted: list[Entry] = []
+        self._uncommitted: dict[int, Entry] = {}  # by slot: those with new state
 
         self._by_place: dict[Any, Part] = {}
         self.parts: list[Part] = []  # those with something to step; other devices first: they work while the CPU does
@@ -243,8 +242,7 @@ class Plan:
         self._entries[e.slot] = None
         self._ranges.remove(e.slot)
         self._look.forget(e.slot)
-        if e.new:
-            self._uncommitted = [u for u in self._uncommitted if u is not e]
+        self._uncommitted.pop(e.slot, None)
 
     # Mending.
 
@@ -263,7 +261,7 @@ class Plan:
             e = self._entries[slot]
             assert e is not None
             if change & MOVED:
-                self._ranges.move(slot, self._look.address_of(e))
+                self._ranges.move(slot, self._look.addresses(e)[0])
                 ranges_changed = True
                 e.place.moved(e)
             if change & CAME:
@@ -279,15 +277,19 @@ class Plan:
                 self._forget(old)
         self._stale = set()
         for e in made:
-            self._ranges.put(e.slot, e.local)
+            if e.record is not None:  # accepted: it fills its memory
+                self._ranges.fill(e.slot, self._look.addresses(e)[0], e.numel * e.local.itemsize)
+            else:
+                self._ranges.put(e.slot, e.local)
         if made or ranges_changed:
             later = self._ranges.later()
             moving = later ^ self._later
             self._later = later
+            placed = {e.slot for e in made}
             for e in made:
                 self._place(e, touched)
             for slot in moving:
-                if (entry := self._entries[slot]) is not None and entry not in made:
+                if (entry := self._entries[slot]) is not None and entry.place is not None and slot not in placed:
                     self._place(entry, touched)
                     made.append(entry)  # whose row has no gradient yet
         self._settle(touched)
@@ -306,57 +308,52 @@ class Plan:
     def _make_entries(self, groups: Groups) -> list[Entry]:
         """New entries for stale slots that have a gradient. Nothing is changed."""
         made: list[Entry] = []
-        new: dict[int, dict[str, Any]] = {id(e.param): e.new for e in self._uncommitted if e.slot not in self._stale}
+        new: dict[int, dict[str, Any]] = {id(e.param): e.new for e in self._uncommitted.values() if e.slot not in self._stale}
+        kinds: dict[tuple[int, torch.dtype], Kind] = {}
         for slot in sorted(self._stale):
             grad = self._grads[slot]
             if grad is None:
                 continue
             param, index = self._params[slot], self._group_of[slot]
-            group = groups[index]
-            position = slot - (self._ends[index] - len(group["params"]))
+            state = self._state.get(param)
             # A parameter that is listed twice has one state.
-            pending = new.get(id(param)) or self._waiting.get(param) or {}
-            own = self._state.get(param)
-            needs = self._groups[index].needs
+            pending = new.get(id(param)) or (self._waiting.get(param) if self._waiting else None) or {}
+            key = index, param.dtype
+            kind = kinds.get(key)
+            if kind is None:
+                kind = kinds[key] = self._groups[index].needs.of(param)
             device = engines.device_of(param)
-            if self._on_device and device.type == "cuda":
-                needs = needs._replace(counts_on_device=True)
-            e = make_entry(
-                param,
-                param.grad,  # type: ignore[arg-type]
-                slot=slot,
-                number=self._first + slot,
-                group=index,
-                state=own,
-                pending=pending,
-                needs=needs,
-                gradients=self._gradients,
-                is_cuda=device.type == "cuda",
-                checked=device.type == "cpu" and self._is_checked(param, grad, own or {}, pending, needs),
-                name=lambda group=group, index=index, position=position: checks.describe(group, index, position),  # type: ignore[misc]
-            )
+            e: Entry | None = None
+            if device.type == "cpu" and not pending:
+                e = plain_entry(param, grad, slot, index, state, kind, self._gradients)
+            if e is None or not self._look.accepts(e, grad):
+                e = make_entry(
+                    param,
+                    param.grad,  # type: ignore[arg-type]
+                    slot=slot,
+                    number=self._first + slot,
+                    group=index,
+                    state=state,
+                    pending=pending,
+                    kind=kind,
+                    gradients=self._gradients,
+                    on_device=device.type == "cuda" and (kind.needs.counts_on_device or bool(self._on_device)),
+                    name=self._namer(groups, slot),
+                )
             if e.new:
                 new[id(param)] = e.new
             made.append(e)
         return made
 
-    def _is_checked(
-        self, param: Tensor, grad: Tensor, state: Mapping[str, Any], pending: Mapping[str, Any], needs: Needs
-    ) -> bool:
-        """Whether the watch sees at once that all is in order."""
-        names = (*needs.state_names, *STATE_NAMES)
-        tensors = [t for name in names if (t := pending.get(name, state.get(name))) is not None]
-        counter = state.get("step")
-        if not checks.may_be_mixed(grad.dtype, param.dtype) or param.dtype not in DTYPES:
-            return False
-        if not all(isinstance(t, Tensor) for t in tensors):
-            return False
-        return self._look.probe(param, grad, tensors, counter if isinstance(counter, Tensor) else None)
+    def _namer(self, groups: Groups, slot: int) -> checks.Name:
+        index = self._group_of[slot]
+        position = slot - (self._ends[index] - len(groups[index]["params"]))
+        return lambda: checks.describe(groups[index], index, position)
 
     def _place(self, e: Entry, touched: dict[Part, None]) -> None:
         """Give an entry to the part that steps it."""
         device = None
-        if e.slot not in self._later and engines.has_engine(e, self._rule.rule):
+        if e.slot not in self._later and (e.record is not None or engines.has_engine(e, self._rule.rule)):
             device = engines.device_of(e.local)
         key = (device, e.ranks if self._is_measured else ()) if device is not None else None
         part = self._by_place.get(key)
@@ -364,23 +361,23 @@ class Plan:
             flags = self._options.flags
             part = engines.make_part(device, self._rule.rule, key[1] if key else (), flags, bool(self._on_device))
             self._by_place[key] = part
+        self._look.set(e, self._grads[e.slot])
         old = self._entries[e.slot]
         if old is not None and old.place is part:
-            part.replace(old, e)
+            part.replace(old, e, self._look.addresses(e))
         else:
             if old is not None and old.place is not None:
                 old.place.remove(old)
                 touched[old.place] = None
-            part.add(e)
-        if old is not None and old is not e and old.new:
-            self._uncommitted = [u for u in self._uncommitted if u is not old]
-        if e.new and all(u is not e for u in self._uncommitted):
-            self._uncommitted.append(e)
+            part.add(e, self._look.addresses(e))
+        if e.new:
+            self._uncommitted[e.slot] = e
+        else:
+            self._uncommitted.pop(e.slot, None)
         self._entries[e.slot], e.place = e, part
         self._watch_state(e)
         touched[part] = None
         e.active = True
-        self._look.set(e, self._grads[e.slot])
         self._look.placed(e)
 
     def _settle(self, touched: Iterable[Part]) -> None:
@@ -414,9 +411,8 @@ class Plan:
         if not unexpected:
             return
         for e in unexpected:
-            group, position = groups[e.group], e.slot - (self._ends[e.group] - len(groups[e.group]["params"]))
             if e.counter is not None:
-                checks.check_counter(e.counter, lambda: checks.describe(group, e.group, position))  # noqa: B023
+                checks.check_counter(e.counter, self._namer(groups, e.slot))
             part.recount(e)
         self._coefficients_due = True
         self._settle([part])
@@ -435,7 +431,7 @@ class Plan:
     @property
     def host_must_know(self) -> bool:
         """Whether the host has to know if the step is made: it steps some tensors itself, or has to create states."""
-        return self._on_host or any(e.active for e in self._uncommitted)
+        return self._on_host or any(e.active for e in self._uncommitted.values())
 
     @torch.no_grad()
     def decide(self, prologue: Prologue) -> Tensor | Control:
@@ -477,21 +473,18 @@ class Plan:
 
     def commit(self, state: Any) -> None:
         """Every check has passed: all of a parameter's new state becomes visible at once."""
-        left = []
-        for e in self._uncommitted:
-            if not e.active:
-                left.append(e)
-                continue
+        active = [e for e in self._uncommitted.values() if e.active]
+        for e in active:
             own = state.get(e.param)
             if own is None:
                 own = state[e.param] = ParamState(e.new)
             elif type(own) is ParamState:
-                own.put(e.new, [u for u in self._uncommitted if u.param is e.param])
+                own.put(e.new, [u for u in active if u.param is e.param])
             else:
                 own.update(e.new)
             e.state, e.new = own, {}
             self._watch_state(e)
-        self._uncommitted = left
+            del self._uncommitted[e.slot]
         self._state_changes = changes()
 
     def _watch_state(self, e: Entry) -> None:
@@ -552,7 +545,7 @@ class Plan:
 
     def lost_decay(self) -> str | None:
         """A warning, if rounding will leave nothing of the weight decay of some parameter."""
-        for e in self._uncommitted or self._entries:
+        for e in self._uncommitted.values() or self._entries:
             if e is None or e.mode is not Mode.ROUND or e.local.dtype not in HALVES:
                 continue
             numbers = self._groups[e.group].numbers

@@ -51,7 +51,8 @@ class ParamState(dict[str, Any]):
 
     def watch(self, entry: Entry) -> None:
         """This entry holds tensors of the state."""
-        self._watchers = (*(w for w in self._watchers if w() not in (None, entry)), weakref.ref(entry))
+        others = tuple(w for w in self._watchers if w() not in (None, entry)) if self._watchers else ()
+        self._watchers = (*others, weakref.ref(entry))
 
     def put(self, new: dict[str, Any], by: Sequence[Entry]) -> None:
         """Take over what a step made, which the entries ``by`` whom hold already."""
