@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 import fused_l2
+from fused_l2.engines.torch_ops import TorchPart
 from fused_l2.tables.tensor_table import Flag, Rule
 
 from . import machine, providers, timing
@@ -117,7 +118,7 @@ def measure(case: Case, optimizer: str, device: str, rounds: int) -> dict[str, A
     names = [name for name in providers.PROVIDERS if name not in ("torch for-loop", "torch.compile")]
     contest = providers.Contest(case, optimizer, OPTIMIZERS[optimizer], device, names)
     plan = contest.optimizers["fused_l2"]._stepper._plan
-    if plan is None or any(part.on_host for part in plan.parts):
+    if plan is None or not plan.parts or isinstance(plan.parts[-1], TorchPart):
         raise RuntimeError("fused_l2 stepped with plain PyTorch, so torch would be compared with itself; a warning said why")
     numel = sum(math.prod(shape) for shape in case.shapes)
     step_bytes = numel * case.dtype.itemsize * sum(STREAMS[optimizer])

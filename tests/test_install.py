@@ -73,35 +73,71 @@ def test_no_top_level_kernels_is_installed():
 
 # From the ground up. A module may import what stands on a lower line, or beside it.
 FLOORS = [
-    {"_version", "tables.coefficients", "parameters.shards", "step.state"},
+    {"_version", "tables.coefficients", "parameters.shards"},
     {"tables.tensor_table"},
-    {"tables.modes"},
-    {"parameters.low_precision"},
-    {"tables.control", "decay", "statistics", "engines.cpu", "engines.torch_ops", "reference", "kernels.layout"},
+    {"tables.modes", "tables.control", "statistics", "reference", "kernels.layout"},
+    {"parameters.low_precision", "parameters.memory"},
+    {"parameters.checks"},
+    {"parameters.entry"},
+    {"options"},
     {"kernels.sums", "kernels.update_rules", "kernels.low_precision"},
-    {"kernels.multi_tensor", "kernels.write"},
-    {"kernels.norms", "kernels.control", "kernels.coefficients"},
+    {"kernels.multi_tensor", "kernels.norms", "kernels.write"},
+    {"kernels.control", "kernels.coefficients"},
     {"kernels.launch"},
-    {"engines.cuda"},
-    {"engines.device_tables"},
+    {"engines.cpu", "engines.cuda"},
+    {"engines.device_tables", "engines.watch", "engines.part"},
+    {"engines.cpu_part", "engines.cuda_part", "engines.torch_ops"},
     {"engines"},
-    {"parameters.entry", "step.hyperparameters", "engines.watch"},
-    {"engines.part"},
+    {"step.hyperparameters", "step.state"},
+    {"step.rules"},
     {"step.plan"},
+    {"step.stepper"},
     {"optimizer"},
     {"adam", "sgd", "backward", "checkpoint"},
 ]
+ROOMS = ("tables", "parameters", "engines", "step")
+
+
+def imports_of(module: str) -> set[str]:
+    """What a module of the package imports of the package: anywhere in it, within functions and for type checkers, too."""
+    height = {m for floor in FLOORS for m in floor}
+    file = Path(importlib.util.find_spec(f"fused_l2.{module}").origin)  # kernels/ stands beside the package
+    inside = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        base = inside[: len(inside) - node.level + 1] + (node.module.split(".") if node.module else [])
+        for name in node.names:
+            whole = ".".join([*base, name.name])
+            found.add(whole if whole in height else ".".join(base))
+    return found - {"kernels"}
 
 
 def test_a_module_imports_only_below_itself():
     height = {module: i for i, floor in enumerate(FLOORS) for module in floor}
     for module, level in height.items():
-        file = Path(importlib.util.find_spec(f"fused_l2.{module}").origin)  # kernels/ stands beside the package
-        inside = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
-        for node in ast.parse(file.read_text()).body:  # imports for type checkers stand in an `if` and do not count
-            if not isinstance(node, ast.ImportFrom) or node.level == 0:
-                continue
-            base = inside[: len(inside) - node.level + 1] + (node.module.split(".") if node.module else [])
-            for name in node.names:
-                imported = ".".join([*base, name.name]) if ".".join([*base, name.name]) in height else ".".join(base)
-                assert height[imported] <= level, f"{module} imports {imported}, which stands above it"
+        for imported in imports_of(module):
+            assert height[imported] <= level, f"{module} imports {imported}, which stands above it"
+
+
+def test_rooms_import_one_way():
+    height = {room: i for i, room in enumerate(ROOMS)}
+    for module in (m for floor in FLOORS for m in floor if m.split(".")[0] in ROOMS):
+        room = module.split(".")[0]
+        for imported in imports_of(module):
+            other = imported.split(".")[0]
+            assert height.get(other, -1) <= height[room], f"{module} imports {imported}, which stands in a room above"
+
+
+def test_every_module_has_its_floor():
+    standing = {m for floor in FLOORS for m in floor}
+    apart = {"__init__", "__main__", "demo"}  # what users call, not what others import
+    for file in [*(ROOT / "fused_l2").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        if file.parent.name == "weight_decay" or "kernels" in file.relative_to(ROOT).parts[1:]:
+            continue
+        parts = (
+            file.relative_to(ROOT / "fused_l2").with_suffix("").parts if file.parts[-2] != "kernels" else ("kernels", file.stem)
+        )
+        if parts[-1] != "__init__" and parts[-1] not in apart:
+            assert ".".join(parts) in standing, f"{file} has no line in FLOORS"

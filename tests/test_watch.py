@@ -49,7 +49,7 @@ CHANGES = {
     "other memory": of_data(torch.clone),
     "transposed": of_data(torch.t),
     "another shape": of_data(lambda t: t.view(3, 8)),
-    "another dtype": of_data(lambda t: t.view(torch.int32)),
+    "another dtype": of_data(lambda t: t.to(torch.bfloat16)),
     "freed": lambda t: t.untyped_storage().resize_(0),
     "resized": lambda t: t.resize_(2, 2),
 }

@@ -362,14 +362,15 @@ class Plan:
             part = engines.make_part(device, self._rule.rule, key[1] if key else (), flags, bool(self._on_device))
             self._by_place[key] = part
         self._look.set(e, self._grads[e.slot])
+        addresses = [] if device is None else self._look.addresses(e)
         old = self._entries[e.slot]
         if old is not None and old.place is part:
-            part.replace(old, e, self._look.addresses(e))
+            part.replace(old, e, addresses)
         else:
             if old is not None and old.place is not None:
                 old.place.remove(old)
                 touched[old.place] = None
-            part.add(e, self._look.addresses(e))
+            part.add(e, addresses)
         if e.new:
             self._uncommitted[e.slot] = e
         else:

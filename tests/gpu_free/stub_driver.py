@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import shutil
 import subprocess
 import sysconfig
@@ -76,6 +77,7 @@ def stub_driver() -> Iterator[Any]:
     try:
         yield stub
     finally:
+        gc.collect()  # kernels ask the driver when they go
         driver._active = None
 
 
