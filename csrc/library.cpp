@@ -50,9 +50,12 @@ FUSED_L2_EXPORT int64_t fused_l2_make_record(const int64_t* objects, int64_t sta
                                              int64_t strict, int64_t* out) {
   return make_record(objects, states, full, memory, strict, out);
 }
-FUSED_L2_EXPORT int64_t fused_l2_look(int64_t params, int64_t grads, const int64_t* expected, const int64_t* records,
-                                      int64_t count, int64_t none, int64_t* changed) {
-  return look(params, grads, expected, records, count, none, changed);
+FUSED_L2_EXPORT void fused_l2_make_records(const int64_t* objects, int64_t states, int64_t memory, int64_t strict,
+                                           const int64_t* out, int64_t count, int64_t* lengths) {
+  make_records(objects, states, memory, strict, out, count, lengths);
+}
+FUSED_L2_EXPORT int64_t fused_l2_look(int64_t params, int64_t grads, const Slots* slots) {
+  return look(params, grads, *slots);
 }
 FUSED_L2_EXPORT int64_t fused_l2_words_hold(const int64_t* addresses, const int64_t* expected, int64_t count) {
   return words_hold(addresses, expected, count);

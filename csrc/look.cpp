@@ -212,16 +212,24 @@ int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_
   return w - out;
 }
 
-int64_t look(int64_t params, int64_t grads, const int64_t* expected, const int64_t* records, int64_t count,
-             int64_t none, int64_t* changed) {
+void make_records(const int64_t* objects, int64_t states, int64_t memory, int64_t strict, const int64_t* out,
+                  int64_t count, int64_t* lengths) {
+  const int64_t full = 1 + states;
+  for (int64_t i = 0; i < count; ++i, objects += 1 + full + memory)
+    lengths[i] = make_record(objects, states, full, memory, strict, address<int64_t>(out[i]));
+}
+
+int64_t look(int64_t params, int64_t grads, const Slots& slots) {
+  const int64_t *const expected = slots.expected, *const records = slots.records;
+  const int64_t count = slots.count, none = slots.none;
   if (list_size(params) != count || list_size(grads) != count) return -1;
   const int64_t *items = list_items(params), *given = list_items(grads);
   for (int64_t i = 0; i < count; ++i)
     if (items[i] != expected[i]) return -1;
   int64_t found = 0;
   const auto tell = [&](int64_t slot, int64_t what) {
-    changed[2 * found] = slot;
-    changed[2 * found + 1] = what;
+    slots.changed[2 * found] = slot;
+    slots.changed[2 * found + 1] = what;
     ++found;
   };
   constexpr int64_t kAhead = 4;

@@ -53,11 +53,24 @@ enum : int64_t { gone = 1, came = 2, moved = 4, other = 8 };
 // dispatch keys `strict`.
 int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_t memory, int64_t strict, int64_t* out);
 
+// The strict records of many parameters, each of `states` states and `memory` counters. `objects` has all of theirs,
+// one parameter behind the other, `out` where each record goes. `lengths`: what make_record() returns for each.
+void make_records(const int64_t* objects, int64_t states, int64_t memory, int64_t strict, const int64_t* out,
+                  int64_t count, int64_t* lengths);
+
+// The slots of a plan: which objects its parameters are, the address of each slot's record (0: there is none), how many
+// slots there are, the object None, and room for two words per slot.
+struct Slots {
+  const int64_t* expected;
+  const int64_t* records;
+  int64_t count;
+  int64_t none;
+  int64_t* changed;
+};
+
 // Compares every slot with its record and writes the gradients' addresses to the tables. Returns the number of slots
-// that changed, with (slot, change) for each in `changed`; -1 if the list `params` does not hold the `expected`
-// objects.
-int64_t look(int64_t params, int64_t grads, const int64_t* expected, const int64_t* records, int64_t count,
-             int64_t none, int64_t* changed);
+// that changed, with (slot, change) for each in `changed`; -1 if the list `params` does not hold the expected objects.
+int64_t look(int64_t params, int64_t grads, const Slots& slots);
 
 // Do these words of memory still hold what they held?
 bool words_hold(const int64_t* addresses, const int64_t* expected, int64_t count);

@@ -96,15 +96,19 @@ def test_the_formulas_of_the_papers(name, decoupled, rule, cautious, max_lr, dty
 
 
 def test_coefficients_are_rounded_as_written():
+    sgd = coefficients.SgdNumbers
     for lr, top, decay in ((0.1, 0.3, 0.05), (1e-3, 7e-3, 0.1)):
         rate = {"plain": lr, "fully_decoupled": lr / top, "corrected": lr * (lr / top)}
         for rule in coefficients.DecayRule:
             expected = 1 - rate[rule.name.lower()] * decay
-            assert coefficients.sgd(lr, 0.9, 0, decay, True, top, rule)[1] == expected
-            assert coefficients.adam(lr, 0.9, 0.99, 1e-8, decay, True, 3, top, rule)[1] == expected
-            assert coefficients.sgd(lr, 0.9, 0, 0.0, True, top, rule)[:2] == (0.0, 1.0)
-        assert coefficients.sgd(lr, 0.9, 0, decay, False, top, coefficients.DecayRule.CORRECTED)[:2] == (lr / top * decay, 1)
-        assert coefficients.sgd(lr, 0.9, 0, decay, True) == (decay, 1 - lr * decay, 0.9, 1, -lr)
+            assert coefficients.sgd(sgd(lr, 0.9, 0, decay, top, rule), True)[1] == expected
+            assert coefficients.adam(coefficients.AdamNumbers(lr, 0.9, 0.99, 1e-8, decay, top, rule), True, 3)[1] == expected
+            assert coefficients.sgd(sgd(lr, 0.9, 0, 0.0, top, rule), True)[:2] == (0.0, 1.0)
+        assert coefficients.sgd(sgd(lr, 0.9, 0, decay, top, coefficients.DecayRule.CORRECTED), False)[:2] == (
+            lr / top * decay,
+            1,
+        )
+        assert coefficients.sgd(sgd(lr, 0.9, 0, decay), True) == (decay, 1 - lr * decay, 0.9, 1, -lr)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -131,13 +135,11 @@ def test_cautious_in_plain_pytorch_keeps_the_signs_of_zeros(rule, exact_sqrt):
     p, g, m = (x.contiguous() for x in values.t())
     flags = Flag.DECOUPLED | Flag.CAUTIOUS | (Flag.MOMENTUM if rule is Rule.SGD else 0)
     if rule is Rule.SGD:
-        state, numbers = [m], (0.1, 0.9, 0.0, 5.0)
-        expected = reference.sgd(p, g, state, coefficients.sgd(*numbers, True), flags, False)
+        state, whole = [m], coefficients.SgdNumbers(0.1, 0.9, 0.0, 5.0)
+        expected = reference.sgd(p, g, state, coefficients.sgd(whole, True), flags, False)
     else:
-        state, numbers = [m, m * m], (0.1, 0.9, 0.99, 1e-8, 5.0)
-        expected = reference.adam(p, g, state, coefficients.adam(*numbers, True, 4), flags)
-    kind = coefficients.SgdNumbers if rule is Rule.SGD else coefficients.AdamNumbers
-    whole = kind(*numbers, 1.0, 0)
+        state, whole = [m, m * m], coefficients.AdamNumbers(0.1, 0.9, 0.99, 1e-8, 5.0)
+        expected = reference.adam(p, g, state, coefficients.adam(whole, True, 4), flags)
     torch_ops.step(rule, flags, whole, [p], [g], [[t] for t in state], [torch.tensor(3.0)], first_step=False)
     assert_same_bits([p, *state], [expected[0], *expected[1]])
 

@@ -125,9 +125,9 @@ def test_the_library_and_plain_pytorch_have_the_bits_of_the_definition(signature
     (params, made), (twins, by_torch) = build(), build()
     flags = made._rule.flags(made._values(made.param_groups[0]), made._stepper.options)
     row = (
-        coefficients.sgd(0.1, 0.9, 0, 0.05, False)
+        coefficients.sgd(coefficients.SgdNumbers(0.1, 0.9, 0, 0.05), False)
         if kind is Rule.SGD
-        else coefficients.adam(0.1, 0.9, 0.99, 1e-8, 0.05, False, 7)
+        else coefficients.adam(coefficients.AdamNumbers(0.1, 0.9, 0.99, 1e-8, 0.05), False, 7)
     )
     wanted = []
     for i, p in enumerate(params):
@@ -161,7 +161,9 @@ def reference_adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps,
     for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         step += 1
         beta1, beta2, eps = options["beta1"], options["beta2"], options["eps"]
-        row = coefficients.adam(options["lr"], beta1, beta2, eps, options["weight_decay"], False, float(step))
+        row = coefficients.adam(
+            coefficients.AdamNumbers(options["lr"], beta1, beta2, eps, options["weight_decay"]), False, float(step)
+        )
         new, new_states = reference.adam(p, g, [m, v], row, 0)
         for old, value in zip((p, m, v), (new, *new_states), strict=True):
             old.copy_(value)

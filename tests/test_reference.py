@@ -69,7 +69,7 @@ def test_sgd(signature, decay, momentum, maximize, capability):
         cautious=cautious,
     )  # fmt: skip
     flags = made._rule.flags(made._values(made.param_groups[0]), made._stepper.options)
-    row = coefficients.sgd(lr, mu, dampening, wd, decoupled)
+    row = coefficients.sgd(coefficients.SgdNumbers(lr, mu, dampening, wd), decoupled)
     for i, p in enumerate(params):
         state = [tensor(p.numel(), state_dtype, 3 * i + 2)] if mu else []
         if mu and not first:
@@ -105,7 +105,7 @@ def test_adam(signature, decay, amsgrad, maximize, beta1, capability):
         params, lr, (beta1, beta2), eps, wd, amsgrad, maximize=maximize, decoupled_weight_decay=decoupled, cautious=cautious
     )
     flags = made._rule.flags(made._values(made.param_groups[0]), made._stepper.options)
-    row = coefficients.adam(lr, beta1, beta2, eps, wd, decoupled, step)
+    row = coefficients.adam(coefficients.AdamNumbers(lr, beta1, beta2, eps, wd), decoupled, step)
     for i, p in enumerate(params):
         state = [tensor(p.numel(), state_dtype, 5 * i + 2 + k, positive=k > 0) for k in range(len(names))]
         made.state[p]["step"] = torch.tensor(float(step - 1))
@@ -126,11 +126,12 @@ def test_plain_pytorch_engine_sgd(signature, nesterov, decay, decay_rule):
     dtype, state_dtype = signature
     flags = Flag.MOMENTUM | (Flag.NESTEROV if nesterov else 0) | decay
     numbers = (0.1, 0.9, 0.0, 0.05)
-    row = coefficients.sgd(*numbers, bool(decay), 0.3, decay_rule)
+    whole = coefficients.SgdNumbers(*numbers, 0.3, decay_rule)
+    row = coefficients.sgd(whole, bool(decay))
     p, g, b = (tensor(1003, d, s, special=False) for d, s in ((dtype, 1), (dtype, 2), (state_dtype, 3)))
     expected, expected_states = reference.sgd(p, g, [b], row, flags, False)
     kept = g.clone()
-    torch_ops.step(Rule.SGD, flags, coefficients.SgdNumbers(*numbers, 0.3, decay_rule), [p], [g], [[b]], [], first_step=False)
+    torch_ops.step(Rule.SGD, flags, whole, [p], [g], [[b]], [], first_step=False)
     assert_same_bits([p, b], [expected, *expected_states])
     assert_same_bits(g, kept, "T52: the gradient")
 
@@ -144,10 +145,10 @@ def test_plain_pytorch_engine_adam(signature, decay, decay_rule, amsgrad, exact_
     numbers = (0.1, 0.9, 0.99, 1e-8, 0.05)
     p, g = (tensor(1003, dtype, s, special=False) for s in (1, 2))
     state = [tensor(1003, state_dtype, 3 + k, positive=k > 0, special=False) for k in range(3 if amsgrad else 2)]
-    row = coefficients.adam(*numbers, bool(decay), 7, 0.3, decay_rule)
+    whole = coefficients.AdamNumbers(*numbers, 0.3, decay_rule)
+    row = coefficients.adam(whole, bool(decay), 7)
     expected, expected_states = reference.adam(p, g, state, row, flags)
     counter = torch.tensor(6.0)
-    whole = coefficients.AdamNumbers(*numbers, 0.3, decay_rule)
     torch_ops.step(Rule.ADAM, flags, whole, [p], [g], [[t] for t in state], [counter], first_step=False)
     assert_same_bits([p, *state], [expected, *expected_states])
     assert counter.item() == 7

@@ -39,7 +39,8 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "set_offsets": (None, (_INTEGER, _INTEGER, _INTEGER)),
     "release": (None, (_INTEGER,)),
     "make_record": (_INTEGER, (_POINTER, _INTEGER, _INTEGER, _INTEGER, _INTEGER, _POINTER)),
-    "look": (_INTEGER, (_INTEGER, _INTEGER, _POINTER, _POINTER, _INTEGER, _INTEGER, _POINTER)),
+    "make_records": (None, (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _POINTER)),
+    "look": (_INTEGER, (_INTEGER, _INTEGER, _POINTER)),
     "words_hold": (_INTEGER, (_POINTER, _POINTER, _INTEGER)),
     "unexpected_counts": (_INTEGER, (_POINTER, _INTEGER, _POINTER)),
     "count": (None, (_POINTER, _INTEGER)),
@@ -86,6 +87,7 @@ class Library:
         self.measure_grads = self._long.fused_l2_measure_grads
         self.count = self._short.fused_l2_count
         self.make_record = self._short.fused_l2_make_record
+        self.make_records = self._short.fused_l2_make_records
         self.set_offsets = self._short.fused_l2_set_offsets
         self.words_hold = self._short.fused_l2_words_hold
         self.release = self._short.fused_l2_release

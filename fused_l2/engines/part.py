@@ -194,13 +194,16 @@ class Bucket:
         """Compute the coefficient rows of the coming step."""
         if self.on_device:
             return
-        scalars, steps = self.table.scalars, self.table.steps
+        flags, steps, members = self.flags, self.table.steps, self._members
+        unused = (0.0,) * coefficients.STEP_COUNT
+        scalars: list[float] = []
         for k, group in enumerate(self.groups):
-            if self._members[k]:
-                row = row_of(numbers[group], self.flags, steps[k] + 1)
-                start = coefficients.WIDTH * k
-                scalars[start : start + len(row)] = array("d", row)
-                scalars[start + coefficients.STEP_COUNT] = steps[k] + 1
+            step = steps[k] + 1
+            row = row_of(numbers[group], flags, step) if members[k] else unused
+            scalars += row
+            scalars += unused[len(row) :]
+            scalars.append(step)
+        self.table.scalars[: len(scalars)] = array("d", scalars)
 
     def stepped(self) -> None:
         """A step was made: what the next one expects to find."""
@@ -325,7 +328,7 @@ class TablePart(Part):
         self._copies: list[Tensor] = []
 
     def _bucket_of(self, entry: Entry) -> Bucket:
-        signature = (entry.flags, entry.local.dtype, entry.grad_dtype, entry.state_dtype)
+        signature = entry.flags, entry.param.dtype, entry.grad_dtype, entry.state_dtype
         bucket = self._by_signature.get(signature)
         if bucket is None:
             bucket = Bucket(self._rule, entry.flags, signature[1:], self._factor, self._on_device)

@@ -229,7 +229,7 @@ def _sgd(
     first_step: bool,
 ) -> None:
     n, decoupled = numbers, bool(flags & Flag.DECOUPLED)
-    weight_decay, decay = coefficients.decay(n.lr, n.weight_decay, decoupled, n.max_lr, n.decay_rule)
+    weight_decay, decay = coefficients.decay(n, decoupled)
     cautious = bool(flags & Flag.CAUTIOUS) and weight_decay != 0
     if decoupled:
         if not cautious:
@@ -272,7 +272,7 @@ def _adam(
     counters: list[Tensor],
 ) -> None:
     n, decoupled = numbers, bool(flags & Flag.DECOUPLED)
-    weight_decay, decay = coefficients.decay(n.lr, n.weight_decay, decoupled, n.max_lr, n.decay_rule)
+    weight_decay, decay = coefficients.decay(n, decoupled)
     cautious = bool(flags & Flag.CAUTIOUS) and weight_decay != 0
     if decoupled and (cautious or n.decay_rule != coefficients.DecayRule.PLAIN):  # plain is torch's own
         if not cautious:

@@ -48,10 +48,10 @@ class Look:
         self._params = params
         self._facts = {slot: facts for slot, facts in self._facts.items() if slot < len(params)}
 
-    def accepts(self, entry: Entry, grad: Tensor) -> bool:
-        """Whether these are plain CPU tensors that lie in memory alike and have memory, which passes most checks at once. Their
-        record is made on the way."""
-        return False
+    def accepted(self, entries: Sequence[Entry], grads: Sequence[Any]) -> dict[int, Entry]:
+        """By slot, those of which all tensors are plain ones on the CPU that lie in memory alike and have memory, which passes
+        most checks at once. Their records are made on the way."""
+        return {}
 
     def set(self, entry: Entry, grad: Tensor) -> None:
         """This is how the entry, which has this gradient, is now."""
@@ -111,11 +111,13 @@ class NativeLook(Look):
 
     def __init__(self, library: Library, keys: int) -> None:
         super().__init__()
-        self._look, self._make_record, self._plain_keys = library.look, library.make_record, keys
+        self._look, self._plain_keys = library.look, keys
+        self._make_record, self._make_records = library.make_record, library.make_records
         self._expected = array("q")
         self._records = array("q")
         self._changed = array("q")
-        self._arguments: tuple[int, int, int] = (0, 0, 0)
+        self._slots = array("q", bytes(40))  # struct Slots
+        self._address = address_of(self._slots)
 
     def resize(self, params: list[Tensor]) -> None:
         super().resize(params)
@@ -123,24 +125,37 @@ class NativeLook(Look):
         self._expected = array("q", map(id, params))
         self._records = array("q", [*self._records, *[0] * count][:count])
         self._changed = array("q", bytes(16 * max(count, 1)))
-        self._arguments = address_of(self._expected), address_of(self._records), count
+        self._slots[:] = array(
+            "q", [address_of(self._expected), address_of(self._records), count, id(None), address_of(self._changed)]
+        )
 
-    def accepts(self, entry: Entry, grad: Tensor) -> bool:
-        counter = entry.counter
-        watched = [entry.local, *entry.states] if counter is None else [entry.local, *entry.states, counter]
-        if type(grad) is not Tensor or not PLAIN_TYPES.issuperset(map(type, watched)):
-            return False
-        entry.record, length = self._write(grad, watched, len(entry.states), 1 + len(entry.states), self._plain_keys)
-        if not length:
-            entry.record = None
-        return length > 0
-
-    def _write(self, grad: Tensor, watched: list[Tensor], states: int, full: int, strict: int) -> tuple[array[int], int]:
-        count = len(watched)
-        objects = array("q", [id(grad), *map(id, watched)])
-        record = array("q", bytes(8 * (_SIZES + 3 * watched[0].dim() + _WATCHED * count)))
-        length = self._make_record(objects.buffer_info()[0], states, full, count - full, strict, record.buffer_info()[0])
-        return record, length
+    def accepted(self, entries: Sequence[Entry], grads: Sequence[Any]) -> dict[int, Entry]:
+        alike: dict[tuple[int, bool], list[Entry]] = {}
+        for e in entries:
+            alike.setdefault((len(e.states), e.counter is not None), []).append(e)
+        found: dict[int, Entry] = {}
+        for (states, counts), group in alike.items():
+            tensors: list[Any] = []
+            for e in group:
+                grad = grads[e.slot]
+                own: list[Any] = [e.local, *e.states, e.counter] if counts else [e.local, *e.states]
+                if type(grad) is not Tensor or not PLAIN_TYPES.issuperset(map(type, own)):
+                    continue
+                tensors.append(grad)
+                tensors += own
+                e.record = array("q", bytes(8 * (_SIZES + 3 * e.local.dim() + _WATCHED * len(own))))
+            group = [e for e in group if e.record is not None]
+            objects = array("q", map(id, tensors))
+            out = array("q", [e.record.buffer_info()[0] for e in group])  # type: ignore[union-attr]
+            lengths = array("q", bytes(8 * len(group)))
+            self._make_records(
+                objects.buffer_info()[0], states, int(counts), self._plain_keys, out.buffer_info()[0], len(group),
+                lengths.buffer_info()[0],
+            )  # fmt: skip
+            for e, length in zip(group, lengths, strict=True):
+                if length:
+                    found[e.slot] = e
+        return found
 
     def set(self, entry: Entry, grad: Tensor) -> None:
         if entry.record is not None:  # it was accepted
@@ -153,8 +168,10 @@ class NativeLook(Look):
         watched = [*full, *memory]
         readable = all(type(t) in PLAIN_TYPES for t in watched) and type(grad) in PLAIN_TYPES
         if readable and all(t.layout is torch.strided for t in (*watched, grad)) and not grad._is_zerotensor():
-            record, length = self._write(grad, watched, len(entry.states), len(full), 0)
-            if length:
+            record = array("q", bytes(8 * (_SIZES + 3 * full[0].dim() + _WATCHED * len(watched))))
+            objects = array("q", [id(grad), *map(id, watched)])
+            states, at = len(entry.states), objects.buffer_info()[0]
+            if self._make_record(at, states, len(full), len(memory), 0, record.buffer_info()[0]):
                 entry.record = record
                 self._records[entry.slot] = address_of(record)
                 return
@@ -186,12 +203,11 @@ class NativeLook(Look):
         return super().addresses(entry) if record is None else record[_SIZES + 3 * record[_DIM] + _ADDRESS :: _WATCHED].tolist()
 
     def changes(self, params: list[Tensor], grads: list[Tensor | None]) -> list[int] | None:
-        expected, records, count = self._arguments
-        found = self._look(id(params), id(grads), expected, records, count, id(None), self._changed.buffer_info()[0])
+        found = self._look(id(params), id(grads), self._address)
+        if found == 0 and not self._facts:
+            return []
         if found < 0:
             return None
-        if not (found or self._facts):
-            return []
         changed = self._changed[: 2 * found].tolist()
         if not self._facts:
             return changed
@@ -302,9 +318,9 @@ def _passes_test(library: Library, keys: int) -> bool:
     look = NativeLook(library, keys)
     look.resize(tensors)
     entries = [entry(slot, p, s) for slot, (p, s) in enumerate(zip(tensors, states, strict=True))]
+    if len(look.accepted(entries, grads)) != len(entries):
+        return False
     for e, g in zip(entries, grads, strict=True):
-        if not look.accepts(e, g):
-            return False
         look.set(e, g)
     if look.changes(list(tensors), list(grads)) != [] or look.changes(tensors[1:], grads[1:]) is not None:
         return False

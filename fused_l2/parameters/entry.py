@@ -72,6 +72,7 @@ class Entry:
         "grad_dtype",
         "gradients",
         "group",
+        "is_plain",
         "is_regular",
         "kept",
         "key",
@@ -110,6 +111,7 @@ class Entry:
     grad_dtype: torch.dtype
     first_step: bool  # SGD: the momentum buffer holds nothing yet
     copies: bool  # whether the gradient's memory is in another order than the parameter's
+    is_plain: bool  # of plain tensors on the CPU, which the watch has accepted
     is_regular: bool  # whether the tensors are such that an engine of ours can step them
     numel: int
     # The plan's: what the watch saw, and where the parameter is stepped.
@@ -192,7 +194,7 @@ def plain_entry(param: Tensor, grad: Tensor, slot: int, group: int, state: Any, 
     e.slot, e.group, e.gradients, e.mode, e.flags, e.names = slot, group, gradients, kind.mode, kind.flags, kind.names
     e.ranks, e.state, e.new, e.first_step, e.key = (), state, new, bool(new), 0
     e.states, e.kept, e.counter, e.state_dtype, e.grad_dtype = states, None, counter, dtype, grad_dtype
-    e.copies, e.is_regular, e.numel = False, True, param.numel()
+    e.copies, e.is_plain, e.is_regular, e.numel = False, True, True, param.numel()
     e.active, e.record, e.place, e.bucket, e.row = True, None, None, None, -1
     return e
 
@@ -260,6 +262,7 @@ def make_entry(
     if mode.is_random:
         e.key = parameter_key(needs.precision.seed, number) | (first_element(param) & 0xFFFFFFFF) << 32
     own = gradients.of(param)
+    e.is_plain = False
     e.copies = needs_copy(e.local, own) if own.layout is torch.strided else False
     e.is_regular = (
         has_plain_type(own)

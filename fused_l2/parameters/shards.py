@@ -1,7 +1,7 @@
 """DTensors: the shard of each that lies in this process, and sums over the processes that hold the others.
 
 A step is made on local shards, without DTensor's dispatch, which costs the host tens of microseconds for each operation on each
-tensor. That is right only where parameter, gradient and state are cut up alike. A gradient that is not, above all one of which
+tensor. That is right only where parameter, gradient and state are sharded alike. A gradient that is not, above all one of which
 every process holds a summand (``Partial``), is redistributed first.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Process groups over whose ranks a tensor is cut up, one for each dimension of its mesh that cuts it. Empty for tensors that
+# Process groups over whose ranks a tensor is sharded, one for each dimension of its mesh that shards it. Empty for tensors that
 # every process has as a whole: those of which it has a replica count once.
 Ranks = tuple[Any, ...]
 
@@ -39,7 +39,7 @@ def _waited(tensor: Any) -> Tensor:
 
 
 def like(dtensor: Any, shard: Tensor) -> Tensor:
-    """This shard as a DTensor that is cut up as another one."""
+    """This shard as a DTensor that is sharded as another one."""
     kind = type(dtensor)
     made: Tensor = kind.from_local(
         shard, dtensor.device_mesh, dtensor.placements, run_check=False, shape=dtensor.shape, stride=dtensor.stride()
@@ -48,11 +48,11 @@ def like(dtensor: Any, shard: Tensor) -> Tensor:
 
 
 def matches(tensor: Any, param: Any) -> bool:
-    """Whether two tensors are cut up alike."""
-    return _cut_alike(tensor._spec, param._spec)
+    """Whether two tensors are sharded alike."""
+    return _sharded_alike(tensor._spec, param._spec)
 
 
-def _cut_alike(a: Any, b: Any) -> bool:
+def _sharded_alike(a: Any, b: Any) -> bool:
     if a.placements != b.placements or a.mesh != b.mesh:
         return False
     # In torch >= 2.11, several dimensions of a mesh may cut one dimension of a tensor in any order.
@@ -60,7 +60,7 @@ def _cut_alike(a: Any, b: Any) -> bool:
 
 
 def redistributed(tensor: Any, param: Any) -> Any:
-    """A tensor cut up as the parameter is. Communicates: all ranks have to do it."""
+    """A tensor sharded as the parameter is. Communicates: all ranks have to do it."""
     return tensor.redistribute(param.device_mesh, param.placements)
 
 
@@ -74,7 +74,7 @@ def why_refused(tensor: Any, param: Any) -> str:
 
 
 def ranks_of(param: Any) -> Ranks:
-    """The process groups over which a parameter is cut up."""
+    """The process groups over which a parameter is sharded."""
     if not is_dtensor(param) or param.device_mesh.get_coordinate() is None:
         return ()
     mesh = param.device_mesh
@@ -131,7 +131,7 @@ def gradients_of(params: Sequence[Any]) -> list[Any]:
 
 
 class LocalGradients:
-    """The local shards of gradients. One that is not cut up as its parameter is redistributed, once per step: that is
+    """The local shards of gradients. One that is not sharded as its parameter is redistributed, once per step: that is
     communication, which all ranks have to do equally often, whatever becomes of their plans."""
 
     def __init__(self) -> None:
@@ -178,7 +178,7 @@ class Shards:
             shards = [g if spec is None else g._local_tensor for g, spec in zip(chosen, specs, strict=True)]
         if not all(map(is_, specs, self._specs)):  # with FSDP2 they are the same objects at every step
             for i, (spec, known) in enumerate(zip(specs, self._specs, strict=True)):
-                if spec is not None and spec is not known and (known is None or not _cut_alike(spec, known)):
+                if spec is not None and spec is not known and (known is None or not _sharded_alike(spec, known)):
                     if why_refused(chosen[i], self._params[i]):
                         continue  # the checks say so
                     shards[i] = self._gradients.of(self._params[i])

@@ -61,6 +61,9 @@ class Plan:
         self._rule, self._options, self._gradients = rule, options, gradients
         self._initial_lrs, self._waiting, self._first = initial_lrs, waiting, first
         self._read = rule.read
+        self._counts = rule.counts or options.precision.mode.is_random
+        self._numbers: list[Any] = []
+        self._sources: list[list[int]] = []
         self._is_measured = options.decides or options.statistics
         self._device_values, self._rereads_values = DeviceValues(), False
         self._groups: list[_Group] = []
@@ -72,7 +75,7 @@ class Plan:
         self._group_of: list[int] = []
         self._entries: list[Entry | None] = []
         self._look = make_look()
-        self._sharded = Shards([], gradients)
+        self._sharded, self._is_sharded = Shards([], gradients), False
         self._shard_watch: SlotWatch | None = None
         self._ranks: list[Any] = []
         self._ranges = Ranges()
@@ -81,11 +84,11 @@ class Plan:
         self._state: Any = None
         self._state_changes = -1
         self._has_foreign_state = False  # dictionaries that do not count changes
-        self._uncommitted: dict[int, Entry] = {}  # by slot: those with new state
+        self.uncommitted: dict[int, Entry] = {}  # by slot: those with new state
 
         self._by_place: dict[Any, Part] = {}
         self.parts: list[Part] = []  # those with something to step; other devices first: they work while the CPU does
-        self._cuda_parts: list[CudaPart] = []
+        self.cuda_parts: list[CudaPart] = []
         self._on_host = False
         self._coefficients_due = True
         self._grads: list[Any] = []  # alive until the step is done, whatever other threads do
@@ -98,7 +101,7 @@ class Plan:
 
         Raises if a hyperparameter or a tensor is invalid.
         """
-        if self._cuda_parts:
+        if self.cuda_parts:
             self._refuse_capture(groups)
         params: list[Tensor] = []
         changed = []
@@ -132,15 +135,14 @@ class Plan:
         self._grads = grads
         if found or self._stale:
             self._mend(groups, params, found)
-        elif self._sharded:
-            self._grads = grads
         for part in self.parts:
             part.take_gradients()
-            self._recount(part, groups)
+            if unexpected := part.unexpected():
+                self._recount(part, unexpected, groups)
         return True
 
     def _look_at(self, params: list[Tensor]) -> tuple[list[int] | None, list[Any]]:
-        if not self._sharded:
+        if not self._is_sharded:
             grads: list[Any] = [p.grad for p in params]
         else:
             grads = gradients_of(params)
@@ -184,6 +186,8 @@ class Plan:
             if old is None or old.numbers != group.numbers or old.sources != group.sources:
                 self._coefficients_due = True
         self._groups = [known[i] for i in range(len(groups))]
+        self._numbers = [group.numbers for group in self._groups]
+        self._sources = [group.sources for group in self._groups]
         return True
 
     def _look_at_states(self, state: Any) -> None:
@@ -230,6 +234,7 @@ class Plan:
         self._stale = {slot for slot in self._stale if slot < len(params)}
         self._look.resize(params)
         self._sharded = Shards(params, self._gradients)
+        self._is_sharded = bool(self._sharded)
         if self._is_measured:
             # Of all parameters, in an order that is the same in all processes, whichever of them have a gradient here.
             self._ranks = list(dict.fromkeys(map(ranks_of, params)))
@@ -242,7 +247,7 @@ class Plan:
         self._entries[e.slot] = None
         self._ranges.remove(e.slot)
         self._look.forget(e.slot)
-        self._uncommitted.pop(e.slot, None)
+        self.uncommitted.pop(e.slot, None)
 
     # Mending.
 
@@ -276,9 +281,12 @@ class Plan:
                 touched[old.place] = None
                 self._forget(old)
         self._stale = set()
+        at: dict[int, list[int]] = {}
         for e in made:
-            if e.record is not None:  # accepted: it fills its memory
-                self._ranges.fill(e.slot, self._look.addresses(e)[0], e.numel * e.local.itemsize)
+            self._look.set(e, self._grads[e.slot])
+            if e.is_plain:
+                addresses = at[e.slot] = self._look.addresses(e)
+                self._ranges.fill(e.slot, addresses[0], e.numel * e.local.itemsize)
             else:
                 self._ranges.put(e.slot, e.local)
         if made or ranges_changed:
@@ -287,7 +295,7 @@ class Plan:
             self._later = later
             placed = {e.slot for e in made}
             for e in made:
-                self._place(e, touched)
+                self._place(e, touched, at.get(e.slot))
             for slot in moving:
                 if (entry := self._entries[slot]) is not None and entry.place is not None and slot not in placed:
                     self._place(entry, touched)
@@ -307,41 +315,47 @@ class Plan:
 
     def _make_entries(self, groups: Groups) -> list[Entry]:
         """New entries for stale slots that have a gradient. Nothing is changed."""
-        made: list[Entry] = []
-        new: dict[int, dict[str, Any]] = {id(e.param): e.new for e in self._uncommitted.values() if e.slot not in self._stale}
+        new: dict[int, dict[str, Any]] = {id(e.param): e.new for e in self.uncommitted.values() if e.slot not in self._stale}
         kinds: dict[tuple[int, torch.dtype], Kind] = {}
-        for slot in sorted(self._stale):
-            grad = self._grads[slot]
-            if grad is None:
-                continue
+        slots = [slot for slot in sorted(self._stale) if self._grads[slot] is not None]
+        plain: list[Entry] = []
+        seen: set[int] = set()
+        for slot in slots:
             param, index = self._params[slot], self._group_of[slot]
-            state = self._state.get(param)
-            # A parameter that is listed twice has one state.
-            pending = new.get(id(param)) or (self._waiting.get(param) if self._waiting else None) or {}
-            key = index, param.dtype
-            kind = kinds.get(key)
+            kind = kinds.get((index, param.dtype))
             if kind is None:
-                kind = kinds[key] = self._groups[index].needs.of(param)
-            device = engines.device_of(param)
-            e: Entry | None = None
-            if device.type == "cpu" and not pending:
-                e = plain_entry(param, grad, slot, index, state, kind, self._gradients)
-            if e is None or not self._look.accepts(e, grad):
+                kind = kinds[index, param.dtype] = self._groups[index].needs.of(param)
+            if id(param) in seen or id(param) in new or engines.device_of(param).type != "cpu":
+                continue  # a parameter that is listed twice has one state
+            if self._waiting and param in self._waiting:
+                continue
+            seen.add(id(param))
+            grad, state = self._grads[slot], self._state.get(param)
+            if (e := plain_entry(param, grad, slot, index, state, kind, self._gradients)) is not None:
+                plain.append(e)
+        accepted = self._look.accepted(plain, self._grads)
+        new.update((id(e.param), e.new) for e in accepted.values() if e.new)
+        made: list[Entry] = []
+        for slot in slots:
+            e = accepted.get(slot)
+            if e is None:
+                param, index = self._params[slot], self._group_of[slot]
+                kind, device = kinds[index, param.dtype], engines.device_of(param)
                 e = make_entry(
                     param,
                     param.grad,  # type: ignore[arg-type]
                     slot=slot,
                     number=self._first + slot,
                     group=index,
-                    state=state,
-                    pending=pending,
+                    state=self._state.get(param),
+                    pending=new.get(id(param)) or self._waiting.get(param) or {},
                     kind=kind,
                     gradients=self._gradients,
                     on_device=device.type == "cuda" and (kind.needs.counts_on_device or bool(self._on_device)),
                     name=self._namer(groups, slot),
                 )
-            if e.new:
-                new[id(param)] = e.new
+                if e.new:
+                    new[id(param)] = e.new
             made.append(e)
         return made
 
@@ -350,19 +364,22 @@ class Plan:
         position = slot - (self._ends[index] - len(groups[index]["params"]))
         return lambda: checks.describe(groups[index], index, position)
 
-    def _place(self, e: Entry, touched: dict[Part, None]) -> None:
-        """Give an entry to the part that steps it."""
-        device = None
-        if e.slot not in self._later and (e.record is not None or engines.has_engine(e, self._rule.rule)):
-            device = engines.device_of(e.local)
-        key = (device, e.ranks if self._is_measured else ()) if device is not None else None
+    def _place(self, e: Entry, touched: dict[Part, None], addresses: list[int] | None = None) -> None:
+        """Give an entry to the part that steps it. ``addresses`` are those of its tensors, if they are known."""
+        key = None
+        if e.slot not in self._later:
+            if e.is_plain:
+                key = _CPU
+            elif engines.has_engine(e, self._rule.rule):
+                key = engines.device_of(e.local), e.ranks if self._is_measured else ()
         part = self._by_place.get(key)
         if part is None:
             flags = self._options.flags
-            part = engines.make_part(device, self._rule.rule, key[1] if key else (), flags, bool(self._on_device))
+            device, ranks = key or (None, ())
+            part = engines.make_part(device, self._rule.rule, ranks, flags, bool(self._on_device))
             self._by_place[key] = part
-        self._look.set(e, self._grads[e.slot])
-        addresses = [] if device is None else self._look.addresses(e)
+        if addresses is None:
+            addresses = [] if key is None else self._look.addresses(e)
         old = self._entries[e.slot]
         if old is not None and old.place is part:
             part.replace(old, e, addresses)
@@ -372,9 +389,9 @@ class Plan:
                 touched[old.place] = None
             part.add(e, addresses)
         if e.new:
-            self._uncommitted[e.slot] = e
+            self.uncommitted[e.slot] = e
         else:
-            self._uncommitted.pop(e.slot, None)
+            self.uncommitted.pop(e.slot, None)
         self._entries[e.slot], e.place = e, part
         self._watch_state(e)
         touched[part] = None
@@ -397,20 +414,17 @@ class Plan:
         self._by_place = {
             key: part for key, part in self._by_place.items() if any(e is not None and e.place is part for e in self._entries)
         }
-        self._cuda_parts = [part for part in self.parts if isinstance(part, CudaPart)]
+        self.cuda_parts = [part for part in self.parts if isinstance(part, CudaPart)]
         self._on_host = any(part.on_host for part in self.parts)
         self._rereads_values = self._has_sources and self._on_host
         dtypes = {e.param.dtype for e in self._entries if e is not None and e.active}
         self.norm_dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
         if self._options.decides:
-            for part in self._cuda_parts:
+            for part in self.cuda_parts:
                 part.prepare_to_measure(self._options.is_largest, self._options.clips, self.norm_dtype)
 
-    def _recount(self, part: Part, groups: Groups) -> None:
+    def _recount(self, part: Part, unexpected: list[Entry], groups: Groups) -> None:
         """Step counters that somebody has set: compute coefficients for what they say."""
-        unexpected = part.unexpected()
-        if not unexpected:
-            return
         for e in unexpected:
             if e.counter is not None:
                 checks.check_counter(e.counter, self._namer(groups, e.slot))
@@ -423,16 +437,14 @@ class Plan:
     def prepare(self) -> None:
         """Compute what the coming step multiplies with."""
         if self._coefficients_due:
-            numbers = [group.numbers for group in self._groups]
-            sources = [group.sources for group in self._groups]
             for part in self.parts:
-                part.prepare(self._rule.row, numbers, sources)
+                part.prepare(self._rule.row, self._numbers, self._sources)
             self._coefficients_due = False
 
     @property
     def host_must_know(self) -> bool:
         """Whether the host has to know if the step is made: it steps some tensors itself, or has to create states."""
-        return self._on_host or any(e.active for e in self._uncommitted.values())
+        return self._on_host or any(e.active for e in self.uncommitted.values())
 
     @torch.no_grad()
     def decide(self, prologue: Prologue) -> Tensor | Control:
@@ -452,15 +464,15 @@ class Plan:
                 continue
             here = here or [torch.zeros((), dtype=torch.float64, device="cpu")]  # no gradient here, but elsewhere
             measured.append(sum_over(total(here, prologue.largest), ranks, prologue.largest))
-        if not measured and self._cuda_parts:
-            measured = [torch.zeros((), dtype=torch.float64, device=self._cuda_parts[0].entries()[0].local.device)]
+        if not measured and self.cuda_parts:
+            measured = [torch.zeros((), dtype=torch.float64, device=self.cuda_parts[0].entries()[0].local.device)]
         return combined(measured, prologue, self.norm_dtype)
 
     def read(self, control: Tensor | Control) -> Control:
         """The control as numbers. Waits for the device."""
         if isinstance(control, Control):
             return control
-        return self._cuda_parts[0].read(control) if self._cuda_parts else Control(*control.tolist())
+        return self.cuda_parts[0].read(control) if self.cuda_parts else Control(*control.tolist())
 
     def use(self, control: Tensor | Control) -> None:
         """Make the coming step as this says."""
@@ -474,7 +486,7 @@ class Plan:
 
     def commit(self, state: Any) -> None:
         """Every check has passed: all of a parameter's new state becomes visible at once."""
-        active = [e for e in self._uncommitted.values() if e.active]
+        active = [e for e in self.uncommitted.values() if e.active]
         for e in active:
             own = state.get(e.param)
             if own is None:
@@ -485,7 +497,7 @@ class Plan:
                 own.update(e.new)
             e.state, e.new = own, {}
             self._watch_state(e)
-            del self._uncommitted[e.slot]
+            del self.uncommitted[e.slot]
         self._state_changes = changes()
 
     def _watch_state(self, e: Entry) -> None:
@@ -494,21 +506,17 @@ class Plan:
         elif e.state is not None:
             self._has_foreign_state = True
 
-    @property
-    def has_uncommitted(self) -> bool:
-        return bool(self._uncommitted)
-
     def launch(self) -> None:
         """Step every tensor that has a gradient."""
         for part in self.parts:
             part.launch()
-        # SGD's depend on the step count for random bits only, and what the device computes the host need not.
-        counts = self._rule.counts or self._options.precision.mode.is_random
-        self._coefficients_due |= counts and (self._on_host or not self._on_device)
+        # What the device computes the host need not.
+        if self._counts and (self._on_host or not self._on_device):
+            self._coefficients_due = True
 
     def captured(self) -> list[Any]:
         """What a CUDA graph that is being captured reads, to be kept alive."""
-        return [kept for part in self._cuda_parts if (kept := part.captured()) is not None]
+        return [kept for part in self.cuda_parts if (kept := part.captured()) is not None]
 
     def release(self) -> None:
         """The step is over, whatever became of it: let go of the gradients."""
@@ -546,7 +554,7 @@ class Plan:
 
     def lost_decay(self) -> str | None:
         """A warning, if rounding will leave nothing of the weight decay of some parameter."""
-        for e in self._uncommitted.values() or self._entries:
+        for e in self.uncommitted.values() or self._entries:
             if e is None or e.mode is not Mode.ROUND or e.local.dtype not in HALVES:
                 continue
             numbers = self._groups[e.group].numbers
@@ -584,6 +592,7 @@ class Plan:
             raise RuntimeError(_capture_refused("there is nothing prepared. " + _FIRST_STEP))
 
 
+_CPU: tuple[torch.device, tuple[Any, ...]] = torch.device("cpu"), ()
 _FIRST_STEP = "Make one step() before, with the same parameters having gradients."
 
 

@@ -15,6 +15,8 @@ from ..tables.modes import RANDOM
 from ..tables.tensor_table import Flag, Rule
 from .hyperparameters import at_least_zero, number, sources
 
+_DECOUPLED = int(Flag.DECOUPLED)  # arithmetic with members of an enumeration is slow
+
 
 class SgdValues(NamedTuple):
     """What SGD reads of a param group, as it stands there: numbers or tensors."""
@@ -161,15 +163,7 @@ class _Sgd(UpdateRule):
         return True  # torch.optim.SGD's first step with a momentum makes the buffer
 
     def row(self, numbers: SgdNumbers, flags: int, step: float) -> tuple[float, ...]:
-        return coefficients.sgd(
-            numbers.lr,
-            numbers.momentum,
-            numbers.dampening,
-            numbers.weight_decay,
-            bool(flags & Flag.DECOUPLED),
-            numbers.max_lr,
-            numbers.decay_rule,
-        )
+        return coefficients.sgd(numbers, bool(flags & _DECOUPLED))
 
     def counts_on_device(self, options: Options, groups: list[dict[str, Any]]) -> bool:
         return bool(options.precision.mode & RANDOM)  # whose bits depend on the count, which replays of a graph need
@@ -219,17 +213,7 @@ class _Adam(UpdateRule):
         return name == "max_exp_avg_sq"  # amsgrad may be switched on later
 
     def row(self, numbers: AdamNumbers, flags: int, step: float) -> tuple[float, ...]:
-        return coefficients.adam(
-            numbers.lr,
-            numbers.beta1,
-            numbers.beta2,
-            numbers.eps,
-            numbers.weight_decay,
-            bool(flags & Flag.DECOUPLED),
-            step,
-            numbers.max_lr,
-            numbers.decay_rule,
-        )
+        return coefficients.adam(numbers, bool(flags & _DECOUPLED), step)
 
     def counts_on_device(self, options: Options, groups: list[dict[str, Any]]) -> bool:
         skips = options.amp_scaling or options.skips_nonfinite

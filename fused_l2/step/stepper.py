@@ -30,13 +30,14 @@ class Stepper:
 
     def __init__(self, rule: UpdateRule, options: Options, first: int = 0) -> None:
         """``first``: which of an optimizer's parameters the first one is, for random bits."""
-        self.rule, self.options, self._first = rule, options, first
+        self.rule, self._first = rule, first
         self.initial_lrs: dict[int, float] = {}  # by param group: its lr when it was added
         self.waiting: dict[Tensor, dict[str, Any]] = {}  # states set before the first step, by parameter
         self.has_warned = False  # of decay that rounding loses
         self._gradients = LocalGradients()
         self._plan: Plan | None = None
         self._drops = 0
+        self.set_options(options)
         self._captured: list[Any] = []  # what CUDA graphs read
         self._control: Tensor | Control | None = None  # of the last step
         self._norm_dtype = torch.float32
@@ -52,9 +53,8 @@ class Stepper:
             if plan is None or not plan.refresh(groups, state):
                 plan = self._make_plan(groups, state)
             plan.prepare()
-            options = self.options
-            if not options.decides or self._decide(plan, grad_scale, found_inf):
-                if plan.has_uncommitted:
+            if not self._decides or self._decide(plan, grad_scale, found_inf):
+                if plan.uncommitted:
                     self._warn_of_lost_decay(plan)
                     plan.commit(state)
                     for group in groups if self.waiting else ():
@@ -62,10 +62,11 @@ class Stepper:
                             if param in state:
                                 self.waiting.pop(param, None)
                 plan.launch()
-                self._captured += plan.captured()
-            elif options.statistics:
+                if plan.cuda_parts:
+                    self._captured += plan.captured()
+            elif self._measures:
                 plan.measure_skipped()
-            if options.statistics:
+            if self._measures:
                 self._remember(plan, groups)
         finally:
             if plan is not None:
@@ -91,6 +92,7 @@ class Stepper:
     def set_options(self, options: Options) -> None:
         """Make the coming steps with these."""
         self.options = options
+        self._decides, self._measures = options.decides, options.statistics
         self.drop_plan()
 
     def _warn_of_lost_decay(self, plan: Plan) -> None:
@@ -123,7 +125,7 @@ class Stepper:
         return True
 
     def _remember(self, plan: Plan, groups: Groups) -> None:
-        inv_scale = 1.0 if self._control is None or not self.options.decides else self._control[INV_SCALE]
+        inv_scale = 1.0 if self._control is None or not self._decides else self._control[INV_SCALE]
         decays = [group["weight_decay"] for group in groups]
         # A tensor may be written to before somebody asks.
         kept: Sequence[Any] = [d.detach().clone() if isinstance(d, Tensor) else d for d in decays]

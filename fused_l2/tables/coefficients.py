@@ -33,8 +33,8 @@ class SgdNumbers(NamedTuple):
     momentum: float
     dampening: float
     weight_decay: float
-    max_lr: float  # 1 where the rule of decay does not look at it
-    decay_rule: float
+    max_lr: float = 1.0  # not looked at by the plain rule of decay
+    decay_rule: float = 0.0
 
 
 class AdamNumbers(NamedTuple):
@@ -45,8 +45,8 @@ class AdamNumbers(NamedTuple):
     beta2: float
     eps: float
     weight_decay: float
-    max_lr: float
-    decay_rule: float
+    max_lr: float = 1.0
+    decay_rule: float = 0.0
 
 
 class DecayRule(IntEnum):
@@ -57,62 +57,48 @@ class DecayRule(IntEnum):
     CORRECTED = 2
 
 
+_FULLY_DECOUPLED, _CORRECTED = float(DecayRule.FULLY_DECOUPLED), float(DecayRule.CORRECTED)
+
+
 def decay_rate(lr: float, max_lr: float, decay_rule: float) -> float:
     """Decoupled decay shrinks a weight by ``decay_rate * weight_decay`` per step. PLAIN does not look at ``max_lr``."""
-    if decay_rule == DecayRule.FULLY_DECOUPLED:
+    if decay_rule == _FULLY_DECOUPLED:
         return lr / max_lr
-    if decay_rule == DecayRule.CORRECTED:
+    if decay_rule == _CORRECTED:
         return lr * (lr / max_lr)
     return lr
 
 
-def decay(lr: float, weight_decay: float, decoupled: bool, max_lr: float, decay_rule: float) -> tuple[float, float]:
+def decay(numbers: SgdNumbers | AdamNumbers, decoupled: bool) -> tuple[float, float]:
     """The first two columns: the coefficient of w in the gradient, and what multiplies w.
 
     Where the decay is decoupled the first is only a switch, not 0 if there is any, and the second is
     1 - decay_rate * weight_decay; otherwise the second is 1.
     """
+    lr, weight_decay, rule = numbers.lr, numbers.weight_decay, numbers.decay_rule
     if weight_decay == 0:
         return weight_decay, 1.0
     if decoupled:
-        return weight_decay, 1 - decay_rate(lr, max_lr, decay_rule) * weight_decay
-    if decay_rule == DecayRule.CORRECTED:
-        weight_decay = lr / max_lr * weight_decay  # the step multiplies by the other lr
+        return weight_decay, 1 - (decay_rate(lr, numbers.max_lr, rule) if rule else lr) * weight_decay
+    if rule == _CORRECTED:
+        weight_decay = lr / numbers.max_lr * weight_decay  # the step multiplies by the other lr
     return weight_decay, 1.0
 
 
-def sgd(
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    decoupled: bool,
-    max_lr: float = 1.0,
-    decay_rule: float = DecayRule.PLAIN,
-) -> tuple[float, ...]:
+def sgd(numbers: SgdNumbers, decoupled: bool) -> tuple[float, ...]:
     """The coefficient row of SGD."""
-    return (*decay(lr, weight_decay, decoupled, max_lr, decay_rule), momentum, 1 - dampening, -lr)
+    return (*decay(numbers, decoupled), numbers.momentum, 1 - numbers.dampening, -numbers.lr)
 
 
-def adam(
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    step: float,
-    max_lr: float = 1.0,
-    decay_rule: float = DecayRule.PLAIN,
-) -> tuple[float, ...]:
+def adam(numbers: AdamNumbers, decoupled: bool, step: float) -> tuple[float, ...]:
     """The coefficient row of Adam and AdamW at step count ``step``, the first step being 1.
 
     ``bias_correction2_sqrt`` is sqrt(1 - beta2^t), ``neg_step_size`` is -lr / (1 - beta1^t).
     """
+    beta1, beta2 = numbers.beta1, numbers.beta2
     bias_correction1, bias_correction2_sqrt = bias_corrections(beta1, beta2, step)
-    step_size = lr / bias_correction1
-    columns = decay(lr, weight_decay, decoupled, max_lr, decay_rule)
-    return (*columns, 1 - beta1, beta2, 1 - beta2, bias_correction2_sqrt, eps, -step_size)
+    step_size = numbers.lr / bias_correction1
+    return (*decay(numbers, decoupled), 1 - beta1, beta2, 1 - beta2, bias_correction2_sqrt, numbers.eps, -step_size)
 
 
 # Where gradients come and go, tensors of many step counts ask for the same powers in step after step.

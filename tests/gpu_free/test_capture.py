@@ -292,8 +292,7 @@ SGD = [(0.1, 0.9, 0.0, 1e-4, 0.3, 2), (0.3, 0.5, 0.3, 0.0, 1.0, 0)]
 
 def adam_row(numbers: tuple[float, ...], decoupled: bool, step: float) -> tuple[float, ...]:
     """With the step's count."""
-    *first, max_lr, rule = numbers
-    return (*coefficients.adam(*first, decoupled, step, max_lr, int(rule)), step)
+    return (*coefficients.adam(coefficients.AdamNumbers(*numbers), decoupled, step), step)
 
 
 LONG = [*range(600), 999, 1023, 4095, 9999, 99_999, 1_000_000, 2**24 - 2]
@@ -339,5 +338,5 @@ def test_rows_of_sgd(flags):
         emulator.register(tensor, "tensor")
     emulator.run(1, [*(t.data_ptr() for t in before), 3, *(t.data_ptr() for t in behind), 0])
     changed = (SGD[0][0], 0.75, *SGD[0][2:])
-    expected = [coefficients.sgd(*first, bool(flags), max_lr, int(rule)) for *first, max_lr, rule in (changed, SGD[1], changed)]
+    expected = [coefficients.sgd(coefficients.SgdNumbers(*numbers), bool(flags)) for numbers in (changed, SGD[1], changed)]
     assert_same_bits(out[:, :5].contiguous(), torch.tensor(expected, dtype=torch.float64).float())

@@ -202,7 +202,7 @@ def test_T23_offsets_beyond_2_to_the_31_elements(run):
     """The last chunk of a tensor of 2^33 + 1029 elements, of which only this chunk exists."""
     first, count, chunk = 2**33, 1024 + 5, 1024
     tensors = [padded(torch.rand(count), 0) for _ in range(4)]
-    row = coefficients.adam(0.1, 0.9, 0.999, 1e-8, 0.1, True, 1)
+    row = coefficients.adam(coefficients.AdamNumbers(0.1, 0.9, 0.999, 1e-8, 0.1), True, 1)
     param, (exp_avg, exp_avg_sq) = reference.adam(tensors[0], tensors[1], tensors[2:], row, Flag.DECOUPLED)
     param_at, grad_at, *states_at = (t.data_ptr() - 4 * first for t in tensors)
     table, grads = torch.tensor([[param_at, 0, *states_at, 0, 0, first + count, 0, 0, 0, 0]]), torch.tensor([grad_at])

@@ -208,7 +208,7 @@ class Launch:
             self.tensors.append(m[start : start + n])
         param, grad, *states = (t.data_ptr() for t in self.tensors)
         self.row, self.grads = torch.tensor([[param, 0, *states, 0, 0, n, 0, 0]]), torch.tensor([grad])
-        scalars = coefficients.adam(0.1, 0.9, 0.999, 1e-8, 0.1, True, 1)
+        scalars = coefficients.adam(coefficients.AdamNumbers(0.1, 0.9, 0.999, 1e-8, 0.1), True, 1)
         self.scalars, self.map = torch.tensor(scalars), torch.tensor(chunk_map([n], 1024))
 
     def run(self, ptx: str) -> None:
