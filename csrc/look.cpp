@@ -59,6 +59,14 @@ bool has_shape(void* tensor, const int64_t* sizes, const int64_t* strides, int64
   return elements == 0 || same_strides(sizes, found_strides, strides, dim);
 }
 
+bool is_one_number(void* tensor) {
+  int64_t dim = 0, *sizes = nullptr;
+  if (torch_abi().get_dim(tensor, &dim) != 0 || torch_abi().get_sizes(tensor, &sizes) != 0) return false;
+  for (int64_t k = 0; k < dim; ++k)
+    if (sizes[k] != 1) return false;
+  return true;
+}
+
 // Where the elements of a tensor are. False unless its storage reaches as far as they do.
 bool memory_of(void* tensor, int64_t elements, int64_t extent, int64_t element_bytes, int64_t& address,
                int64_t& bytes) {
@@ -86,11 +94,12 @@ int64_t extent_of(const int64_t* sizes, const int64_t* strides, int64_t dim) {
 bool is_still(int64_t* w, const int64_t* r, bool full, bool& moved) {
   const TorchAbi& torch = torch_abi();
   void* const tensor = handle_of(w[watched::object]);
-  int32_t dtype = 0;
+  int32_t dtype = 0, device = 0;
   const int64_t dim = r[record::dim];
   const int64_t *sizes = r + record::sizes, *strides = sizes + dim;
   if (keys_of(w[watched::object]) != w[watched::keys] || torch.get_dtype(tensor, &dtype) != 0 ||
-      dtype != w[watched::dtype] || (full && !has_shape(tensor, sizes, strides, dim, r[record::elements])))
+      dtype != w[watched::dtype] || torch.get_device_index(tensor, &device) != 0 || device != w[watched::device] ||
+      !(full ? has_shape(tensor, sizes, strides, dim, r[record::elements]) : is_one_number(tensor)))
     return false;
   void* data = nullptr;
   int64_t bytes = 0;
@@ -200,11 +209,16 @@ int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_
     void* const tensor = handle_of(object);
     w[watched::object] = object;
     w[watched::keys] = keys_of(object);
-    if (torch.get_dtype(tensor, &dtype) != 0 || (strict != 0 && w[watched::keys] != strict)) return 0;
+    if (torch.get_dtype(tensor, &dtype) != 0 || torch.get_device_index(tensor, &device) != 0 ||
+        (strict != 0 && w[watched::keys] != strict))
+      return 0;
     w[watched::dtype] = dtype;
+    w[watched::device] = device;
     w[watched::element_bytes] = static_cast<int64_t>(torch.dtype_element_size(dtype));
     const bool is_full = i < full;
-    if (is_full && !has_shape(tensor, out + record::sizes, out + record::sizes + dim, dim, elements)) return 0;
+    if (!(is_full ? has_shape(tensor, out + record::sizes, out + record::sizes + dim, dim, elements)
+                  : is_one_number(tensor)))
+      return 0;
     if (!memory_of(tensor, is_full ? elements : 1, is_full ? extent : 1, w[watched::element_bytes], w[watched::address],
                    w[watched::storage_bytes]))
       return 0;

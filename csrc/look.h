@@ -31,7 +31,7 @@ enum : int {
 };
 }  // namespace record
 namespace watched {
-enum : int { object, keys, address, storage_bytes, dtype, element_bytes, count };
+enum : int { object, keys, address, storage_bytes, dtype, device, element_bytes, count };
 }
 
 // Where things are in memory: of a Python object its payload and a tensor's handle; of a tensor its dispatch keys.

@@ -10,13 +10,37 @@ import triton.language as tl
 
 from .layout import (
     ADAM,
+    ADAM_BETA1,
+    ADAM_BETA2,
+    ADAM_DECAY_RULE,
+    ADAM_EPS,
+    ADAM_LR,
+    ADAM_MAX_LR,
+    ADAM_WEIGHT_DECAY,
     COEFFICIENT_WIDTH,
     CORRECTED,
     DECOUPLED,
     FULLY_DECOUPLED,
     KAHAN,
     NUMBERS,
+    ROW_BETA2,
+    ROW_BIAS_CORRECTION2_SQRT,
+    ROW_DECAY,
+    ROW_EPS,
+    ROW_MOMENTUM,
+    ROW_NEG_LR,
+    ROW_NEG_STEP_SIZE,
+    ROW_ONE_MINUS_BETA1,
+    ROW_ONE_MINUS_BETA2,
+    ROW_ONE_MINUS_DAMPENING,
+    ROW_WEIGHT_DECAY,
     SCALED,
+    SGD_DAMPENING,
+    SGD_DECAY_RULE,
+    SGD_LR,
+    SGD_MAX_LR,
+    SGD_MOMENTUM,
+    SGD_WEIGHT_DECAY,
     SKIP,
     STEP_COUNT,
     STOCHASTIC,
@@ -26,7 +50,7 @@ from .layout import (
 @triton.jit
 def fused_l2_coefficients(
     groups,  # int64 [COUNT]: the row of `numbers` of each tensor
-    counters,  # int64 [COUNT]: addresses of step counters, float32
+    counters,  # int64 [COUNT]: addresses of step counters, float32; 0 for a tensor without a gradient
     coefficients,  # opmath [COUNT][COEFFICIENT_WIDTH]
     COUNT,
     numbers,  # float64 [.][NUMBERS]: hyperparameters
@@ -43,44 +67,45 @@ def fused_l2_coefficients(
     out = coefficients + tensor * COEFFICIENT_WIDTH
     counts: tl.constexpr = RULE == ADAM or BUCKET_FLAGS & (KAHAN | STOCHASTIC)
     if counts:
-        counter = tl.load(counters + tensor, mask=inside, other=0).to(tl.pointer_type(tl.float32))
-        steps = tl.load(counter, mask=inside, other=0.0)
+        address = tl.load(counters + tensor, mask=inside, other=0)
+        is_made = inside & (address != 0)  # a tensor without a gradient counts nothing
+        counter = address.to(tl.pointer_type(tl.float32))
+        steps = tl.load(counter, mask=is_made, other=0.0)
         put(out, STEP_COUNT, steps + 1, inside)
-        is_made = inside
         if BUCKET_FLAGS & SCALED:
-            is_made = inside & (tl.load(control + SKIP) == 0)
+            is_made = is_made & (tl.load(control + SKIP) == 0)
         tl.store(counter, steps + 1, mask=is_made)
     if RULE == ADAM:
-        lr = number(numbers, sources, first, inside)
-        beta1 = number(numbers, sources, first + 1, inside)
-        beta2 = number(numbers, sources, first + 2, inside)
-        eps = number(numbers, sources, first + 3, inside)
-        weight_decay = number(numbers, sources, first + 4, inside)
+        lr = number(numbers, sources, first + ADAM_LR, inside)
+        beta1 = number(numbers, sources, first + ADAM_BETA1, inside)
+        beta2 = number(numbers, sources, first + ADAM_BETA2, inside)
+        eps = number(numbers, sources, first + ADAM_EPS, inside)
+        weight_decay = number(numbers, sources, first + ADAM_WEIGHT_DECAY, inside)
         count = steps.to(tl.int32) + 1
         bias_correction1 = 1 - power(beta1, count)
         bias_correction2 = 1 - power(beta2, count)
-        max_lr = number(numbers, sources, first + 5, inside)
-        rule = number(numbers, sources, first + 6, inside)
-        put(out, 0, coupled_decay(lr, weight_decay, max_lr, rule, BUCKET_FLAGS), inside)
-        put(out, 1, decay_factor(lr, weight_decay, max_lr, rule, BUCKET_FLAGS), inside)
-        put(out, 2, 1 - beta1, inside)
-        put(out, 3, beta2, inside)
-        put(out, 4, 1 - beta2, inside)
-        put(out, 5, tl.sqrt(bias_correction2), inside)
-        put(out, 6, eps, inside)
-        put(out, 7, lr / bias_correction1 * -1.0, inside)
+        max_lr = number(numbers, sources, first + ADAM_MAX_LR, inside)
+        rule = number(numbers, sources, first + ADAM_DECAY_RULE, inside)
+        put(out, ROW_WEIGHT_DECAY, coupled_decay(lr, weight_decay, max_lr, rule, BUCKET_FLAGS), inside)
+        put(out, ROW_DECAY, decay_factor(lr, weight_decay, max_lr, rule, BUCKET_FLAGS), inside)
+        put(out, ROW_ONE_MINUS_BETA1, 1 - beta1, inside)
+        put(out, ROW_BETA2, beta2, inside)
+        put(out, ROW_ONE_MINUS_BETA2, 1 - beta2, inside)
+        put(out, ROW_BIAS_CORRECTION2_SQRT, tl.sqrt(bias_correction2), inside)
+        put(out, ROW_EPS, eps, inside)
+        put(out, ROW_NEG_STEP_SIZE, lr / bias_correction1 * -1.0, inside)
     else:
-        lr = number(numbers, sources, first, inside)
-        momentum = number(numbers, sources, first + 1, inside)
-        dampening = number(numbers, sources, first + 2, inside)
-        weight_decay = number(numbers, sources, first + 3, inside)
-        max_lr = number(numbers, sources, first + 4, inside)
-        rule = number(numbers, sources, first + 5, inside)
-        put(out, 0, coupled_decay(lr, weight_decay, max_lr, rule, BUCKET_FLAGS), inside)
-        put(out, 1, decay_factor(lr, weight_decay, max_lr, rule, BUCKET_FLAGS), inside)
-        put(out, 2, momentum, inside)
-        put(out, 3, 1 - dampening, inside)
-        put(out, 4, lr * -1.0, inside)
+        lr = number(numbers, sources, first + SGD_LR, inside)
+        momentum = number(numbers, sources, first + SGD_MOMENTUM, inside)
+        dampening = number(numbers, sources, first + SGD_DAMPENING, inside)
+        weight_decay = number(numbers, sources, first + SGD_WEIGHT_DECAY, inside)
+        max_lr = number(numbers, sources, first + SGD_MAX_LR, inside)
+        rule = number(numbers, sources, first + SGD_DECAY_RULE, inside)
+        put(out, ROW_WEIGHT_DECAY, coupled_decay(lr, weight_decay, max_lr, rule, BUCKET_FLAGS), inside)
+        put(out, ROW_DECAY, decay_factor(lr, weight_decay, max_lr, rule, BUCKET_FLAGS), inside)
+        put(out, ROW_MOMENTUM, momentum, inside)
+        put(out, ROW_ONE_MINUS_DAMPENING, 1 - dampening, inside)
+        put(out, ROW_NEG_LR, lr * -1.0, inside)
 
 
 @triton.jit

@@ -30,3 +30,24 @@ MASTER, REMAINDER = tl.constexpr(int(Flag.MASTER)), tl.constexpr(int(Flag.REMAIN
 KAHAN, STOCHASTIC = tl.constexpr(int(Flag.KAHAN)), tl.constexpr(int(Flag.STOCHASTIC))
 FIGURES = tl.constexpr(len(table.STATISTICS))
 FIRST_STEP = tl.constexpr(int(RowFlag.FIRST_STEP))
+
+# Hyperparameters of a group, by their place in `numbers` and `sources`, and what a coefficient row holds.
+_SGD, _ADAM = coefficients.SgdNumbers._fields, coefficients.AdamNumbers._fields
+SGD_LR, SGD_MOMENTUM = tl.constexpr(_SGD.index("lr")), tl.constexpr(_SGD.index("momentum"))
+SGD_DAMPENING, SGD_WEIGHT_DECAY = tl.constexpr(_SGD.index("dampening")), tl.constexpr(_SGD.index("weight_decay"))
+SGD_MAX_LR, SGD_DECAY_RULE = tl.constexpr(_SGD.index("max_lr")), tl.constexpr(_SGD.index("decay_rule"))
+ADAM_LR, ADAM_EPS = tl.constexpr(_ADAM.index("lr")), tl.constexpr(_ADAM.index("eps"))
+ADAM_BETA1, ADAM_BETA2 = tl.constexpr(_ADAM.index("beta1")), tl.constexpr(_ADAM.index("beta2"))
+ADAM_WEIGHT_DECAY, ADAM_MAX_LR = tl.constexpr(_ADAM.index("weight_decay")), tl.constexpr(_ADAM.index("max_lr"))
+ADAM_DECAY_RULE = tl.constexpr(_ADAM.index("decay_rule"))
+ROW_WEIGHT_DECAY = tl.constexpr(coefficients.ADAM.index("weight_decay"))  # the same for SGD, as the next one
+ROW_DECAY = tl.constexpr(coefficients.ADAM.index("decay"))
+ROW_MOMENTUM = tl.constexpr(coefficients.SGD.index("momentum"))
+ROW_ONE_MINUS_DAMPENING = tl.constexpr(coefficients.SGD.index("one_minus_dampening"))
+ROW_NEG_LR = tl.constexpr(coefficients.SGD.index("neg_lr"))
+ROW_ONE_MINUS_BETA1 = tl.constexpr(coefficients.ADAM.index("one_minus_beta1"))
+ROW_BETA2 = tl.constexpr(coefficients.ADAM.index("beta2"))
+ROW_ONE_MINUS_BETA2 = tl.constexpr(coefficients.ADAM.index("one_minus_beta2"))
+ROW_BIAS_CORRECTION2_SQRT = tl.constexpr(coefficients.ADAM.index("bias_correction2_sqrt"))
+ROW_EPS = tl.constexpr(coefficients.ADAM.index("eps"))
+ROW_NEG_STEP_SIZE = tl.constexpr(coefficients.ADAM.index("neg_step_size"))

@@ -129,8 +129,12 @@ class Bucket:
         """The entry has no gradient, or is about to leave."""
         if entry.row >= 0 and entry.active:
             rows, start = self.table.rows, WIDTH * entry.row
+            self.first_steps.discard(entry)  # it has made none
             if not self.on_device:
-                self._members[rows[start + COEFFICIENTS]] -= 1
+                k = rows[start + COEFFICIENTS]
+                self._members[k] -= 1
+                if not self._members[k]:
+                    self._known = None
             rows[start + NUMEL] = rows[start + STEP] = 0
             self.active -= 1
             self.is_changed = True
@@ -261,6 +265,11 @@ class Part(ABC):
     def moved(self, entry: Entry) -> None:  # noqa: B027
         """The watch has written new addresses to the entry's row."""
 
+    @property
+    @abstractmethod
+    def is_empty(self) -> bool:
+        """Whether it has no entries, active or not."""
+
     @abstractmethod
     def entries(self) -> list[Entry]:
         """The active entries, in the order in which they are measured."""
@@ -371,6 +380,10 @@ class TablePart(Part):
 
     def moved(self, entry: Entry) -> None:
         entry.bucket.is_changed = True
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._by_signature
 
     def entries(self) -> list[Entry]:
         return sorted((e for bucket in self.buckets for e in bucket.active_entries()), key=_slot)

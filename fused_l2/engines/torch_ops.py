@@ -25,7 +25,7 @@ from ..statistics import GivenRows, row_of
 from ..tables import coefficients
 from ..tables.coefficients import AdamNumbers, SgdNumbers
 from ..tables.control import FACTOR, Control, Prologue, on_host
-from ..tables.modes import FLAGS, RANDOM, Mode
+from ..tables.modes import FLAGS, HALVES, RANDOM, Mode
 from ..tables.tensor_table import Flag, Rule
 from .part import Part, RowOf
 
@@ -59,6 +59,10 @@ class TorchPart(Part):
     def deactivate(self, entry: Entry) -> None:
         entry.active = False
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._entries
+
     def entries(self) -> list[Entry]:
         return [e for e in self._entries if e.active]
 
@@ -88,8 +92,13 @@ class TorchPart(Part):
     def launch(self) -> None:
         entries = self.entries()
         before = [e.weights().clone() for e in entries] if self._statistics else []
-        # Neighbours that share a param group are stepped in one call.
-        for _, found in groupby(entries, key=lambda e: (e.group, e.flags, e.first_step, e.mode)):
+
+        # Neighbours that share a param group are stepped in one call; but not those that may share memory and would not see
+        # what the one before them wrote: 16-bit ones, which are widened first, and what foreach steps together.
+        def alone(e: Entry) -> int:
+            return e.slot if e.local.dtype in HALVES or (e.is_regular and e.local.device.type == "cuda") else -1
+
+        for _, found in groupby(entries, key=lambda e: (e.group, e.flags, e.first_step, e.mode, alone(e))):
             alike = list(found)
             self._step(alike)
             for e in alike:

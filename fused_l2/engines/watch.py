@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..parameters.entry import Entry
+from ..parameters.entry import Entry, Flight
 from ..parameters.memory import PLAIN_TYPES, facts_of, has_memory, kind_of
 from ..tables.tensor_table import GRAD, WIDTH, address_of, int64_array
 from . import cpu
@@ -31,7 +31,7 @@ GONE, CAME, MOVED, OTHER = 1, 2, 4, 8
 
 # The words of a record that are written from here: csrc/look.h.
 _ACTIVE, _ROW, _DIM, _SIZES = 0, 1, 9, 13
-_WATCHED, _ADDRESS = 6, 2  # words for each watched tensor, of which the first is the object
+_WATCHED, _ADDRESS = 7, 2  # words for each watched tensor, of which the first is the object
 
 
 class Look:
@@ -159,8 +159,7 @@ class NativeLook(Look):
 
     def set(self, entry: Entry, grad: Tensor) -> None:
         if entry.record is not None:  # it was accepted
-            if self._facts:
-                self._facts.pop(entry.slot, None)
+            super().forget(entry.slot)
             self._records[entry.slot] = entry.record.buffer_info()[0]
             return
         self.forget(entry.slot)
@@ -184,7 +183,8 @@ class NativeLook(Look):
     def placed(self, entry: Entry) -> None:
         record = entry.record
         if record is not None:
-            record[_ACTIVE] = entry.active
+            if record[_ACTIVE] >= 0:  # else some of the tensors may be gone
+                record[_ACTIVE] = entry.active
             record[_ROW] = 0 if entry.row < 0 else entry.bucket.table.address + 8 * WIDTH * entry.row
 
     def exchange(self, entry: Entry, tensors: Sequence[Any]) -> bool:
@@ -309,6 +309,7 @@ def _passes_test(library: Library, keys: int) -> bool:
     def entry(slot: int, param: Tensor, state: Tensor) -> Entry:
         e = Entry()
         e.slot, e.local, e.states, e.kept, e.counter = slot, param, [state], None, torch.zeros((), device="cpu")
+        e.flight = Flight()
         e.active, e.record, e.bucket, e.row = True, None, None, -1
         return e
 

@@ -14,10 +14,22 @@ from ..tables.tensor_table import DTYPES
 from . import checks
 from .checks import Name
 from .low_precision import LowPrecision, parameter_key, widened
-from .memory import has_plain_type, is_dense, is_plain, needs_copy, same_layout
+from .memory import PLAIN_TYPES, has_plain_type, is_dense, is_plain, needs_copy, same_layout
 from .shards import LocalGradients, Ranks, first_element, is_dtensor, local, matches, ranks_of, redistributed
 
 GONE: Any = object()  # stands for a state that changed
+
+
+class Flight:
+    """Whether a step of a plan is under way, during which nothing that it uses may go."""
+
+    def __init__(self) -> None:
+        self.is_under_way = False
+        self.kept: list[Any] = []
+
+    def end(self) -> None:
+        self.is_under_way = False
+        self.kept = []
 
 
 class Needs(NamedTuple):
@@ -69,6 +81,7 @@ class Entry:
         "counter",
         "first_step",
         "flags",
+        "flight",
         "grad_dtype",
         "gradients",
         "group",
@@ -114,6 +127,7 @@ class Entry:
     is_plain: bool  # of plain tensors on the CPU, which the watch has accepted
     is_regular: bool  # whether the tensors are such that an engine of ours can step them
     numel: int
+    flight: Flight
     # The plan's: what the watch saw, and where the parameter is stepped.
     record: array[int] | None
     active: bool
@@ -130,7 +144,9 @@ class Entry:
         return widened(self.mode, self.local.detach(), self.kept)
 
     def let_go(self) -> None:
-        """The state was changed by somebody: hold none of its tensors any more."""
+        """The state was changed by somebody: hold none of its tensors any more, once the step that uses them is over."""
+        if self.flight.is_under_way:
+            self.flight.kept.append((self.states, self.kept, self.counter))
         self.state, self.states, self.kept, self.counter = GONE, [], None, None
         if self.record is not None:
             self.record[0] = -1  # not to be read: it tells of tensors that may be gone
@@ -154,13 +170,15 @@ class Entry:
 _COUNTERS = (torch.float32, torch.float64)
 
 
-def plain_entry(param: Tensor, grad: Tensor, slot: int, group: int, state: Any, kind: Kind, gradients: LocalGradients) -> Any:
+def plain_entry(
+    param: Tensor, grad: Tensor, slot: int, group: int, state: Any, kind: Kind, gradients: LocalGradients, flight: Flight
+) -> Entry | None:
     """The entry of a parameter whose state is whole or does not exist yet, as almost all are; None if it takes a closer look.
 
     Only dtypes are checked here. Types, shapes, strides, devices and memory are for the watch to check as it records them.
     """
     param_dtype, grad_dtype = param.dtype, grad.dtype
-    if kind.mode is not Mode.ROUND or param_dtype not in DTYPES:
+    if kind.mode is not Mode.ROUND or param_dtype not in DTYPES or type(param) not in PLAIN_TYPES:
         return None
     if grad_dtype is not param_dtype and not checks.may_be_mixed(grad_dtype, param_dtype):
         return None
@@ -190,6 +208,7 @@ def plain_entry(param: Tensor, grad: Tensor, slot: int, group: int, state: Any, 
     if kind.wanted not in (None, dtype) or (dtype is not param_dtype and not checks.is_state_dtype(dtype, param_dtype)):
         return None
     e = Entry()
+    e.flight = flight
     e.param = e.local = param
     e.slot, e.group, e.gradients, e.mode, e.flags, e.names = slot, group, gradients, kind.mode, kind.flags, kind.names
     e.ranks, e.state, e.new, e.first_step, e.key = (), state, new, bool(new), 0
@@ -210,6 +229,7 @@ def make_entry(
     pending: Mapping[str, Any],
     kind: Kind,
     gradients: LocalGradients,
+    flight: Flight,
     on_device: bool,
     name: Name,
 ) -> Entry:
@@ -232,6 +252,7 @@ def make_entry(
     checks.check_whole(found, missing, name)
 
     e = Entry()
+    e.flight = flight
     e.param, e.slot, e.group, e.gradients, e.mode = param, slot, group, gradients, mode
     e.local, e.ranks = local(param), ranks_of(param)
     e.flags, e.names = kind.flags, kind.names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -93,6 +94,7 @@ class Ranges:
     def __init__(self) -> None:
         self._of: dict[int, tuple[int, int, int]] = {}  # by slot: start, stop, slot
         self._sorted: list[tuple[int, int, int]] = []
+        self._are_disjoint = True
 
     def put(self, slot: int, tensor: Tensor) -> None:
         self.remove(slot)
@@ -121,16 +123,23 @@ class Ranges:
         if self._of.pop(slot, None) is not None:
             self._sorted = []
 
-    def later(self) -> set[int]:
-        """The slots that share memory with an earlier one. May name one too many, never one too few."""
+    @property
+    def are_disjoint(self) -> bool:
+        """Whether none shares memory with another."""
         if not self._sorted:
             self._sorted = sorted(self._of.values())
-        ranges = self._sorted
-        if all(a[1] <= b[0] for a, b in pairwise(ranges)):
+            self._are_disjoint = all(a[1] <= b[0] for a, b in pairwise(self._sorted))
+        return self._are_disjoint
+
+    def later(self, counts: Callable[[int], bool]) -> set[int]:
+        """Of the slots that count, those that share memory with an earlier one. May name one too many, never one too few."""
+        if self.are_disjoint:
             return set()
         found: set[int] = set()
         end, owner = 0, -1
-        for start, stop, slot in ranges:
+        for start, stop, slot in self._sorted:
+            if not counts(slot):
+                continue
             if start < end:
                 found.add(max(slot, owner))
                 owner = min(slot, owner)

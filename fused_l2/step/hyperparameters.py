@@ -6,7 +6,7 @@ The values of such tensors are looked at once, when one is first seen, to check 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ class DeviceValues:
         if id(value) not in self._seen or again:
             self._seen[id(value)] = value, float(value)
         return self._seen[id(value)][1]
+
+    def keep(self, groups: Iterable[Sequence[Any]]) -> None:
+        """Forget the tensors that are not among these values."""
+        current = {id(v) for values in groups for v in _flat(tuple(values))}
+        self._seen = {key: seen for key, seen in self._seen.items() if key in current}
 
     def knows(self, values: tuple[Any, ...]) -> bool:
         """Whether :meth:`read` would not wait."""

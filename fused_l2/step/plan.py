@@ -24,7 +24,7 @@ from ..engines.torch_ops import TorchPart, combined, total
 from ..engines.watch import CAME, GONE, MOVED, OTHER, SlotWatch, make_look
 from ..options import Options
 from ..parameters import checks
-from ..parameters.entry import Entry, Kind, Needs, make_entry, plain_entry
+from ..parameters.entry import Entry, Flight, Kind, Needs, make_entry, plain_entry
 from ..parameters.low_precision import lost_decay
 from ..parameters.memory import Ranges
 from ..parameters.shards import LocalGradients, Shards, gradients_of, is_dtensor, local, ranks_of, sum_over
@@ -33,7 +33,7 @@ from ..tables.control import Control, Prologue
 from ..tables.modes import HALVES, STATE_NAMES, Mode
 from .hyperparameters import DeviceValues, is_on_device
 from .rules import UpdateRule
-from .state import ParamState, changes
+from .state import OptimizerState, ParamState, changes
 
 Groups = list[dict[str, Any]]
 
@@ -44,6 +44,7 @@ class _Group:
     def __init__(self, values: Any, numbers: Any, sources: list[int], needs: Needs) -> None:
         self.values, self.numbers, self.sources, self.needs = values, numbers, sources, needs
         self.may_change_in_place = _may_change_in_place(values)
+        self.kind_of_lr, self.kind_of_decay = type(values.lr), type(values.weight_decay)
 
 
 class Plan:
@@ -60,7 +61,8 @@ class Plan:
     ) -> None:
         self._rule, self._options, self._gradients = rule, options, gradients
         self._initial_lrs, self._waiting, self._first = initial_lrs, waiting, first
-        self._read = rule.read
+        self._read, self._decay_at = rule.read, rule.Values._fields.index("weight_decay")
+        self._flight = Flight()
         self._counts = rule.counts or options.precision.mode.is_random
         self._numbers: list[Any] = []
         self._sources: list[list[int]] = []
@@ -81,6 +83,9 @@ class Plan:
         self._ranges = Ranges()
         self._later: set[int] = set()  # slots of parameters that share memory with an earlier one
         self._stale: set[int] = set()  # slots whose entries have to be made anew
+        self._touched: dict[Part, None] = {}  # parts that have to be settled
+        self._ranges_changed = False
+        self._shards_changed = False
         self._state: Any = None
         self._state_changes = -1
         self._has_foreign_state = False  # dictionaries that do not count changes
@@ -93,6 +98,9 @@ class Plan:
         self._coefficients_due = True
         self._grads: list[Any] = []  # alive until the step is done, whatever other threads do
         self.norm_dtype = torch.float32
+        self._measured: tuple[list[int], list[int], list[str]] | None = None  # slots, groups, names: what is measured
+        self.committed: list[tuple[Tensor, list[str]]] = []  # what this step added to the state
+        self.has_launched = False
 
     # What changed?
 
@@ -101,17 +109,26 @@ class Plan:
 
         Raises if a hyperparameter or a tensor is invalid.
         """
+        self._flight.is_under_way = True
         if self.cuda_parts:
             self._refuse_capture(groups)
+        elif not self._groups:
+            self._refuse_to_begin_in_a_capture(groups)
         params: list[Tensor] = []
         changed = []
-        regrouped = False
+        regrouped, decay = False, self._decay_at
         if len(groups) == len(self._groups):
             for i, (group, known) in enumerate(zip(groups, self._groups, strict=True)):
                 params += group["params"]
                 values = self._read(group)
                 try:
-                    differs = known.may_change_in_place or values != known.values
+                    # A number equals a tensor of the same value, which is read in another way.
+                    differs = (
+                        known.may_change_in_place
+                        or values != known.values
+                        or type(values[0]) is not known.kind_of_lr
+                        or type(values[decay]) is not known.kind_of_decay
+                    )
                 except RuntimeError:  # a tensor of several elements among them: refused below
                     differs = True
                 if differs:
@@ -133,7 +150,7 @@ class Plan:
             found, grads = self._look_at(params)
             assert found is not None
         self._grads = grads
-        if found or self._stale:
+        if found or self._stale or self._touched:
             self._mend(groups, params, found)
         for part in self.parts:
             part.take_gradients()
@@ -172,7 +189,7 @@ class Plan:
                 bool(groups[i].get("capturable", False)),
                 self._options.precision,
             )
-            new[i] = _Group(tuple(values), numbers, self._rule.sources(values, i), needs)
+            new[i] = _Group(values, numbers, self._rule.sources(values, i), needs)
         known = {**dict(enumerate(self._groups[: len(groups)])), **new}
         has_sources = any(any(group.sources) for group in known.values())
         on_device = has_sources or self._rule.counts_on_device(self._options, groups)
@@ -186,13 +203,15 @@ class Plan:
             if old is None or old.numbers != group.numbers or old.sources != group.sources:
                 self._coefficients_due = True
         self._groups = [known[i] for i in range(len(groups))]
+        self._device_values.keep(group.values for group in self._groups)
         self._numbers = [group.numbers for group in self._groups]
         self._sources = [group.sources for group in self._groups]
         return True
 
     def _look_at_states(self, state: Any) -> None:
         """Find the entries whose state is not what it was."""
-        self._has_foreign_state = False
+        self._state, self._state_changes = state, changes()
+        self._has_foreign_state = type(state) is not OptimizerState
         for e in self._entries:
             if e is None:
                 continue
@@ -202,7 +221,6 @@ class Plan:
             if not self._exchange_state(e, own):
                 self._stale.add(e.slot)
             self._has_foreign_state |= own is not None and type(own) is not ParamState
-        self._state, self._state_changes = state, changes()
 
     def _exchange_state(self, e: Entry, state: Any) -> bool:
         """Take state tensors that were put in the place of others, as moving them to another device and back does. False if
@@ -212,6 +230,8 @@ class Plan:
         if any(name in state for name in STATE_NAMES if name != e.mode.state_name):
             return False
         tensors: list[Any] = [state.get(name) for name in e.names]
+        if "step" in e.names and not (isinstance(tensors[-1], Tensor) and tensors[-1].numel() == 1):
+            return False
         if not self._look.exchange(e, tensors):
             return False
         e.take(state, tensors)
@@ -232,6 +252,7 @@ class Plan:
         for group in groups:
             self._ends.append((self._ends[-1] if self._ends else 0) + len(group["params"]))
         self._stale = {slot for slot in self._stale if slot < len(params)}
+        self._later = {slot for slot in self._later if slot < len(params)}
         self._look.resize(params)
         self._sharded = Shards(params, self._gradients)
         self._is_sharded = bool(self._sharded)
@@ -243,7 +264,10 @@ class Plan:
         """The entry is none any more."""
         if e.place is not None:
             e.place.remove(e)
+            self._touched[e.place] = None
             e.place = None
+        self._coefficients_due = self._ranges_changed = True
+        self._shards_changed |= self._is_sharded
         self._entries[e.slot] = None
         self._ranges.remove(e.slot)
         self._look.forget(e.slot)
@@ -257,8 +281,7 @@ class Plan:
             if change & OTHER:
                 self._stale.add(slot)
         self._refuse_capture_of_changes([*found[::2], *self._stale])
-        touched: dict[Part, None] = {}
-        ranges_changed = False
+        touched = self._touched
         made = self._make_entries(groups)
         for slot, change in zip(found[::2], found[1::2], strict=True):
             if slot in self._stale:
@@ -267,18 +290,18 @@ class Plan:
             assert e is not None
             if change & MOVED:
                 self._ranges.move(slot, self._look.addresses(e)[0])
-                ranges_changed = True
+                self._ranges_changed = True
                 e.place.moved(e)
             if change & CAME:
                 e.place.activate(e)
                 self._coefficients_due = True
             elif change & GONE:
                 e.place.deactivate(e)
+            self._ranges_changed |= not self._ranges.are_disjoint  # only active ones count
             touched[e.place] = None
             self._look.placed(e)
         for slot in self._stale - {e.slot for e in made}:
             if (old := self._entries[slot]) is not None:  # it will be made when its gradient comes
-                touched[old.place] = None
                 self._forget(old)
         self._stale = set()
         at: dict[int, list[int]] = {}
@@ -289,18 +312,19 @@ class Plan:
                 self._ranges.fill(e.slot, addresses[0], e.numel * e.local.itemsize)
             else:
                 self._ranges.put(e.slot, e.local)
-        if made or ranges_changed:
-            later = self._ranges.later()
-            moving = later ^ self._later
-            self._later = later
+        if made or self._ranges_changed:
             placed = {e.slot for e in made}
+            later = self._ranges.later(lambda slot: slot in placed or self._is_active(slot))
+            moving = (later ^ self._later) - placed
+            self._later, self._ranges_changed = later, False
             for e in made:
                 self._place(e, touched, at.get(e.slot))
             for slot in moving:
-                if (entry := self._entries[slot]) is not None and entry.place is not None and slot not in placed:
+                if (entry := self._entries[slot]) is not None:
                     self._place(entry, touched)
-                    made.append(entry)  # whose row has no gradient yet
+                    made.append(entry)  # in a new row, which has no gradient yet
         self._settle(touched)
+        self._touched = {}
         if made:
             self._coefficients_due = True
             again, self._grads = self._look_at(params)
@@ -309,9 +333,15 @@ class Plan:
                     "fused_l2: tensors changed while step() was looking at them. Is another thread using this optimizer's "
                     "parameters or state?"
                 )
-            if any(is_dtensor(e.param) for e in made):
-                sharded = [e.param for e in self._entries if e is not None and is_dtensor(e.param)]
-                self._shard_watch = SlotWatch(engines.cpu.library(), sharded, "_local_tensor")
+            self._shards_changed |= any(is_dtensor(e.param) for e in made)
+        if self._shards_changed:
+            sharded = [e.param for e in self._entries if e is not None and is_dtensor(e.param)]
+            self._shard_watch = SlotWatch(engines.cpu.library(), sharded, "_local_tensor") if sharded else None
+            self._shards_changed = False
+
+    def _is_active(self, slot: int) -> bool:
+        e = self._entries[slot]
+        return e is not None and e.active
 
     def _make_entries(self, groups: Groups) -> list[Entry]:
         """New entries for stale slots that have a gradient. Nothing is changed."""
@@ -331,7 +361,7 @@ class Plan:
                 continue
             seen.add(id(param))
             grad, state = self._grads[slot], self._state.get(param)
-            if (e := plain_entry(param, grad, slot, index, state, kind, self._gradients)) is not None:
+            if (e := plain_entry(param, grad, slot, index, state, kind, self._gradients, self._flight)) is not None:
                 plain.append(e)
         accepted = self._look.accepted(plain, self._grads)
         new.update((id(e.param), e.new) for e in accepted.values() if e.new)
@@ -351,6 +381,7 @@ class Plan:
                     pending=new.get(id(param)) or self._waiting.get(param) or {},
                     kind=kind,
                     gradients=self._gradients,
+                    flight=self._flight,
                     on_device=device.type == "cuda" and (kind.needs.counts_on_device or bool(self._on_device)),
                     name=self._namer(groups, slot),
                 )
@@ -384,9 +415,11 @@ class Plan:
         if old is not None and old.place is part:
             part.replace(old, e, addresses)
         else:
+            active = e.active
             if old is not None and old.place is not None:
                 old.place.remove(old)
                 touched[old.place] = None
+            e.active = active  # it may be the same entry
             part.add(e, addresses)
         if e.new:
             self.uncommitted[e.slot] = e
@@ -395,7 +428,6 @@ class Plan:
         self._entries[e.slot], e.place = e, part
         self._watch_state(e)
         touched[part] = None
-        e.active = True
         self._look.placed(e)
 
     def _settle(self, touched: Iterable[Part]) -> None:
@@ -411,9 +443,8 @@ class Plan:
             key=lambda key: (key[0].type == "cpu", str(key[0]), _first_slot(live[key])),
         )
         self.parts = [live[key] for key in (*order, *([None] if None in live else []))]
-        self._by_place = {
-            key: part for key, part in self._by_place.items() if any(e is not None and e.place is part for e in self._entries)
-        }
+        self._by_place = {key: part for key, part in self._by_place.items() if not part.is_empty}
+        self._measured = None
         self.cuda_parts = [part for part in self.parts if isinstance(part, CudaPart)]
         self._on_host = any(part.on_host for part in self.parts)
         self._rereads_values = self._has_sources and self._on_host
@@ -486,19 +517,34 @@ class Plan:
 
     def commit(self, state: Any) -> None:
         """Every check has passed: all of a parameter's new state becomes visible at once."""
-        active = [e for e in self.uncommitted.values() if e.active]
-        for e in active:
-            own = state.get(e.param)
-            if own is None:
-                own = state[e.param] = ParamState(e.new)
-            elif type(own) is ParamState:
-                own.put(e.new, [u for u in active if u.param is e.param])
-            else:
-                own.update(e.new)
-            e.state, e.new = own, {}
-            self._watch_state(e)
-            del self.uncommitted[e.slot]
+        active: dict[int, list[Entry]] = {}  # by parameter: one that is listed twice has two entries
+        for e in self.uncommitted.values():
+            if e.active:
+                active.setdefault(id(e.param), []).append(e)
+        for entries in active.values():
+            for e in entries:
+                own = state.get(e.param)
+                self.committed.append((e.param, [key for key in e.new if own is None or own.get(key) is None]))
+                if own is None:
+                    own = state[e.param] = ParamState(e.new)
+                elif type(own) is ParamState:
+                    own.put(e.new, entries)
+                else:
+                    own.update(e.new)
+                e.state, e.new = own, {}
+                self._watch_state(e)
+                del self.uncommitted[e.slot]
         self._state_changes = changes()
+
+    def take_back(self, state: Any) -> None:
+        """The step ended before it changed anything: remove the state that it had made."""
+        for param, keys in self.committed:
+            own = state.get(param)
+            if own is not None:
+                for key in keys:
+                    own.pop(key, None)
+                if not own:
+                    del state[param]
 
     def _watch_state(self, e: Entry) -> None:
         if type(e.state) is ParamState:
@@ -508,6 +554,7 @@ class Plan:
 
     def launch(self) -> None:
         """Step every tensor that has a gradient."""
+        self.has_launched = True
         for part in self.parts:
             part.launch()
         # What the device computes the host need not.
@@ -520,19 +567,23 @@ class Plan:
 
     def release(self) -> None:
         """The step is over, whatever became of it: let go of the gradients."""
-        self._grads = []
+        self._grads, self.committed, self.has_launched = [], [], False
         for part in self.parts:
             part.release()
+        self._flight.end()
 
     def recorded(self, groups: Groups, weight_decays: list[float | Tensor], inv_scale: float | Tensor) -> Recorded:
         """What the last step left of its tensors."""
-        slots = [e.slot for part in self.parts for e in part.entries()]
+        if self._measured is None:
+            slots = [e.slot for part in self.parts for e in part.entries()]
+            self._measured = slots, [self._group_of[slot] for slot in slots], [self._label(groups, slot) for slot in slots]
+        slots, of_group, names = self._measured
         records: list[Record] = [part.record for part in self.parts if part.record is not None]
         if any(self._ranks):  # now, because somebody may ask for them in one process only
             slots, rows = self._rows_over_ranks(slots, rows_of(records))
             records = [GivenRows(rows)]
-        names = [self._label(groups, slot) for slot in slots]
-        return Recorded(records, [self._group_of[slot] for slot in slots], names, weight_decays, inv_scale)
+            of_group, names = [self._group_of[slot] for slot in slots], [self._label(groups, slot) for slot in slots]
+        return Recorded(records, of_group, names, weight_decays, inv_scale)
 
     @torch.no_grad()
     def _rows_over_ranks(self, slots: list[int], rows: Tensor) -> tuple[list[int], list[Tensor]]:
@@ -570,6 +621,8 @@ class Plan:
             return
         if self._rule.counts and not all(g.get("capturable", False) for g in groups):
             raise RuntimeError(_capture_refused("its steps are counted on the host. Pass capturable=True."))
+        if any(e.active for e in self.uncommitted.values()):
+            raise RuntimeError(_capture_refused("its states are still to be made. " + _FIRST_STEP))
         if self._on_host:
             raise RuntimeError(_capture_refused("some of its tensors are stepped by the host or by plain PyTorch."))
         if self._options.raises_if_nonfinite:
@@ -585,6 +638,12 @@ class Plan:
                     stacklevel=2,
                 )
                 break
+
+    def _refuse_to_begin_in_a_capture(self, groups: Groups) -> None:
+        # Before a hyperparameter is read, which waits for the device.
+        on_device = any(p.grad is not None and engines.device_of(p).type == "cuda" for g in groups for p in g["params"])
+        if on_device and cuda.is_capturing():
+            raise RuntimeError(_capture_refused("there is nothing prepared. " + _FIRST_STEP))
 
     def _refuse_capture_of_changes(self, slots: Sequence[int]) -> None:
         # Before anything is compiled or read, which a capture does not allow.

@@ -25,7 +25,7 @@ from .rules import UpdateRule
 class Stepper:
     """Options, results and the plan of an optimizer. Wrappers that copy an optimizer's ``__dict__`` share it.
 
-    Neither ``param_groups`` nor ``state`` are kept: torch replaces them.
+    ``param_groups`` and ``state`` are given to each step, because torch replaces them.
     """
 
     def __init__(self, rule: UpdateRule, options: Options, first: int = 0) -> None:
@@ -68,6 +68,10 @@ class Stepper:
                 plan.measure_skipped()
             if self._measures:
                 self._remember(plan, groups)
+        except BaseException:
+            if plan is not None and plan.committed and not plan.has_launched:
+                plan.take_back(state)
+            raise
         finally:
             if plan is not None:
                 plan.release()
