@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -16,34 +17,50 @@ class StepInBackward:
     """What :func:`step_in_backward` returns. ``remove()`` ends it."""
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
-        self._optimizer = optimizer  # lives as long as this does; the hooks keep neither
+        self._optimizer = optimizer  # lives as long as this does
         stepped: set[int] = set()  # since the last optimizer.step()
         self._handles: list[Any] = [optimizer.register_step_post_hook(lambda *_: stepped.clear())]
+        self._single: list[_SingleStep] = []
         number = 0
         for index, group in enumerate(optimizer.param_groups):
             for param in group["params"]:
                 if param.requires_grad:
-                    hook = _Hook(optimizer, index, number, stepped)
-                    self._handles.append(param.register_post_accumulate_grad_hook(hook))
+                    single = _SingleStep(optimizer, index, number, stepped)
+                    self._single.append(single)
+                    self._handles.append(param.register_post_accumulate_grad_hook(_hook(weakref.ref(single))))
                 number += 1
+        # Hooks of a parameter are nothing that the collector looks through, so they hold nothing: the optimizer does.
+        optimizer._stepper.singles.append(self._single)
 
     def remove(self) -> None:
         """From now on ``optimizer.step()`` steps all parameters again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._single.clear()
 
 
-class _Hook:
+def _hook(single: weakref.ref[_SingleStep]) -> Callable[[Tensor], None]:
+    def step(param: Tensor) -> None:
+        if (found := single()) is not None:  # else nobody uses the optimizer any more
+            found.step(param)
+
+    return step
+
+
+class _SingleStep:
     """Steps one parameter, with a Stepper of its own on the optimizer's state, groups and options as they are by then."""
 
     def __init__(self, optimizer: FusedOptimizer, index: int, number: int, stepped: set[int]) -> None:
-        self._optimizer = weakref.ref(optimizer)  # one that nobody uses any more steps nothing
+        self._optimizer = weakref.ref(optimizer)
         self._index, self._stepped = index, stepped
         self._options = optimizer._stepper.options
         self._stepper = Stepper(optimizer._rule, self._options.for_group(index), first=number)
 
-    def __call__(self, param: Tensor) -> None:
+    def drop_plan(self) -> None:
+        self._stepper.drop_plan()
+
+    def step(self, param: Tensor) -> None:
         optimizer = self._optimizer()
         if optimizer is None:
             return

@@ -49,6 +49,7 @@ class CpuPart(TablePart):
 
     def _step(self) -> bool:
         assert self._library is not None  # else plain PyTorch steps CPU tensors
+        self.has_begun = True
         if self._statistics:
             self._step_measured(skip=False)
         else:

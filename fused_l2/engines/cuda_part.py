@@ -142,6 +142,7 @@ class CudaPart(TablePart):
         control = 0 if self._control is None else self._control.data_ptr()
         with self._device.current():
             stream = self._upload()
+            self.has_begun = True
             for table in self._tables.values():
                 table.step(stream, control)
         self._control = None

@@ -237,6 +237,7 @@ class Part(ABC):
 
     buckets: Sequence[Bucket] = ()  # those with active rows, in the order of their first one
     record: Record | None = None  # with statistics
+    has_begun = False  # whether the step under way has begun to change tensors
     on_host = False  # whether the host has to know if a step is made
 
     def __init__(self, ranks: tuple[Any, ...] = ()) -> None:
@@ -312,8 +313,9 @@ class Part(ABC):
     def measure_skipped(self) -> None:
         """Make the statistics of a step that is skipped."""
 
-    def release(self) -> None:  # noqa: B027
+    def release(self) -> None:
         """The step is over: let go of what belongs to others."""
+        self.has_begun = False
 
     def captured(self) -> list[Any] | None:
         """What a CUDA graph that is being captured reads, to be kept alive; None if none is."""
@@ -459,4 +461,5 @@ class TablePart(Part):
         """False if the step was not made but recorded."""
 
     def release(self) -> None:
+        super().release()
         self._copies = []

@@ -110,6 +110,7 @@ class TorchPart(Part):
 
     def _step(self, entries: list[Entry]) -> None:
         first = entries[0]
+        self.has_begun = True
         step(
             self._rule,
             first.flags,
@@ -125,6 +126,7 @@ class TorchPart(Part):
         )
 
     def release(self) -> None:
+        super().release()
         self._factor = None
 
 

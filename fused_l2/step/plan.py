@@ -99,8 +99,13 @@ class Plan:
         self._grads: list[Any] = []  # alive until the step is done, whatever other threads do
         self.norm_dtype = torch.float32
         self._measured: tuple[list[int], list[int], list[str]] | None = None  # slots, groups, names: what is measured
-        self.committed: list[tuple[Tensor, list[str]]] = []  # what this step added to the state
-        self.has_launched = False
+        self.committed: list[tuple[Tensor, list[str], Part]] = []  # what this step added to the state, and who uses it
+
+    def __del__(self) -> None:
+        # Entries know where they are stepped, and parts know their entries: let all of it go now, not when the collector comes.
+        for e in self._entries:
+            if e is not None:
+                e.place = e.bucket = None
 
     # What changed?
 
@@ -524,7 +529,7 @@ class Plan:
         for entries in active.values():
             for e in entries:
                 own = state.get(e.param)
-                self.committed.append((e.param, [key for key in e.new if own is None or own.get(key) is None]))
+                self.committed.append((e.param, [key for key in e.new if own is None or own.get(key) is None], e.place))
                 if own is None:
                     own = state[e.param] = ParamState(e.new)
                 elif type(own) is ParamState:
@@ -537,10 +542,10 @@ class Plan:
         self._state_changes = changes()
 
     def take_back(self, state: Any) -> None:
-        """The step ended before it changed anything: remove the state that it had made."""
-        for param, keys in self.committed:
+        """The step was ended: remove the state that it had made for tensors that it had not begun to change."""
+        for param, keys, part in self.committed:
             own = state.get(param)
-            if own is not None:
+            if own is not None and not part.has_begun:
                 for key in keys:
                     own.pop(key, None)
                 if not own:
@@ -554,7 +559,6 @@ class Plan:
 
     def launch(self) -> None:
         """Step every tensor that has a gradient."""
-        self.has_launched = True
         for part in self.parts:
             part.launch()
         # What the device computes the host need not.
@@ -567,7 +571,7 @@ class Plan:
 
     def release(self) -> None:
         """The step is over, whatever became of it: let go of the gradients."""
-        self._grads, self.committed, self.has_launched = [], [], False
+        self._grads, self.committed = [], []
         for part in self.parts:
             part.release()
         self._flight.end()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,14 +35,15 @@ class Stepper:
         self.initial_lrs: dict[int, float] = {}  # by param group: its lr when it was added
         self.waiting: dict[Tensor, dict[str, Any]] = {}  # states set before the first step, by parameter
         self.has_warned = False  # of decay that rounding loses
+        self.singles: list[Any] = []  # what step_in_backward steps with
         self._gradients = LocalGradients()
         self._plan: Plan | None = None
         self._drops = 0
-        self.set_options(options)
         self._captured: list[Any] = []  # what CUDA graphs read
         self._control: Tensor | Control | None = None  # of the last step
         self._norm_dtype = torch.float32
         self._recorded: Recorded | None = None  # what the last step's statistics are made of
+        self.set_options(options)
 
     def step(self, groups: Groups, state: Any, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         """Step every parameter that has a gradient. ``grad_scale`` and ``found_inf`` are what a GradScaler says."""
@@ -69,7 +71,7 @@ class Stepper:
             if self._measures:
                 self._remember(plan, groups)
         except BaseException:
-            if plan is not None and plan.committed and not plan.has_launched:
+            if plan is not None and plan.committed:
                 plan.take_back(state)
             raise
         finally:
@@ -92,6 +94,8 @@ class Stepper:
         """Forget what was prepared for the next step; it will be prepared again."""
         self._plan = None
         self._drops += 1
+        for single in chain.from_iterable(self.singles):
+            single.drop_plan()
 
     def set_options(self, options: Options) -> None:
         """Make the coming steps with these."""

@@ -174,6 +174,71 @@ def test_a_graph_outlives_the_plan_it_was_captured_with(device):
     assert not set(tables.values()) & set(part._tables.values())
 
 
+def changed(device, change, drop) -> torch.Tensor:
+    """The parameter `b` after two steps, with a change between them. With ``drop`` by a plan that is made after it."""
+    a, b, c = (torch.nn.Parameter(torch.ones(4)) for _ in range(3))
+    optimizer = fused_l2.AdamW([{"params": [b, c], "lr": 0.001}, {"params": [a], "lr": 1.0}], capturable=True)
+    device.accessible = lambda: tensors_of(optimizer)
+    for p in (a, b, c):
+        p.grad = torch.ones(4)
+    optimizer.step()
+    device.synchronize()
+    change(optimizer, a, c)
+    if drop:
+        optimizer.drop_plan()
+    optimizer.step()
+    device.synchronize()
+    return b.detach()
+
+
+def state_gone(optimizer, a, c) -> None:
+    a.grad = None
+    optimizer.state.pop(a)
+
+
+def group_gone(optimizer, a, c) -> None:
+    c.grad = None
+    del optimizer.param_groups[1]
+
+
+def gradient_gone(optimizer, a, c) -> None:
+    c.grad = None
+
+
+@pytest.mark.parametrize("change", [state_gone, group_gone, gradient_gone])
+def test_steps_counted_on_the_device_bear_what_goes(device, change):
+    """A tensor without a gradient has no counter in the device's tables, and its group may have gone with it."""
+    assert_same_bits(changed(device, change, False), changed(device, change, True))
+
+
+def test_a_capture_after_a_skipped_first_step_is_refused(device):
+    """The states are still to be made, which the host decides when it knows that the step is not skipped."""
+    p = torch.nn.Parameter(torch.ones(4))
+    options = {"capturable": True, "max_grad_norm": 1.0, "skip_if_nonfinite": True}
+    optimizer = fused_l2.AdamW([p], lr=torch.tensor(0.1), **options)
+    device.accessible = lambda: tensors_of(optimizer)
+    p.grad = torch.full((4,), float("inf"))
+    optimizer.step()
+    device.synchronize()
+    p.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match="states are still to be made"), device.capture():
+        optimizer.step()
+
+
+def test_an_equal_tensor_in_the_place_of_an_lr_is_followed(device):
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = fused_l2.AdamW([p], lr=0.5, capturable=True)
+    device.accessible = lambda: tensors_of(optimizer)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+    for _ in range(2):
+        optimizer.step()
+    device.synchronize()
+    with device.capture():
+        optimizer.step()
+
+
 def test_float_hyperparameters_are_kept_by_a_graph_with_a_warning_for_lr(device):
     params = make_params(SIZES)
     optimizer = fused_l2.AdamW(params, lr=0.25, capturable=True)
