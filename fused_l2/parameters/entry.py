@@ -183,7 +183,7 @@ def plain_entry(
     if grad_dtype is not param_dtype and not checks.may_be_mixed(grad_dtype, param_dtype):
         return None
     new: dict[str, Any] = {}
-    counter = None
+    counter: Any = None
     names = kind.needs.state_names
     if not state:
         states = [torch.zeros_like(param, dtype=kind.wanted) for _ in names]
@@ -201,7 +201,7 @@ def plain_entry(
             if i and t.dtype is not dtype:
                 return None
             dtype = t.dtype
-        if counter is not None and (counter.dtype not in _COUNTERS or counter.numel() != 1):
+        if kind.counts and (counter.dtype not in _COUNTERS or counter.numel() != 1):
             return None
     except AttributeError:  # not a tensor
         return None
@@ -342,6 +342,8 @@ def as_counter(value: Any, param: Tensor, on_device: bool, name: Name) -> Tensor
         dtypes = (torch.float32,) if on_device else (torch.float32, torch.float64)
         if value.dtype in dtypes and value.device == device and value.layout is torch.strided and has_plain_type(value):
             return value
+        if value.is_meta and device.type != "meta":
+            raise checks.refuse_counter(value, name)
         return value.detach().reshape(()).to(device=device, dtype=torch.float32, copy=True)
     try:
         return torch.tensor(float(value), dtype=torch.float32 if on_device else scalar_dtype(), device=device)
