@@ -24,10 +24,12 @@ struct Chunks {
     double value;
   };
   std::vector<Chunk> all;
+  int64_t elements = 0;
 
   void add(int64_t x, int64_t dtype, int64_t numel, int64_t chunk) {
     constexpr int64_t sizes[] = {4, 8, 2, 2};
     static_assert(sizeof sizes / sizeof *sizes == dtype::count);
+    elements += numel;
     for (int64_t begin = 0; begin < numel; begin += chunk)
       all.push_back({address<const char>(x) + begin * sizes[dtype], dtype, std::min(chunk, numel - begin), 0});
   }
@@ -42,7 +44,10 @@ struct Chunks {
       Chunk& chunk = c.all[static_cast<size_t>(i)];
       chunk.value = c.norm(chunk.x, chunk.dtype, chunk.count);
     };
-    for_each_index(static_cast<int64_t>(all.size()), one, &context);
+    const auto count = static_cast<int64_t>(all.size());
+    if (elements < kSerialElements)  // not worth waiting for a second thread
+      for (int64_t i = 0; i < count; ++i) one(&context, i);
+    else for_each_index(count, one, &context);
   }
 };
 
