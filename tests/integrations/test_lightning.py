@@ -78,3 +78,31 @@ def test_resumed(name: str, tmp_path: Path) -> None:
     interrupted.save_checkpoint(tmp_path / "two.ckpt")
     trainer(tmp_path, 4).fit(again, data(), ckpt_path=tmp_path / "two.ckpt")
     assert_same_bits(list(again.parameters()), list(whole.parameters()))
+
+
+@each
+def test_fabrics_wrapper_shows_the_options_and_results_of_the_optimizer(name: str) -> None:
+    """Fabric's optimizer is an object of its own with a copy of ours' __dict__."""
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    module = nn.Linear(4, 4)
+    options = {"max_grad_norm": 1.0, "skip_if_nonfinite": True, "statistics": True}
+    model, wrapped = fabric.setup(module, getattr(fused_l2, name)(module.parameters(), lr=0.1, **options))
+    fabric.backward(model(torch.ones(2, 4)).square().sum())
+    wrapped.step()
+    assert wrapped.grad_norm is not None
+    assert torch.equal(wrapped.grad_norm, wrapped.optimizer.grad_norm)
+    assert wrapped.statistics is not None
+    wrapped.zero_grad()
+    fabric.backward(model(torch.full((2, 4), torch.inf)).square().sum())
+    wrapped.step()
+    assert wrapped.step_was_skipped
+    wrapped.zero_grad()
+    wrapped.load_state_dict(wrapped.state_dict())
+    wrapped.max_grad_norm = 0.5
+    wrapped.skip_if_nonfinite = False
+    assert wrapped.optimizer.max_grad_norm == 0.5
+    fabric.backward(model(torch.ones(2, 4)).square().sum())
+    before = module.weight.detach().clone()
+    wrapped.step()
+    assert not wrapped.step_was_skipped
+    assert not torch.equal(module.weight, before)
