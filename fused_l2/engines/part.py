@@ -223,6 +223,10 @@ class Bucket:
             self.first_steps.clear()
             self.is_changed = True
 
+    @property
+    def first_slot(self) -> int:
+        return next(e.slot for e in self.entries if e.active)
+
     def active_entries(self) -> list[Entry]:
         return [e for e in self.entries if e.active] if self.active < len(self.entries) else self.entries
 
@@ -270,6 +274,11 @@ class Part(ABC):
     @abstractmethod
     def is_empty(self) -> bool:
         """Whether it has no entries, active or not."""
+
+    @property
+    @abstractmethod
+    def first_slot(self) -> int:
+        """The slot of its first active entry; -1 if there is none."""
 
     @abstractmethod
     def entries(self) -> list[Entry]:
@@ -387,6 +396,10 @@ class TablePart(Part):
     def is_empty(self) -> bool:
         return not self._by_signature
 
+    @property
+    def first_slot(self) -> int:
+        return self.buckets[0].first_slot if self.buckets else -1
+
     def entries(self) -> list[Entry]:
         return sorted((e for bucket in self.buckets for e in bucket.active_entries()), key=_slot)
 
@@ -400,7 +413,7 @@ class TablePart(Part):
                 bucket.settle()
                 are_rebuilt = True
         live = [b for b in self._by_signature.values() if b.active]
-        self.buckets = sorted(live, key=lambda b: b.active_entries()[0].slot) if len(live) > 1 else live
+        self.buckets = sorted(live, key=lambda b: b.first_slot) if len(live) > 1 else live
         self._params = [e.param for b in self.buckets for e in b.active_entries()]
         self._resettled()
         self._bucket_words = array("q", [word for b in self.buckets for word in b.words()])

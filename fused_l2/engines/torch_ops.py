@@ -63,6 +63,10 @@ class TorchPart(Part):
     def is_empty(self) -> bool:
         return not self._entries
 
+    @property
+    def first_slot(self) -> int:
+        return next((e.slot for e in self._entries if e.active), -1)
+
     def entries(self) -> list[Entry]:
         return [e for e in self._entries if e.active]
 

@@ -70,6 +70,10 @@ class Look:
         """Watch these instead of the entry's states, what is kept and its counter. False if it has to be made anew."""
         return False
 
+    def start_of(self, entry: Entry) -> int:
+        """Where the memory of the parameter is."""
+        return entry.local.data_ptr()
+
     def addresses(self, entry: Entry) -> list[int]:
         """Where the memory of the parameter is, of its states, of what is kept, and its counter."""
         full, memory = entry.watched()
@@ -189,14 +193,16 @@ class NativeLook(Look):
 
     def exchange(self, entry: Entry, tensors: Sequence[Any]) -> bool:
         record = entry.record
-        if record is None or not all(type(t) in PLAIN_TYPES and t.layout is torch.strided for t in tensors):
+        if record is None or not PLAIN_TYPES.issuperset(map(type, tensors)):
             return False
-        at = _SIZES + 3 * record[_DIM]
-        for t in tensors:
-            at += _WATCHED
-            record[at] = id(t)
+        start = _SIZES + 3 * record[_DIM] + _WATCHED
+        record[start::_WATCHED] = array("q", map(id, tensors))
         record[_ACTIVE] = entry.active
         return True
+
+    def start_of(self, entry: Entry) -> int:
+        record = entry.record
+        return super().start_of(entry) if record is None else record[_SIZES + 3 * record[_DIM] + _ADDRESS]
 
     def addresses(self, entry: Entry) -> list[int]:
         record = entry.record

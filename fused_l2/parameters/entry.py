@@ -154,10 +154,11 @@ class Entry:
     def take(self, state: Any, tensors: Sequence[Tensor]) -> None:
         """Use these tensors of the state, in the order of ``names``."""
         self.state = state
-        found = list(tensors)
-        self.counter = found.pop() if self.names[-1:] == ("step",) else None
-        self.kept = found.pop() if self.mode.state_name else None
-        self.states = found
+        states = len(self.names) - (self.names[-1:] == ("step",))
+        self.counter = tensors[states] if states < len(tensors) else None
+        states -= self.mode.state_name is not None
+        self.kept = tensors[states] if self.mode.state_name else None
+        self.states = list(tensors[:states])
 
     def watched(self) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors that have to be where and what they were; and those of which only the memory matters."""

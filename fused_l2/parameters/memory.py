@@ -115,7 +115,7 @@ class Ranges:
 
     def move(self, slot: int, start: int) -> None:
         """The same tensor begins somewhere else."""
-        if (known := self._of.get(slot)) is not None:
+        if (known := self._of.get(slot)) is not None and known[0] != start:
             self._of[slot] = start, start + known[1] - known[0], slot
             self._sorted = []
 

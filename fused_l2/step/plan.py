@@ -21,7 +21,7 @@ from ..engines import cuda
 from ..engines.cuda_part import CudaPart
 from ..engines.part import Part
 from ..engines.torch_ops import TorchPart, combined, total
-from ..engines.watch import CAME, GONE, MOVED, OTHER, SlotWatch, make_look
+from ..engines.watch import CAME, MOVED, OTHER, SlotWatch, make_look
 from ..options import Options
 from ..parameters import checks
 from ..parameters.entry import Entry, Flight, Kind, Needs, make_entry, plain_entry
@@ -230,17 +230,16 @@ class Plan:
     def _exchange_state(self, e: Entry, state: Any) -> bool:
         """Take state tensors that were put in the place of others, as moving them to another device and back does. False if
         that takes more than looking at them."""
-        if e.new or not isinstance(state, Mapping) or is_dtensor(e.param):
+        is_own = type(state) is ParamState
+        if e.new or e.local is not e.param or not (is_own or isinstance(state, Mapping)):
             return False
-        if any(name in state for name in STATE_NAMES if name != e.mode.state_name):
+        if not _OTHER_STATES[e.mode].isdisjoint(state):
             return False
         tensors: list[Any] = [state.get(name) for name in e.names]
-        if "step" in e.names and not (isinstance(tensors[-1], Tensor) and tensors[-1].numel() == 1):
-            return False
         if not self._look.exchange(e, tensors):
             return False
         e.take(state, tensors)
-        if type(state) is ParamState:
+        if is_own:
             state.watch(e)
         return True
 
@@ -287,24 +286,29 @@ class Plan:
                 self._stale.add(slot)
         self._refuse_capture_of_changes([*found[::2], *self._stale])
         touched = self._touched
+        others_step = bool(touched or self._stale)  # whether other tensors are stepped than before, or elsewhere
         made = self._make_entries(groups)
         for slot, change in zip(found[::2], found[1::2], strict=True):
             if slot in self._stale:
                 continue
             e = self._entries[slot]
             assert e is not None
+            touched[e.place] = None
             if change & MOVED:
-                self._ranges.move(slot, self._look.addresses(e)[0])
+                self._ranges.move(slot, self._look.start_of(e))
                 self._ranges_changed = True
                 e.place.moved(e)
+                if change == MOVED:
+                    continue
+            others_step = True
             if change & CAME:
                 e.place.activate(e)
                 self._coefficients_due = True
-            elif change & GONE:
+            else:
                 e.place.deactivate(e)
-            self._ranges_changed |= not self._ranges.are_disjoint  # only active ones count
-            touched[e.place] = None
             self._look.placed(e)
+        if found:  # of tensors that share memory only active ones count
+            self._ranges_changed |= not self._ranges.are_disjoint
         for slot in self._stale - {e.slot for e in made}:
             if (old := self._entries[slot]) is not None:  # it will be made when its gradient comes
                 self._forget(old)
@@ -328,7 +332,11 @@ class Plan:
                 if (entry := self._entries[slot]) is not None:
                     self._place(entry, touched)
                     made.append(entry)  # in a new row, which has no gradient yet
-        self._settle(touched)
+        if others_step or made:
+            self._settle(touched)
+        else:
+            for part in touched:
+                part.settle()
         self._touched = {}
         if made:
             self._coefficients_due = True
@@ -442,10 +450,10 @@ class Plan:
                 for e in self._entries:
                     if e is not None and e.place is part:
                         self._look.placed(e)
-        live = {key: part for key, part in self._by_place.items() if part.entries()}
+        live = {key: part for key, part in self._by_place.items() if part.first_slot >= 0}
         order = sorted(
             (key for key in live if key is not None),
-            key=lambda key: (key[0].type == "cpu", str(key[0]), _first_slot(live[key])),
+            key=lambda key: (key[0].type == "cpu", str(key[0]), live[key].first_slot),
         )
         self.parts = [live[key] for key in (*order, *([None] if None in live else []))]
         self._by_place = {key: part for key, part in self._by_place.items() if not part.is_empty}
@@ -655,16 +663,14 @@ class Plan:
             raise RuntimeError(_capture_refused("there is nothing prepared. " + _FIRST_STEP))
 
 
+# What other modes keep beside a parameter, and this one must not find.
+_OTHER_STATES = {mode: frozenset(STATE_NAMES) - {mode.state_name} for mode in Mode}
 _CPU: tuple[torch.device, tuple[Any, ...]] = torch.device("cpu"), ()
 _FIRST_STEP = "Make one step() before, with the same parameters having gradients."
 
 
 def _capture_refused(reason: str) -> str:
     return f"fused_l2: this step() cannot be captured into a CUDA graph: {reason}"
-
-
-def _first_slot(part: Part) -> int:
-    return part.entries()[0].slot
 
 
 def _may_change_in_place(values: Sequence[Any]) -> bool:
