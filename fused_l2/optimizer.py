@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -16,6 +17,7 @@ from torch.optim.optimizer import (
 )
 
 from .options import OptionAttributes, Options
+from .parameters import checks
 from .parameters.entry import scalar_dtype
 from .parameters.low_precision import narrowed, transferable, widened, with_kept_dtype
 from .parameters.shards import is_dtensor, like, local, why_refused
@@ -128,6 +130,8 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         options.check_groups(len(self.param_groups))
         for i, group in enumerate(self.param_groups):
             self._rule.numbers(self._values(group), options, i, stepper.initial_lrs.get(i, 0.0))
+        if name == "low_precision":
+            self._check_modes(options)
         weights = self.master_params() if name == "low_precision" else None
         if weights is not None and (kept := stepper.options.precision.mode.state_name):
             for p in self._all_params():
@@ -137,6 +141,13 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         stepper.set_options(options)
         if weights is not None:
             self.load_master_params(weights)
+
+    def _check_modes(self, options: Options) -> None:
+        """Refuse a mode that one of the parameters cannot have."""
+        for index, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
+                name = functools.partial(checks.describe, group, index, position)
+                checks.check_mode(param, options.precision.mode_of(param), {}, name)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -194,3 +194,24 @@ def test_every_hyperparameter_may_change_between_steps(name, exact_sqrt):
             set_grads(ps, step)
             optimizer.step()
         assert_same_bits(params, expected, str(change))
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_schedule_that_ends_beside_zero_steps_as_torchs(name):
+    """LinearLR to 0 ends at -2e-19 in some settings, by rounding; a real negative lr is refused."""
+    ends = []
+    for module in (fused_l2, torch.optim):
+        p = torch.nn.Parameter(torch.ones(5))
+        optimizer = getattr(module, name)([p], lr=0.001)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 0.0, 10)
+        for _ in range(12):
+            p.grad = torch.ones(5)
+            optimizer.step()
+            scheduler.step()
+        assert optimizer.param_groups[0]["lr"] < 0
+        ends.append(p)
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=0)
+    optimizer = getattr(fused_l2, name)([p], lr=0.001)
+    optimizer.param_groups[0]["lr"] = -1e-9
+    with pytest.raises(ValueError, match=r"Invalid learning rate of param group 0: -1e-09; expected a number >= 0"):
+        optimizer.step()

@@ -1,4 +1,4 @@
-"""1000 steps leave live objects and memory of Python's where they were after 200 (T39, T42; for DTensors see tests/distributed)."""
+"""1000 steps leave objects and Python's memory where they were after 200 (T39, T42; for DTensors see tests/distributed)."""
 
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ def test_1000_steps_leave_nothing_behind(name: str, options: dict[str, Any]) -> 
             found.append((len(gc.get_objects()), sys.getallocatedblocks()))
     (objects, blocks), (objects_now, blocks_now) = found
     assert objects_now - objects <= 10
-    # Python's own blocks: numbers, strings, what tables are made of. One left behind in each step would be 800; caches (the powers
-    # of 128 step counts, those of torch and Python) have been filled by then.
+    # Python's own blocks: numbers, strings, what tables are made of. One left behind in each step would be 800; caches (the
+    # powers of 128 step counts, those of torch and Python) have been filled by then.
     assert blocks_now - blocks <= 400

@@ -392,6 +392,16 @@ def test_statistics_are_of_the_full_weights():
     assert float(made.statistics.update_norm) == pytest.approx(float((after - before).norm()), rel=1e-6)
 
 
+def test_a_mode_that_a_parameter_cannot_have_is_refused_before_anything_changes():
+    p = torch.nn.Parameter(weights(1000, 1).half())
+    optimizer = fused_l2.SGD([p], lr=0.1)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*low_precision='remainder' completes bfloat16"):
+        optimizer.low_precision = "remainder"
+    assert_same_bits(p, before)
+    assert optimizer.low_precision == "round"
+
+
 def test_errors():
     p = torch.nn.Parameter(torch.ones(3).half())
     p.grad = torch.ones_like(p)

@@ -103,7 +103,7 @@ class Plan:
 
     def __del__(self) -> None:
         # Entries know where they are stepped, and parts know their entries: let all of it go now, not when the collector comes.
-        for e in self._entries:
+        for e in getattr(self, "_entries", ()):
             if e is not None:
                 e.place = e.bucket = None
 

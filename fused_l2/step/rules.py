@@ -120,6 +120,18 @@ def _decay(options: Options, group: int | None, decoupled: bool, initial_lr: flo
     return initial_lr, float(rule)
 
 
+# What is left of an lr by the rounding of a schedule that ends at 0: torch's LinearLR gets there by products, 2e-16 of the
+# initial lr beside it. torch.optim steps with it, and so do we.
+_ROUNDING = 1e-12
+
+
+def _learning_rate(value: Any, where: str, initial_lr: float) -> float:
+    lr = number(value, "learning rate", where)
+    if lr < 0 and not -lr <= _ROUNDING * initial_lr:
+        raise ValueError(f"Invalid learning rate{where}: {value}; expected a number >= 0 (to ascend, pass maximize=True)")
+    return lr
+
+
 def _where(group: int | None) -> str:
     return "" if group is None else f" of param group {group}"
 
@@ -130,7 +142,7 @@ class _Sgd(UpdateRule):
 
     def numbers(self, values: SgdValues, options: Options, group: int | None, initial_lr: float) -> SgdNumbers:
         where = _where(group)
-        lr = at_least_zero(values.lr, "learning rate", where, " (to ascend, pass maximize=True)")
+        lr = _learning_rate(values.lr, where, initial_lr)
         momentum = at_least_zero(values.momentum, "momentum value", where)
         dampening = number(values.dampening, "dampening", where)
         weight_decay = at_least_zero(values.weight_decay, "weight_decay value", where)
@@ -188,7 +200,7 @@ class _Adam(UpdateRule):
                 f"decay_rule='corrected' needs decoupled weight decay, which param group {group} does not have: sqrt(v) "
                 f"divides coupled decay, so no coefficient gives it the rate that the rule is about. {self._remedy}"
             )
-        lr = at_least_zero(values.lr, "learning rate", where, " (to ascend, pass maximize=True)")
+        lr = _learning_rate(values.lr, where, initial_lr)
         eps = at_least_zero(values.eps, "epsilon value", where)
         weight_decay = at_least_zero(values.weight_decay, "weight_decay value", where)
         max_lr, rule = _decay(options, group, decoupled, initial_lr, self._remedy)
