@@ -21,11 +21,12 @@ class StepInBackward:
         stepped: set[int] = set()  # since the last optimizer.step()
         self._handles: list[Any] = [optimizer.register_step_post_hook(lambda *_: stepped.clear())]
         self._single: list[_SingleStep] = []
-        number = 0
+        number, seen = 0, set()
         for index, group in enumerate(optimizer.param_groups):
-            for param in group["params"]:
-                if param.requires_grad:
-                    single = _SingleStep(optimizer, index, number, stepped)
+            for position, param in enumerate(group["params"]):
+                if param.requires_grad and id(param) not in seen:
+                    seen.add(id(param))
+                    single = _SingleStep(optimizer, index, position, number, stepped)
                     self._single.append(single)
                     self._handles.append(param.register_post_accumulate_grad_hook(_hook(weakref.ref(single))))
                 number += 1
@@ -51,18 +52,33 @@ def _hook(single: weakref.ref[_SingleStep]) -> Callable[[Tensor], None]:
 class _SingleStep:
     """Steps one parameter, with a Stepper of its own on the optimizer's state, groups and options as they are by then."""
 
-    def __init__(self, optimizer: FusedOptimizer, index: int, number: int, stepped: set[int]) -> None:
+    def __init__(self, optimizer: FusedOptimizer, index: int, position: int, number: int, stepped: set[int]) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._index, self._stepped = index, stepped
+        self._index, self._position, self._stepped = index, position, stepped
         self._options = optimizer._stepper.options
         self._stepper = Stepper(optimizer._rule, self._options.for_group(index), first=number)
+
+    def _finds(self, param: Tensor, groups: list[dict[str, Any]]) -> bool:
+        """Whether the optimizer has the parameter, perhaps in another group than before."""
+        try:
+            if groups[self._index]["params"][self._position] is param:
+                return True
+        except IndexError:
+            pass
+        for index, group in enumerate(groups):
+            for position, p in enumerate(group["params"]):
+                if p is param:
+                    self._index, self._position = index, position
+                    self._stepper.set_options(self._options.for_group(index))
+                    return True
+        return False
 
     def drop_plan(self) -> None:
         self._stepper.drop_plan()
 
     def step(self, param: Tensor) -> None:
         optimizer = self._optimizer()
-        if optimizer is None:
+        if optimizer is None or not self._finds(param, optimizer.param_groups):
             return
         if id(param) in self._stepped:
             raise RuntimeError(
@@ -80,8 +96,7 @@ class _SingleStep:
         group = optimizer.param_groups[self._index]
         own = {**group, "params": [param]}
         if "param_names" in group:
-            position = next(i for i, p in enumerate(group["params"]) if p is param)
-            own["param_names"] = group["param_names"][position : position + 1]
+            own["param_names"] = group["param_names"][self._position : self._position + 1]
         stepper.step([own], optimizer.state)
         whole.has_warned = stepper.has_warned
         self._stepped.add(id(param))

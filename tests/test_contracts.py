@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
+import math
 import pickle
 import re
-import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fused_l2
-from fused_l2.options import Options
 from fused_l2.tables.modes import Mode
 
 SIZES = (5, 64, 0, 33)
@@ -781,239 +778,6 @@ def test_step_refuses_other_arguments(name: str) -> None:
     assert list(inspect.signature(optimizer.step).parameters) == ["closure"]
 
 
-# Options.
-
-OPTIONS = [field.name for field in dataclasses.fields(Options) if "description" in field.metadata]
-# Another value of each, and one that is refused.
-VALUES: dict[str, tuple[Any, Any]] = {
-    "max_grad_norm": (2.5, -1.0),
-    "norm_type": (torch.inf, 3.0),
-    "error_if_nonfinite": (True, None),
-    "skip_if_nonfinite": (True, None),
-    "amp_scaling": (True, None),
-    "decay_rule": ("corrected", "sometimes"),
-    "max_lr": (0.5, 0.0),
-    "cautious": (True, None),
-    "statistics": (True, None),
-    "low_precision": ("master", "exact"),
-    "state_dtype": (torch.bfloat16, torch.float16),
-    "seed": (7, 1.5),
-}
-every = pytest.mark.parametrize("cls", [fused_l2.SGD, fused_l2.Adam, fused_l2.AdamW], ids=lambda c: c.__name__)
-
-
-def decoupled(cls: Any) -> dict[str, Any]:
-    return {} if cls is fused_l2.AdamW else {"decoupled_weight_decay": True}
-
-
-def test_these_are_all_options() -> None:
-    assert set(OPTIONS) == set(VALUES)
-
-
-@every
-def test_repr_is_torchs_and_then_the_options_that_are_set(cls: Any) -> None:
-    params = make_params(SIZES)
-    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.5}]
-    mine, yours = repr(cls(groups)), repr(getattr(torch.optim, cls.__name__)(groups))
-    if cls is fused_l2.Adam:  # a key of its groups that torch shows, too
-        assert "decoupled_weight_decay: False" in mine
-    assert mine == yours
-    optimizer = cls(groups, max_grad_norm=2.5, seed=7, **decoupled(cls))
-    text = repr(optimizer)
-    groups_of_it, _, options = text.partition("\n\nOptions\n")
-    assert groups_of_it.count("Parameter Group") == 2
-    expected = ["    max_grad_norm: 2.5", "    seed: 7"]
-    if cls is fused_l2.SGD:
-        expected.append("    decoupled_weight_decay: True")
-    assert options == "\n".join(expected) + "\n)"
-    assert all(text.count(name) == 1 for name in ("max_grad_norm", "seed"))
-    optimizer.max_grad_norm, optimizer.seed = None, 0
-    assert "max_grad_norm" not in repr(optimizer)
-    assert "seed" not in repr(optimizer)
-
-
-@every
-def test_options_is_a_dict_of_all_with_current_values(cls: Any) -> None:
-    optimizer = cls(make_params(SIZES), lr=0.1, **decoupled(cls))
-    found = optimizer.options
-    assert type(found) is dict
-    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items() if name in OPTIONS}
-    extra = {"decoupled_weight_decay": True} if cls is fused_l2.SGD else {}
-    assert found == {**defaults, **extra}
-    found["seed"] = 5  # a copy
-    assert optimizer.options["seed"] == 0
-    optimizer.seed, optimizer.cautious = 9, True
-    assert optimizer.options == {**defaults, **extra, "seed": 9, "cautious": True}
-
-
-@every
-def test_signature_and_docstring_tell_every_option(cls: Any) -> None:
-    parameters = inspect.signature(cls).parameters
-    torchs = inspect.signature(getattr(torch.optim, cls.__name__)).parameters
-    assert set(torchs) <= set(parameters)
-    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
-    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
-    for name in OPTIONS:
-        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
-        assert parameters[name].default == defaults[name]
-        assert re.search(rf"^ *{name}: \S", cls.__doc__, re.MULTILINE), name
-    for name in parameters:
-        assert re.search(rf"\b{name}\b", cls.__doc__), name
-    assert "OPTIONS" not in cls.__doc__
-
-
-@every
-def test_an_unknown_keyword_is_refused_by_name(cls: Any) -> None:
-    with pytest.raises(TypeError, match=rf"{cls.__name__}.*unexpected keyword argument 'max_norm'"):
-        cls(make_params(SIZES), max_norm=1.0)
-
-
-@every
-@pytest.mark.parametrize("option", VALUES)
-def test_every_option_is_an_attribute_with_the_checks_of_the_constructor(cls: Any, option: str) -> None:
-    value, refused = VALUES[option]
-    given = decoupled(cls)
-    if option in ("error_if_nonfinite", "skip_if_nonfinite"):
-        given["max_grad_norm"] = 1.0
-    params = make_params(SIZES)
-    passed, optimizer = cls(params, **given, **{option: value}), cls(make_params(SIZES), **given)
-    default = optimizer.options[option]
-    assert default != value
-    setattr(optimizer, option, value)
-    assert optimizer.options == passed.options
-    assert optimizer.options[option] == value
-    if option != "statistics":  # that attribute has the figures
-        assert getattr(optimizer, option) == getattr(passed, option) == value
-    assert hasattr(cls, option)
-    set_grads(params, 0)
-    passed.step()
-    if refused is None:  # a flag: anything has a truth
-        setattr(optimizer, option, False)
-        assert optimizer.options[option] is False
-        return
-    before = optimizer.options
-    with pytest.raises((ValueError, TypeError)) as by_constructor:
-        cls(params, **given, **{option: refused})
-    with pytest.raises((ValueError, TypeError)) as by_attribute:
-        setattr(optimizer, option, refused)
-    assert type(by_attribute.value) is type(by_constructor.value)
-    assert str(by_attribute.value) == str(by_constructor.value)
-    assert option in str(by_attribute.value)
-    assert optimizer.options == before
-
-
-@pytest.mark.parametrize(
-    ("cls", "option", "value"),
-    [
-        (fused_l2.SGD, "cautious", True),
-        (fused_l2.SGD, "decay_rule", "fully_decoupled"),
-        (fused_l2.Adam, "decay_rule", "corrected"),
-        (fused_l2.AdamW, "decay_rule", ["plain", "plain", "plain"]),
-    ],
-    ids=str,
-)
-def test_options_that_do_not_go_together_are_refused_by_the_attribute_too(cls: Any, option: str, value: Any) -> None:
-    with pytest.raises(ValueError) as by_constructor:
-        cls(make_params(SIZES), weight_decay=0.1, **{option: value})
-    optimizer = cls(make_params(SIZES), weight_decay=0.1)
-    before = optimizer.options
-    with pytest.raises(ValueError) as by_attribute:
-        setattr(optimizer, option, value)
-    assert str(by_attribute.value) == str(by_constructor.value)
-    assert optimizer.options == before
-
-
-# Threads.
-
-
-@pytest.fixture
-def often_switched() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
-
-
-def in_threads(work: list[Callable[[], None]]) -> list[BaseException]:
-    """Run these at the same time; returns what they raised."""
-    raised: list[BaseException] = []
-
-    def guarded(one: Callable[[], None]) -> None:
-        try:
-            torch.set_num_threads(1)
-            one()
-        except BaseException as error:
-            raised.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(one,)) for one in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return raised
-
-
-@pytest.mark.parametrize("layout", ["dense", "transposed"])
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": torch.inf}, {"statistics": True}], ids=str)
-@pytest.mark.usefixtures("often_switched")
-def test_two_threads_that_step_one_optimizer_use_no_memory_that_is_gone(layout: str, options: dict[str, Any]) -> None:
-    """As Hogwild training does. Updates may be lost, as in torch.optim; numbers from nowhere may not appear."""
-    params = [nn.Parameter(torch.zeros(20, 30)) for _ in range(4)]
-    optimizer = fused_l2.SGD(params, lr=1.0, **options)
-
-    def work() -> None:
-        for _ in range(100):
-            for p in params:
-                p.grad = torch.ones(30, 20).t() if layout == "transposed" else torch.ones(20, 30)
-            optimizer.step()
-
-    assert in_threads([work, work]) == []
-    found = torch.cat([p.detach().flatten() for p in params])
-    assert bool((found == found.round()).all())
-    assert bool(((found >= -200) & (found <= 0)).all())
-    before = found.clone()
-    work()  # and it goes on
-    assert_same_bits(torch.cat([p.detach().flatten() for p in params]), before - 100)
-
-
-@pytest.mark.usefixtures("often_switched")
-def test_optimizers_in_threads_of_their_own_give_the_bits_of_one_after_the_other() -> None:
-    variants: list[tuple[str, torch.dtype, dict[str, Any]]] = [
-        ("SGD", torch.float32, {}),
-        ("AdamW", torch.float32, {"max_grad_norm": 1.0, "statistics": True}),
-        ("AdamW", torch.bfloat16, {"low_precision": "stochastic"}),
-        ("SGD", torch.float64, {"max_grad_norm": 0.1}),
-    ]
-    ends: list[list[Any]] = []
-    for at_once in (False, True):
-        made = []
-        for name, dtype, options in variants:
-            params = make_params(SIZES, dtype)
-            made.append((make(name, params, **options), params))
-
-        def work(optimizer: Any, params: list[Any]) -> Callable[[], None]:
-            def steps() -> None:
-                for step in range(40):
-                    set_grads(params, step)
-                    if step % 3 == 1:
-                        params[1].grad = None
-                    if step % 5 == 4:
-                        optimizer.load_state_dict(optimizer.state_dict())
-                    optimizer.step()
-
-            return steps
-
-        works = [work(*one) for one in made]
-        if at_once:
-            assert in_threads(works) == []
-        else:
-            for one in works:
-                one()
-        ends.append([t for _, params in made for t in params])
-        ends[-1] += [v for o, _ in made for own in o.state.values() for v in own.values()]
-    assert_same_bits(*ends)
-
-
 @pytest.mark.usefixtures("often_switched")
 def test_warnings_of_a_step_are_given_once() -> None:
     """The warning of decay that rounding loses is an optimizer's, however often it is loaded or stepped."""
@@ -1026,3 +790,87 @@ def test_warnings_of_a_step_are_given_once() -> None:
             optimizer.step()
             optimizer.load_state_dict(optimizer.state_dict())
     assert len([w for w in found if "weight decay takes" in str(w.message)]) == 1
+
+
+def test_a_parameter_listed_in_two_groups_keeps_one_state_when_it_grows() -> None:
+    """amsgrad is switched on in one of the groups, and needs a state that the other does not look at."""
+    ends = []
+    for module in (fused_l2, torch.optim):
+        a, b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+        optimizer = module.Adam([{"params": [a]}, {"params": [b]}], lr=0.1)
+        optimizer.param_groups[1]["params"].append(a)
+        for _ in range(2):
+            a.grad, b.grad = torch.ones(3), torch.ones(3)
+            optimizer.step()
+        if module is fused_l2:  # torch.optim has no max_exp_avg_sq then, and raises
+            optimizer.param_groups[0]["amsgrad"] = True
+        optimizer.step()
+        ends.append(b)
+    assert_same_bits(*ends)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (4,)], ids=["transposed", "strided"])
+def test_what_was_converted_for_a_skipped_step_is_converted_again(shape: tuple[int, ...]) -> None:
+    """The user may have changed it in place since."""
+    data = torch.ones(2, 3).t() if shape == (3, 2) else torch.ones(4, 2)[:, 0]
+    p = torch.nn.Parameter(data)
+    optimizer = fused_l2.Adam([p], lr=0.1, max_grad_norm=1e9, skip_if_nonfinite=True)
+    p.grad = torch.ones(shape)
+    optimizer.step()
+    optimizer.state[p]["step"] = torch.tensor(1)
+    optimizer.state[p]["exp_avg"] = torch.zeros(shape)
+    p.grad = torch.full(shape, math.inf)
+    optimizer.step()
+    optimizer.state[p]["step"].fill_(50)
+    p.grad = torch.ones(shape)
+    optimizer.step()
+    assert float(optimizer.state[p]["step"]) == 51
+
+
+def test_a_strided_parameter_listed_twice_has_one_state() -> None:
+    ends = []
+    for module in (fused_l2, torch.optim):
+        p = torch.nn.Parameter(torch.zeros(4, 2)[:, 0])
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            optimizer = module.SGD([p, p], lr=1.0, momentum=0.5)
+        for _ in range(2):
+            p.grad = torch.ones(4)
+            optimizer.step()
+        ends.append(p.detach().clone())
+    assert_same_bits(*ends)
+
+
+def test_a_counter_that_is_nan_is_refused_where_plain_pytorch_steps() -> None:
+    p = torch.nn.Parameter(torch.randn(4, 2)[:, 0])
+    optimizer = fused_l2.Adam([p])
+    p.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.state[p]["step"].fill_(math.nan)
+    with pytest.raises(RuntimeError, match="its state 'step' is NaN"):
+        optimizer.step()
+
+
+def test_step_in_backward_follows_a_parameter_to_another_group() -> None:
+    a, b = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = fused_l2.SGD([{"params": [a, b], "lr": 1.0}, {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 10.0}])
+    fused_l2.step_in_backward(optimizer)
+    groups = optimizer.param_groups
+    groups[1]["params"].append(groups[0]["params"].pop(0))
+    (a + b).sum().backward()
+    optimizer.step()
+    assert (a.item(), b.item()) == (-10.0, -1.0)
+    groups.pop(1)
+    (a + b).sum().backward()  # a is nobody's any more
+    optimizer.step()
+    assert (a.item(), b.item()) == (-10.0, -2.0)
+
+
+def test_a_step_that_nothing_may_skip_was_not_skipped() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = fused_l2.SGD([p], lr=0.1, max_grad_norm=1.0, skip_if_nonfinite=True)
+    p.grad = torch.full((3,), math.inf)
+    optimizer.step()
+    assert optimizer.step_was_skipped
+    optimizer.max_grad_norm = None
+    optimizer.step()
+    assert not optimizer.step_was_skipped

@@ -73,6 +73,10 @@ class TorchPart(Part):
     def settle(self) -> bool:
         return False
 
+    def unexpected(self) -> list[Entry]:
+        counters = [(e, e.counter) for e in self.entries() if e.counter is not None and e.counter.device.type == "cpu"]
+        return [e for e, counter in counters if bool(counter.isnan().any())]
+
     def prepare(self, row_of: RowOf, numbers: Sequence[Any], sources: Sequence[Sequence[int]]) -> None:
         self._numbers = numbers
 
@@ -199,7 +203,9 @@ def step(
     wide_params = [widened(mode, p, k) for p, k in zip(params, kept, strict=True)]
     wide_grads = [_widened(t) for t in grads]
     if factor is not None:
-        wide_grads = [g * (factor.to(g.device, g.dtype) if isinstance(factor, Tensor) else factor) for g in wide_grads]
+        factors = [factor.to(g.device, g.dtype) if isinstance(factor, Tensor) else factor for g in wide_grads]
+        # A zero tensor of no dimension times a number has the number's dtype.
+        wide_grads = [(g * f).to(g.dtype) for g, f in zip(wide_grads, factors, strict=True)]
     wide_states = [[_widened(t) for t in kind] for kind in states]
     if rule is Rule.SGD:
         _sgd(flags, numbers, wide_params, wide_grads, wide_states, first_step)

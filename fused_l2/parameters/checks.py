@@ -102,6 +102,8 @@ def check_state(param: Any, key: str, value: Any, name: Name, dtype: torch.dtype
         raise RuntimeError(f"{name()}: its state {key!r} is {value!r}, not a tensor. {remedy()}")
     if value.shape != param.shape:
         raise RuntimeError(f"{name()}: its state {key!r} has shape {tuple(value.shape)}. {remedy()}")
+    if value.layout is not torch.strided:
+        raise RuntimeError(f"{name()}: its state {key!r} is sparse (layout {value.layout}). {remedy()}")
     if value.device != param.device:
         raise RuntimeError(
             f"{name()}: it is on {param.device}, its state {key!r} on {value.device}. Move the state to the parameter's "
@@ -140,7 +142,9 @@ def check_whole(state: Mapping[str, Any], missing: list[str], name: Name) -> Non
         )
 
 
-def check_counter(value: Any, name: Name) -> None:
+def check_counter(value: Tensor, name: Name) -> None:
+    if not has_memory(value):
+        raise RuntimeError(f"{name()}: the storage of its state 'step' was freed. Restore it before step().")
     if math.isnan(float(value)):
         raise RuntimeError(f"{name()}: its state 'step' is NaN. Set it to the number of steps made.")
 

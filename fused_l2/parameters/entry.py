@@ -304,7 +304,9 @@ def _usable(e: Entry, key: str, value: Any, wanted: torch.dtype | None, only: to
     usable = value
     if is_dtensor(param) and not matches(value, param):
         usable = redistributed(value, param)
-    if not same_layout(local(usable), e.local) or wanted not in (None, usable.dtype):
+    # What is not dense is stepped by plain PyTorch, in any layout.
+    reordered = is_dense(e.local) and not same_layout(local(usable), e.local)
+    if reordered or wanted not in (None, usable.dtype):
         usable = torch.empty_like(param, dtype=wanted or usable.dtype).copy_(usable)
     if usable is not value:
         e.new[key] = usable

@@ -80,6 +80,7 @@ class Plan:
         self._sharded, self._is_sharded = Shards([], gradients), False
         self._shard_watch: SlotWatch | None = None
         self._ranks: list[Any] = []
+        self._listed_twice: list[list[int]] = []  # slots of one parameter, which share its state
         self._ranges = Ranges()
         self._later: set[int] = set()  # slots of parameters that share memory with an earlier one
         self._stale: set[int] = set()  # slots whose entries have to be made anew
@@ -134,7 +135,7 @@ class Plan:
                         or type(values[0]) is not known.kind_of_lr
                         or type(values[decay]) is not known.kind_of_decay
                     )
-                except RuntimeError:  # a tensor of several elements among them: refused below
+                except (RuntimeError, ValueError):  # a tensor or an array of several elements among them: refused below
                     differs = True
                 if differs:
                     changed.append(i)
@@ -257,6 +258,10 @@ class Plan:
             self._ends.append((self._ends[-1] if self._ends else 0) + len(group["params"]))
         self._stale = {slot for slot in self._stale if slot < len(params)}
         self._later = {slot for slot in self._later if slot < len(params)}
+        slots: dict[int, list[int]] = {}
+        for slot, param in enumerate(params):
+            slots.setdefault(id(param), []).append(slot)
+        self._listed_twice = [twins for twins in slots.values() if len(twins) > 1] if len(slots) < len(params) else []
         self._look.resize(params)
         self._sharded = Shards(params, self._gradients)
         self._is_sharded = bool(self._sharded)
@@ -284,6 +289,9 @@ class Plan:
         for slot, change in zip(found[::2], found[1::2], strict=True):
             if change & OTHER:
                 self._stale.add(slot)
+        for twins in self._listed_twice:
+            if not self._stale.isdisjoint(twins):
+                self._stale.update(twins)
         self._refuse_capture_of_changes([*found[::2], *self._stale])
         touched = self._touched
         others_step = bool(touched or self._stale)  # whether other tensors are stepped than before, or elsewhere
@@ -523,10 +531,13 @@ class Plan:
         for part in self.parts:
             part.use(control)
 
-    def measure_skipped(self) -> None:
-        """Make the statistics of a step that is skipped."""
-        for part in self.parts:
-            part.measure_skipped()
+    def skip(self) -> None:
+        """The step is not made, but for its statistics."""
+        if self._options.statistics:
+            for part in self.parts:
+                part.measure_skipped()
+        # What was converted may be changed before the next step: convert it then.
+        self._stale |= {e.slot for e in self.uncommitted.values() if e.state is not None}
 
     def commit(self, state: Any) -> None:
         """Every check has passed: all of a parameter's new state becomes visible at once."""

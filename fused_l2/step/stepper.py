@@ -66,8 +66,8 @@ class Stepper:
                 plan.launch()
                 if plan.cuda_parts:
                     self._captured += plan.captured()
-            elif self._measures:
-                plan.measure_skipped()
+            else:
+                plan.skip()
             if self._measures:
                 self._remember(plan, groups)
         except BaseException:
@@ -101,6 +101,8 @@ class Stepper:
         """Make the coming steps with these."""
         self.options = options
         self._decides, self._measures = options.decides, options.statistics
+        if not self._decides:
+            self._control = None
         self.drop_plan()
 
     def _warn_of_lost_decay(self, plan: Plan) -> None:

@@ -1,0 +1,138 @@
+"""One optimizer, or several, stepped from several threads."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from comparing import CASES, assert_same_bits, make_params, set_grads
+from torch import nn
+
+import fused_l2
+from fused_l2.tables.modes import Mode
+
+SIZES = (5, 64, 0, 33)
+MODES = [mode.name.lower() for mode in Mode]
+KEPT = {mode.name.lower(): mode.state_name for mode in Mode if mode.state_name}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These tensors are small: nothing is gained by waiting for other threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(name: str, params: Any, **options: Any) -> Any:
+    return getattr(fused_l2, name)(params, **{**CASES[name], **options})
+
+
+def continue_run(optimizer: Any, params: list[Any], first: int, steps: int) -> None:
+    for step in range(first, first + steps):
+        set_grads(params, step)
+        optimizer.step()
+
+
+def twin(params: list[Any]) -> list[nn.Parameter]:
+    return [nn.Parameter(p.detach().clone()) for p in params]
+
+
+def assert_same_state(a: Any, params: list[Any], b: Any, others: list[Any]) -> None:
+    for p, q in zip(params, others, strict=True):
+        assert a.state[p].keys() == b.state[q].keys()
+        for key, value in a.state[p].items():
+            assert_same_bits(value, b.state[q][key], key)
+
+
+@pytest.fixture
+def often_switched() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def in_threads(work: list[Callable[[], None]]) -> list[BaseException]:
+    """Run these at the same time; returns what they raised."""
+    raised: list[BaseException] = []
+
+    def guarded(one: Callable[[], None]) -> None:
+        try:
+            torch.set_num_threads(1)
+            one()
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(one,)) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+@pytest.mark.parametrize("layout", ["dense", "transposed"])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": torch.inf}, {"statistics": True}], ids=str)
+@pytest.mark.usefixtures("often_switched")
+def test_two_threads_that_step_one_optimizer_use_no_memory_that_is_gone(layout: str, options: dict[str, Any]) -> None:
+    """As Hogwild training does. Updates may be lost, as in torch.optim; numbers from nowhere may not appear."""
+    params = [nn.Parameter(torch.zeros(20, 30)) for _ in range(4)]
+    optimizer = fused_l2.SGD(params, lr=1.0, **options)
+
+    def work() -> None:
+        for _ in range(100):
+            for p in params:
+                p.grad = torch.ones(30, 20).t() if layout == "transposed" else torch.ones(20, 30)
+            optimizer.step()
+
+    assert in_threads([work, work]) == []
+    found = torch.cat([p.detach().flatten() for p in params])
+    assert bool((found == found.round()).all())
+    assert bool(((found >= -200) & (found <= 0)).all())
+    before = found.clone()
+    work()  # and it goes on
+    assert_same_bits(torch.cat([p.detach().flatten() for p in params]), before - 100)
+
+
+@pytest.mark.usefixtures("often_switched")
+def test_optimizers_in_threads_of_their_own_give_the_bits_of_one_after_the_other() -> None:
+    variants: list[tuple[str, torch.dtype, dict[str, Any]]] = [
+        ("SGD", torch.float32, {}),
+        ("AdamW", torch.float32, {"max_grad_norm": 1.0, "statistics": True}),
+        ("AdamW", torch.bfloat16, {"low_precision": "stochastic"}),
+        ("SGD", torch.float64, {"max_grad_norm": 0.1}),
+    ]
+    ends: list[list[Any]] = []
+    for at_once in (False, True):
+        made = []
+        for name, dtype, options in variants:
+            params = make_params(SIZES, dtype)
+            made.append((make(name, params, **options), params))
+
+        def work(optimizer: Any, params: list[Any]) -> Callable[[], None]:
+            def steps() -> None:
+                for step in range(40):
+                    set_grads(params, step)
+                    if step % 3 == 1:
+                        params[1].grad = None
+                    if step % 5 == 4:
+                        optimizer.load_state_dict(optimizer.state_dict())
+                    optimizer.step()
+
+            return steps
+
+        works = [work(*one) for one in made]
+        if at_once:
+            assert in_threads(works) == []
+        else:
+            for one in works:
+                one()
+        ends.append([t for _, params in made for t in params])
+        ends[-1] += [v for o, _ in made for own in o.state.values() for v in own.values()]
+    assert_same_bits(*ends)
