@@ -7,7 +7,6 @@ import inspect
 import math
 import pickle
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -776,20 +775,6 @@ def test_step_refuses_other_arguments(name: str) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'grad_scaler'"):
         optimizer.step(grad_scaler=None)
     assert list(inspect.signature(optimizer.step).parameters) == ["closure"]
-
-
-@pytest.mark.usefixtures("often_switched")
-def test_warnings_of_a_step_are_given_once() -> None:
-    """The warning of decay that rounding loses is an optimizer's, however often it is loaded or stepped."""
-    params = make_params(SIZES, torch.bfloat16)
-    optimizer = make("AdamW", params, weight_decay=1e-4)
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        for step in range(4):
-            set_grads(params, step)
-            optimizer.step()
-            optimizer.load_state_dict(optimizer.state_dict())
-    assert len([w for w in found if "weight decay takes" in str(w.message)]) == 1
 
 
 def test_a_parameter_listed_in_two_groups_keeps_one_state_when_it_grows() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -136,3 +137,17 @@ def test_optimizers_in_threads_of_their_own_give_the_bits_of_one_after_the_other
         ends.append([t for _, params in made for t in params])
         ends[-1] += [v for o, _ in made for own in o.state.values() for v in own.values()]
     assert_same_bits(*ends)
+
+
+@pytest.mark.usefixtures("often_switched")
+def test_warnings_of_a_step_are_given_once() -> None:
+    """The warning of decay that rounding loses is an optimizer's, however often it is loaded or stepped."""
+    params = make_params(SIZES, torch.bfloat16)
+    optimizer = make("AdamW", params, weight_decay=1e-4)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for step in range(4):
+            set_grads(params, step)
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+    assert len([w for w in found if "weight decay takes" in str(w.message)]) == 1
