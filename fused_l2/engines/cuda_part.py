@@ -33,7 +33,7 @@ class CudaPart(TablePart):
         self._prepared: tuple[bool, bool, torch.dtype] | None = None
         self._control: Tensor | None = None
         self._is_uploaded = False
-        self._is_captured = False  # a CUDA graph reads the tables, which stay as they are from then on
+        self._in_graphs: set[DeviceTable] = set()  # tables that CUDA graphs read stay as they are
 
     def moved(self, entry: Entry) -> None:
         super().moved(entry)
@@ -44,14 +44,15 @@ class CudaPart(TablePart):
         for bucket in self.buckets:
             table = self._tables.get(bucket)
             stays = table is not None and not bucket.is_rebuilt and table.coefficient_rows == len(bucket.table.steps)
-            if not stays or (bucket.is_changed and (self._on_device or self._is_captured)):
+            if not stays or (bucket.is_changed and (self._on_device or table in self._in_graphs)):
                 table = self._make_table(bucket)
             assert table is not None
             tables[bucket] = table
             if bucket.is_changed or bucket.is_rebuilt:
                 self._static_rows[bucket] = bucket.table.static_rows()
                 bucket.is_changed = False
-        self._tables, self._is_captured = tables, False
+        self._tables = tables
+        self._in_graphs.intersection_update(tables.values())
         self._static_rows = {b: self._static_rows[b] for b in self.buckets}
         self._is_uploaded = False
         if self._scaled:
@@ -166,7 +167,7 @@ class CudaPart(TablePart):
     def captured(self) -> list[Any] | None:
         if not self._device.is_capturing():
             return None
-        self._is_captured = True
+        self._in_graphs.update(self._tables.values())
         return [dict(self._tables), self._measurer, self.entries()]
 
 

@@ -174,6 +174,27 @@ def test_a_graph_outlives_the_plan_it_was_captured_with(device):
     assert not set(tables.values()) & set(part._tables.values())
 
 
+def test_no_table_that_a_graph_reads_is_changed(device):
+    """One bucket changes and then the other: the second one's table is still the graph's."""
+    a, b = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+    optimizer = fused_l2.SGD([a, b], lr=0.5)  # a number: the host computes the coefficients
+    device.accessible = lambda: tensors_of(optimizer)
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    optimizer.step()
+    device.synchronize()
+    with device.capture(), pytest.warns(UserWarning, match="every replay will use 0.5"):
+        optimizer.step()
+    (part,) = plan_of(optimizer).parts
+    captured = set(part._tables.values())
+    assert len(captured) == 2
+    a.grad = None
+    optimizer.step()
+    b.data = b.data.clone()
+    optimizer.step()
+    device.synchronize()
+    assert not captured & set(part._tables.values())
+
+
 def changed(device, change, drop) -> torch.Tensor:
     """The parameter `b` after two steps, with a change between them. With ``drop`` by a plan that is made after it."""
     a, b, c = (torch.nn.Parameter(torch.ones(4)) for _ in range(3))
