@@ -14,11 +14,8 @@ from comparing import CASES, assert_same_bits, make_params, set_grads
 from torch import nn
 
 import fused_l2
-from fused_l2.tables.modes import Mode
 
 SIZES = (5, 64, 0, 33)
-MODES = [mode.name.lower() for mode in Mode]
-KEPT = {mode.name.lower(): mode.state_name for mode in Mode if mode.state_name}
 
 
 @pytest.fixture(autouse=True)
@@ -32,23 +29,6 @@ def _one_thread() -> Iterator[None]:
 
 def make(name: str, params: Any, **options: Any) -> Any:
     return getattr(fused_l2, name)(params, **{**CASES[name], **options})
-
-
-def continue_run(optimizer: Any, params: list[Any], first: int, steps: int) -> None:
-    for step in range(first, first + steps):
-        set_grads(params, step)
-        optimizer.step()
-
-
-def twin(params: list[Any]) -> list[nn.Parameter]:
-    return [nn.Parameter(p.detach().clone()) for p in params]
-
-
-def assert_same_state(a: Any, params: list[Any], b: Any, others: list[Any]) -> None:
-    for p, q in zip(params, others, strict=True):
-        assert a.state[p].keys() == b.state[q].keys()
-        for key, value in a.state[p].items():
-            assert_same_bits(value, b.state[q][key], key)
 
 
 @pytest.fixture
