@@ -361,6 +361,7 @@ def test_T23_a_tensor_of_more_than_2_to_the_31_elements():
 @each
 def test_T37_a_schedule_compiles_nothing(name, monkeypatch):
     import triton
+
     from fused_l2.kernels.multi_tensor import fused_l2_step
 
     monkeypatch.setattr(cuda, "_kernels", {})

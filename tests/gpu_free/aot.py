@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import triton
-from fused_l2.kernels.launch import SOURCES, options
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fused_l2.kernels.launch import SOURCES, options
 from fused_l2.tables.tensor_table import Rule
 
 _POINTERS = {torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64"}

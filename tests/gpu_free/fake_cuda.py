@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from fused_l2.kernels.launch import SOURCES
 from torch import Tensor
 
 from fused_l2 import engines
 from fused_l2.engines import cuda
 from fused_l2.engines.cuda_part import CudaPart
+from fused_l2.kernels.launch import SOURCES
 
 from . import aot
 from .interpreter import interpreted, repaired

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import triton
-from fused_l2.kernels.launch import SOURCES, Kernel
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+from fused_l2.kernels.launch import SOURCES, Kernel
 
 from .fake_cuda import FakeDevice, nothing
 

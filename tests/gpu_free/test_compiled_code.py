@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("triton", reason="Triton kernels need triton: pip install triton")
 
 import triton
-from fused_l2.kernels import launch
 
+from fused_l2.kernels import launch
 from fused_l2.tables.tensor_table import Flag, Rule
 
 from . import aot

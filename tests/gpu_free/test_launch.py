@@ -13,9 +13,9 @@ pytest.importorskip("triton", reason="Triton kernels need triton: pip install tr
 pytest.importorskip("numpy")
 
 import triton
-from fused_l2.kernels.multi_tensor import fused_l2_step
 
 import fused_l2
+from fused_l2.kernels.multi_tensor import fused_l2_step
 from fused_l2.tables.tensor_table import Flag, Rule
 
 from . import aot
