@@ -57,6 +57,14 @@ FUSED_L2_EXPORT void fused_l2_make_records(const int64_t* objects, int64_t state
 FUSED_L2_EXPORT int64_t fused_l2_look(int64_t params, int64_t grads, const Slots* slots) {
   return look(params, grads, *slots);
 }
+FUSED_L2_EXPORT void fused_l2_place(const Slots* slots, const int64_t* which, const int64_t* active,
+                                    const int64_t* rows, int64_t count) {
+  place(*slots, which, active, rows, count);
+}
+FUSED_L2_EXPORT void fused_l2_exchange(const Slots* slots, const int64_t* which, const int64_t* active,
+                                       const int64_t* objects, int64_t count) {
+  exchange(*slots, which, active, objects, count);
+}
 FUSED_L2_EXPORT int64_t fused_l2_words_hold(const int64_t* addresses, const int64_t* expected, int64_t count) {
   return words_hold(addresses, expected, count);
 }

@@ -90,8 +90,8 @@ int64_t extent_of(const int64_t* sizes, const int64_t* strides, int64_t dim) {
   return last + 1;
 }
 
-// Is this tensor what it was? `moved`: whether it is so in another place, which is noted.
-bool is_still(int64_t* w, const int64_t* r, bool full, bool& moved) {
+// Is this tensor what it was? `change` gets the bits of `what` if it is so in another place, which is noted.
+bool is_still(int64_t* w, const int64_t* r, bool full, int64_t what, int64_t& change) {
   const TorchAbi& torch = torch_abi();
   void* const tensor = handle_of(w[watched::object]);
   int32_t dtype = 0, device = 0;
@@ -110,7 +110,7 @@ bool is_still(int64_t* w, const int64_t* r, bool full, bool& moved) {
     w[watched::storage_bytes] = -1;  // not to be taken for what was seen
     return false;
   }
-  moved = true;
+  change |= what;
   return true;
 }
 
@@ -153,11 +153,11 @@ int64_t change_of(int64_t grad, int64_t* r) {
   if (!takes_gradient(grad, r)) return change::other;
   const int64_t full = r[record::full], all = full + r[record::memory];
   int64_t* w = watched_of(r);
-  bool moved = false;
+  int64_t found = 0;
   for (int64_t i = 0; i < all; ++i, w += watched::count)
-    if (!is_still(w, r, i < full, moved)) return change::other;
-  if (moved) mend_row(r);
-  return (moved ? change::moved : int64_t(0)) | (r[record::active] ? int64_t(0) : change::came);
+    if (!is_still(w, r, i < full, i == 0 ? change::moved : change::state_moved, found)) return change::other;
+  if (found != 0) mend_row(r);
+  return found | (r[record::active] ? int64_t(0) : change::came);
 }
 }  // namespace
 
@@ -216,6 +216,7 @@ int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_
     w[watched::device] = device;
     w[watched::element_bytes] = static_cast<int64_t>(torch.dtype_element_size(dtype));
     const bool is_full = i < full;
+    if (strict != 0 && is_full && i > 1 && dtype != w[watched::dtype - watched::count]) return 0;
     if (!(is_full ? has_shape(tensor, out + record::sizes, out + record::sizes + dim, dim, elements)
                   : is_one_number(tensor)))
       return 0;
@@ -285,6 +286,27 @@ int64_t look(int64_t params, int64_t grads, const Slots& slots) {
     }
   }
   return found;
+}
+
+void place(const Slots& slots, const int64_t* which, const int64_t* active, const int64_t* rows, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t* r = address<int64_t>(slots.records[which[i]]);
+    if (r[record::active] >= 0) r[record::active] = active[i];
+    r[record::row] = rows[i];
+    mend_row(r);
+  }
+}
+
+void exchange(const Slots& slots, const int64_t* which, const int64_t* active, const int64_t* objects, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t* r = address<int64_t>(slots.records[which[i]]);
+    r[record::active] = active[i];
+    int64_t* w = watched_of(r);
+    for (int64_t k = r[record::full] + r[record::memory]; k > 1; --k) {
+      w += watched::count;
+      w[watched::object] = *objects++;
+    }
+  }
 }
 
 bool words_hold(const int64_t* addresses, const int64_t* expected, int64_t count) {

@@ -43,14 +43,15 @@ void set_offsets(const Offsets& offsets);
 // What became of a slot since it was seen, as bits. Where something moved and nothing else changed, record and row have
 // been brought up to date.
 namespace change {
-enum : int64_t { gone = 1, came = 2, moved = 4, other = 8 };
-}
+// `state_moved`: of a state, what is kept or the counter alone; `moved`: of the parameter, too.
+enum : int64_t { gone = 1, came = 2, moved = 4, other = 8, state_moved = 16 };
+}  // namespace change
 
 // Writes the record of a parameter to `out`; its length, or 0 if there is no telling whether these tensors change.
 // objects: the gradient; then `full` tensors of the parameter's shape and strides:
 // the parameter, `states` states, what is kept beside it; then `memory` step counters. With `strict`, 0 also unless the
-// parameter fills its memory and all of the full ones and the gradient lie in memory like it: plain tensors of the
-// dispatch keys `strict`.
+// parameter fills its memory and all of the full ones and the gradient lie in memory like it, states of one dtype:
+// plain tensors of the dispatch keys `strict`.
 int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_t memory, int64_t strict, int64_t* out);
 
 // The strict records of many parameters, each of `states` states and `memory` counters. `objects` has all of theirs,
@@ -67,6 +68,14 @@ struct Slots {
   int64_t none;
   int64_t* changed;
 };
+
+// The rows of these slots are elsewhere (0: there is none), and active or not: writes the addresses of their tensors to
+// them.
+void place(const Slots& slots, const int64_t* which, const int64_t* active, const int64_t* rows, int64_t count);
+
+// Other state tensors have come in the place of those watched, as many and in the same order. `objects` has those of
+// all `count` slots, one slot behind the other; `active`: what each record's first word is to say.
+void exchange(const Slots& slots, const int64_t* which, const int64_t* active, const int64_t* objects, int64_t count);
 
 // Compares every slot with its record and writes the gradients' addresses to the tables. Returns the number of slots
 // that changed, with (slot, change) for each in `changed`; -1 if the list `params` does not hold the expected objects.

@@ -1,8 +1,8 @@
 // Steps of tensors whose dtypes no kernel has of its own, and of 16-bit parameters that keep more than 16 bits.
 //
 // A stretch of a tensor is brought to float32 in buffers that stay in the first caches, stepped there by the float32
-// kernel, and brought back. fused_l2/parameters/low_precision.py is the definition of what is kept and how it is rounded.
-// No include guard: compiled once per instruction set by foreach_capability.h.
+// kernel, and brought back. fused_l2/parameters/low_precision.py is the definition of what is kept and how it is
+// rounded. No include guard: compiled once per instruction set by foreach_capability.h.
 #include "parallel.h"
 
 namespace fused_l2 {

@@ -66,8 +66,8 @@ def test_every_change_of_a_parameter_or_state_is_seen(kind: str, change: str, wh
     CHANGES[change](tensor.detach() if change in ("freed", "resized") and which == "param" else tensor)
     if change == "resized" and which == "param":
         return  # a detached tensor's shape is its own; Parameters refuse it
-    expected = watch.MOVED if (kind, change) == ("native", "other memory") else watch.OTHER
-    assert changes(plan) == [0, expected]
+    moved = watch.MOVED if which == "param" else watch.STATE_MOVED
+    assert changes(plan) == [0, moved if (kind, change) == ("native", "other memory") else watch.OTHER]
 
 
 @pytest.mark.parametrize("kind", LOOKS)
@@ -75,7 +75,7 @@ def test_a_step_counter_in_other_memory_is_seen(kind: str, monkeypatch: Any) -> 
     looking(kind, monkeypatch)
     optimizer, plan, entry = stepped()
     optimizer.state[entry.param]["step"].data = torch.tensor(1.0)
-    assert changes(plan) == [0, watch.MOVED if kind == "native" else watch.OTHER]
+    assert changes(plan) == [0, watch.STATE_MOVED if kind == "native" else watch.OTHER]
 
 
 class Subclass(torch.Tensor):

@@ -41,6 +41,8 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "make_record": (_INTEGER, (_POINTER, _INTEGER, _INTEGER, _INTEGER, _INTEGER, _POINTER)),
     "make_records": (None, (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _POINTER)),
     "look": (_INTEGER, (_INTEGER, _INTEGER, _POINTER)),
+    "place": (None, (_POINTER, _POINTER, _POINTER, _POINTER, _INTEGER)),
+    "exchange": (None, (_POINTER, _POINTER, _POINTER, _POINTER, _INTEGER)),
     "words_hold": (_INTEGER, (_POINTER, _POINTER, _INTEGER)),
     "unexpected_counts": (_INTEGER, (_POINTER, _INTEGER, _POINTER)),
     "count": (None, (_POINTER, _INTEGER)),
@@ -89,6 +91,8 @@ class Library:
         self.make_record = self._short.fused_l2_make_record
         self.make_records = self._short.fused_l2_make_records
         self.set_offsets = self._short.fused_l2_set_offsets
+        self.place = self._short.fused_l2_place
+        self.exchange = self._short.fused_l2_exchange
         self.words_hold = self._short.fused_l2_words_hold
         self.release = self._short.fused_l2_release
 

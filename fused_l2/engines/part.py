@@ -22,6 +22,7 @@ from ..tables.tensor_table import (
     COEFFICIENTS,
     FLAGS,
     GRAD,
+    KEY,
     NUMEL,
     STEP,
     WIDTH,
@@ -33,7 +34,7 @@ from ..tables.tensor_table import (
 from . import cpu
 
 _slot = attrgetter("slot")
-_NO_STATES = (0, 0, 0)
+_EMPTY_ROW = bytes(8 * WIDTH)
 _LAST_COUNT = 2.0**24  # where a float32 step counter stands still
 
 Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameter, gradient and states
@@ -56,7 +57,7 @@ class Bucket:
         self.table = TensorTable()
         self.active = 0  # how many rows are
         self.first_steps: set[Entry] = set()
-        self._new: dict[int, tuple[Entry, array[int]]] = {}  # by slot: what has no row in the table yet
+        self._new: dict[int, Entry] = {}  # by slot: what has no row in the table yet
         self.is_rebuilt = True  # rows are where no kernel has seen them yet
         self.is_changed = True  # rows were changed in place
         # By coefficient row.
@@ -64,11 +65,11 @@ class Bucket:
         self._members: list[int] = []
         self._known: dict[tuple[int, float], int] | None = None
 
-    # Entries that come, go and change. Rows are brought up to date by settle().
+    # Entries that come, go and change. Rows are brought up to date by settle(); the look writes the addresses to them.
 
-    def add(self, entry: Entry, addresses: list[int]) -> None:
+    def add(self, entry: Entry) -> None:
         entry.bucket, entry.row = self, -1
-        self._new[entry.slot] = entry, self._row(entry, addresses)
+        self._new[entry.slot] = entry
         self.is_rebuilt = True
 
     def remove(self, entry: Entry) -> None:
@@ -81,19 +82,19 @@ class Bucket:
         entry.bucket, entry.row = None, -1
         self.is_rebuilt = True
 
-    def replace(self, old: Entry, new: Entry, addresses: list[int]) -> None:
+    def replace(self, old: Entry, new: Entry) -> None:
         """An entry of the same slot and signature, made anew."""
         if old.row < 0:
             self.remove(old)
-            return self.add(new, addresses)
+            return self.add(new)
         self.deactivate(old)
         self.first_steps.discard(old)
         self.entries[self._position(old)] = new  # which is not its row while others come and go
         new.bucket, new.row = self, old.row
         old.bucket, old.row = None, -1
         start = WIDTH * new.row
-        self.table.rows[start : start + WIDTH] = self._row(new, addresses)
-        self.activate(new)
+        self.table.rows[start : start + WIDTH] = array("q", _EMPTY_ROW)
+        self._begin([new])
 
     @property
     def is_empty(self) -> bool:
@@ -111,18 +112,29 @@ class Bucket:
         if rows[start + NUMEL] or rows[start + STEP]:
             self.deactivate(entry)
             entry.active = True
-        rows[start + NUMEL] = entry.numel
-        if not self.on_device:
-            counter = entry.counter
-            if counter is not None:
-                # The lowest bit says float64.
-                rows[start + STEP] = counter.data_ptr() | (counter.dtype is torch.float64)
-            k = rows[start + COEFFICIENTS] = self._coefficient_row(entry.group, 0.0 if counter is None else float(counter))
-            self._members[k] += 1
-        if entry.first_step:
-            rows[start + FLAGS] = int(RowFlag.FIRST_STEP)
-            self.first_steps.add(entry)
-        self.active += 1
+        self._activate([entry])
+
+    def _activate(self, entries: Sequence[Entry]) -> None:
+        """The rows of these entries become active. The counters of a group are taken to say what its first one says: Part's
+        unexpected() finds those that do not."""
+        rows, group, k = self.table.rows, -1, 0
+        for e in entries:
+            start = WIDTH * e.row
+            rows[start + NUMEL] = e.numel
+            if not self.on_device:
+                counter = e.counter
+                if e.group != group:
+                    group = e.group
+                    k = self._coefficient_row(group, 0.0 if counter is None else float(counter))
+                if counter is not None:
+                    # The lowest bit says float64.
+                    rows[start + STEP] = counter.data_ptr() | (counter.dtype is torch.float64)
+                rows[start + COEFFICIENTS] = k
+                self._members[k] += 1
+            if e.first_step:
+                rows[start + FLAGS] = int(RowFlag.FIRST_STEP)
+                self.first_steps.add(e)
+        self.active += len(entries)
         self.is_changed = True
 
     def deactivate(self, entry: Entry) -> None:
@@ -150,27 +162,25 @@ class Bucket:
         if not self.is_rebuilt:
             return
         old = self.table.rows.tobytes()
-        width = 8 * WIDTH
-        new = self._new
-        self.entries = sorted([*self.entries, *(e for e, _ in new.values())], key=_slot)
-        parts = [new[e.slot][1].tobytes() if e.row < 0 else old[width * e.row : width * (e.row + 1)] for e in self.entries]
+        width = len(_EMPTY_ROW)
+        new, self._new = [*self._new.values()], {}
+        self.entries = sorted([*self.entries, *new], key=_slot)
+        parts = [_EMPTY_ROW if e.row < 0 else old[width * e.row : width * (e.row + 1)] for e in self.entries]
         self.table.set_rows(b"".join(parts))
         for row, e in enumerate(self.entries):
             e.row = row
             if self.on_device:
                 self.table.rows[WIDTH * row + COEFFICIENTS] = row
-        self._new = {}
-        for e, _ in new.values():
-            if e.active:
-                self.activate(e)
+        self._begin(new)
 
-    def _row(self, e: Entry, addresses: list[int]) -> array[int]:
-        """The row of an inactive entry. ``addresses``: of the parameter, its states, what is kept, its counter."""
-        states = len(e.states)
-        kept = 0 if e.kept is None else addresses[1 + states]
-        k = max(e.row, 0) if self.on_device else 0
-        key = e.key - (e.key >> 63 << 64) if e.key else 0  # as a signed number
-        return array("q", (addresses[0], 0, *addresses[1 : 1 + states], *_NO_STATES[states:], 0, 0, k, 0, kept, key))
+    def _begin(self, entries: Sequence[Entry]) -> None:
+        """These entries have an empty row."""
+        for e in entries:
+            if e.key:
+                self.table.rows[WIDTH * e.row + KEY] = e.key - (e.key >> 63 << 64)  # as a signed number
+            if self.on_device:
+                self.table.rows[WIDTH * e.row + COEFFICIENTS] = e.row
+        self._activate([e for e in entries if e.active])
 
     def _coefficient_row(self, group: int, count: float) -> int:
         steps = self.table.steps
@@ -248,15 +258,15 @@ class Part(ABC):
         self.ranks = ranks
 
     @abstractmethod
-    def add(self, entry: Entry, addresses: list[int]) -> None:
-        """Step this entry, too. ``addresses``: of the parameter, its states, what is kept, its counter."""
+    def add(self, entry: Entry) -> None:
+        """Step this entry, too."""
 
     @abstractmethod
     def remove(self, entry: Entry) -> None:
         """Step it no longer."""
 
     @abstractmethod
-    def replace(self, old: Entry, new: Entry, addresses: list[int]) -> None:
+    def replace(self, old: Entry, new: Entry) -> None:
         """Step an entry of the same slot instead of one."""
 
     @abstractmethod
@@ -355,8 +365,8 @@ class TablePart(Part):
             self._by_signature[signature] = bucket
         return bucket
 
-    def add(self, entry: Entry, addresses: list[int]) -> None:
-        self._bucket_of(entry).add(entry, addresses)
+    def add(self, entry: Entry) -> None:
+        self._bucket_of(entry).add(entry)
         self._note(entry)
 
     def remove(self, entry: Entry) -> None:
@@ -367,11 +377,11 @@ class TablePart(Part):
             self._by_signature = {k: b for k, b in self._by_signature.items() if b is not bucket}
         self._is_changed = True
 
-    def replace(self, old: Entry, new: Entry, addresses: list[int]) -> None:
+    def replace(self, old: Entry, new: Entry) -> None:
         if self._bucket_of(new) is not old.bucket:
             self.remove(old)
-            return self.add(new, addresses)
-        old.bucket.replace(old, new, addresses)
+            return self.add(new)
+        old.bucket.replace(old, new)
         self._note(new)
 
     def _note(self, entry: Entry) -> None:

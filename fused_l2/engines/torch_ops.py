@@ -44,13 +44,13 @@ class TorchPart(Part):
         self._numbers: Sequence[Any] = ()
         self._factor: Tensor | float | None = None
 
-    def add(self, entry: Entry, addresses: list[int]) -> None:
+    def add(self, entry: Entry) -> None:
         insort(self._entries, entry, key=attrgetter("slot"))
 
     def remove(self, entry: Entry) -> None:
         self._entries.remove(entry)
 
-    def replace(self, old: Entry, new: Entry, addresses: list[int]) -> None:
+    def replace(self, old: Entry, new: Entry) -> None:
         self._entries[self._entries.index(old)] = new
 
     def activate(self, entry: Entry) -> None:

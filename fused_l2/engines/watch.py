@@ -14,6 +14,7 @@ import inspect
 import sys
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import compress
 from operator import is_, is_not
 from typing import Any, ClassVar
 
@@ -22,15 +23,15 @@ from torch import Tensor
 
 from ..parameters.entry import Entry, Flight
 from ..parameters.memory import PLAIN_TYPES, facts_of, has_memory, kind_of
-from ..tables.tensor_table import GRAD, WIDTH, address_of, int64_array
+from ..tables.tensor_table import GRAD, KEPT, PARAM, STATE0, WIDTH, address_of, int64_array
 from . import cpu
 from .cpu import Library
 
 # What became of a slot since it was seen, as bits: csrc/look.h.
-GONE, CAME, MOVED, OTHER = 1, 2, 4, 8
+GONE, CAME, MOVED, OTHER, STATE_MOVED = 1, 2, 4, 8, 16
 
 # The words of a record that are written from here: csrc/look.h.
-_ACTIVE, _ROW, _DIM, _SIZES = 0, 1, 9, 13
+_DIM, _SIZES = 9, 13
 _WATCHED, _ADDRESS = 7, 2  # words for each watched tensor, of which the first is the object
 
 
@@ -50,7 +51,7 @@ class Look:
 
     def accepted(self, entries: Sequence[Entry], grads: Sequence[Any]) -> dict[int, Entry]:
         """By slot, those of which all tensors are plain ones on the CPU that lie in memory alike and have memory, which passes
-        most checks at once. Their records are made on the way."""
+        most checks at once. They are set on the way."""
         return {}
 
     def set(self, entry: Entry, grad: Tensor) -> None:
@@ -63,21 +64,25 @@ class Look:
         self._entries[slot] = None
         self._facts.pop(slot, None)
 
-    def placed(self, entry: Entry) -> None:
-        """The entry's row is in another place, or is active or not."""
+    def placed(self, entries: Sequence[Entry]) -> None:
+        """The entries' rows are in other places, or are active or not. Writes the addresses of their tensors to them."""
+        for e in entries:
+            if e.row >= 0:
+                full, _ = e.watched()
+                rows, start = e.bucket.table.rows, WIDTH * e.row
+                rows[start + PARAM] = full[0].data_ptr()
+                for k in range(len(e.states)):
+                    rows[start + STATE0 + k] = full[1 + k].data_ptr()
+                rows[start + KEPT] = 0 if e.kept is None else e.kept.data_ptr()
 
-    def exchange(self, entry: Entry, tensors: Sequence[Any]) -> bool:
-        """Watch these instead of the entry's states, what is kept and its counter. False if it has to be made anew."""
-        return False
+    def exchange(self, given: Sequence[tuple[Entry, Any, Sequence[Any]]]) -> list[Entry]:
+        """Watch other tensors than the entry's states, what is kept and its counter: those of this state dictionary, which the
+        entry takes. Returns the entries that have to be made anew."""
+        return [entry for entry, _, _ in given]
 
     def start_of(self, entry: Entry) -> int:
         """Where the memory of the parameter is."""
         return entry.local.data_ptr()
-
-    def addresses(self, entry: Entry) -> list[int]:
-        """Where the memory of the parameter is, of its states, of what is kept, and its counter."""
-        full, memory = entry.watched()
-        return [t.data_ptr() for t in (*full, *memory)]
 
     @staticmethod
     def _seen(entry: Entry, grad: Tensor) -> tuple[Any, ...]:
@@ -117,6 +122,7 @@ class NativeLook(Look):
         super().__init__()
         self._look, self._plain_keys = library.look, keys
         self._make_record, self._make_records = library.make_record, library.make_records
+        self._place, self._exchange = library.place, library.exchange
         self._expected = array("q")
         self._records = array("q")
         self._changed = array("q")
@@ -139,39 +145,34 @@ class NativeLook(Look):
             alike.setdefault((len(e.states), e.counter is not None), []).append(e)
         found: dict[int, Entry] = {}
         for (states, counts), group in alike.items():
-            tensors: list[Any] = []
-            for e in group:
-                grad = grads[e.slot]
-                own: list[Any] = [e.local, *e.states, e.counter] if counts else [e.local, *e.states]
-                if type(grad) is not Tensor or not PLAIN_TYPES.issuperset(map(type, own)):
-                    continue
-                tensors.append(grad)
-                tensors += own
-                e.record = array("q", bytes(8 * (_SIZES + 3 * e.local.dim() + _WATCHED * len(own))))
-            group = [e for e in group if e.record is not None]
-            objects = array("q", map(id, tensors))
-            out = array("q", [e.record.buffer_info()[0] for e in group])  # type: ignore[union-attr]
+            tensors = [(grads[e.slot], e.local, *e.states, e.counter)[: 2 + states + counts] for e in group]
+            if not PLAIN_TYPES.issuperset({type(t) for own in tensors for t in own}):
+                plain = [PLAIN_TYPES.issuperset(map(type, own)) for own in tensors]
+                group, tensors = [*compress(group, plain)], [*compress(tensors, plain)]
+            records = [_blank_record(e.local.dim(), 1 + states + counts)[:] for e in group]
+            at = [record.buffer_info()[0] for record in records]
+            objects, out = array("q", [id(t) for own in tensors for t in own]), array("q", at)
             lengths = array("q", bytes(8 * len(group)))
             self._make_records(
-                objects.buffer_info()[0], states, int(counts), self._plain_keys, out.buffer_info()[0], len(group),
-                lengths.buffer_info()[0],
-            )  # fmt: skip
-            for e, length in zip(group, lengths, strict=True):
+                address_of(objects), states, counts, self._plain_keys, address_of(out), len(group), address_of(lengths)
+            )
+            for e, record, start, length in zip(group, records, at, lengths, strict=True):
                 if length:
-                    found[e.slot] = e
+                    slot = e.slot
+                    if self._facts:
+                        super().forget(slot)
+                    found[slot], e.record, self._records[slot] = e, record, start
         return found
 
     def set(self, entry: Entry, grad: Tensor) -> None:
         if entry.record is not None:  # it was accepted
-            super().forget(entry.slot)
-            self._records[entry.slot] = entry.record.buffer_info()[0]
             return
         self.forget(entry.slot)
         full, memory = entry.watched()
         watched = [*full, *memory]
         readable = all(type(t) in PLAIN_TYPES for t in watched) and type(grad) in PLAIN_TYPES
         if readable and all(t.layout is torch.strided for t in (*watched, grad)) and not grad._is_zerotensor():
-            record = array("q", bytes(8 * (_SIZES + 3 * full[0].dim() + _WATCHED * len(watched))))
+            record = _blank_record(full[0].dim(), len(watched))[:]
             objects = array("q", [id(grad), *map(id, watched)])
             states, at = len(entry.states), objects.buffer_info()[0]
             if self._make_record(at, states, len(full), len(memory), 0, record.buffer_info()[0]):
@@ -184,29 +185,32 @@ class NativeLook(Look):
         super().forget(slot)
         self._records[slot] = 0
 
-    def placed(self, entry: Entry) -> None:
-        record = entry.record
-        if record is not None:
-            if record[_ACTIVE] >= 0:  # else some of the tensors may be gone
-                record[_ACTIVE] = entry.active
-            record[_ROW] = 0 if entry.row < 0 else entry.bucket.table.address + 8 * WIDTH * entry.row
+    def placed(self, entries: Sequence[Entry]) -> None:
+        if self._facts:
+            super().placed([e for e in entries if e.record is None])
+            entries = [e for e in entries if e.record is not None]
+        slots = array("q", [e.slot for e in entries])
+        active = array("q", [e.active for e in entries])
+        rows = array("q", [0 if e.row < 0 else e.bucket.table.address + 8 * WIDTH * e.row for e in entries])
+        self._place(self._address, address_of(slots), address_of(active), address_of(rows), len(entries))
 
-    def exchange(self, entry: Entry, tensors: Sequence[Any]) -> bool:
-        record = entry.record
-        if record is None or not PLAIN_TYPES.issuperset(map(type, tensors)):
-            return False
-        start = _SIZES + 3 * record[_DIM] + _WATCHED
-        record[start::_WATCHED] = array("q", map(id, tensors))
-        record[_ACTIVE] = entry.active
-        return True
+    def exchange(self, given: Sequence[tuple[Entry, Any, Sequence[Any]]]) -> list[Entry]:
+        others: list[Entry] = []
+        if self._facts or not PLAIN_TYPES.issuperset({type(t) for _, _, tensors in given for t in tensors}):
+            readable = [entry.record is not None and PLAIN_TYPES.issuperset(map(type, tensors)) for entry, _, tensors in given]
+            others = [entry for (entry, _, _), is_readable in zip(given, readable, strict=True) if not is_readable]
+            given = [*compress(given, readable)]
+        slots = array("q", [entry.slot for entry, _, _ in given])
+        active = array("q", [entry.active for entry, _, _ in given])
+        objects = array("q", [id(t) for _, _, tensors in given for t in tensors])
+        self._exchange(self._address, address_of(slots), address_of(active), address_of(objects), len(given))
+        for entry, state, tensors in given:
+            entry.take(state, tensors)
+        return others
 
     def start_of(self, entry: Entry) -> int:
         record = entry.record
         return super().start_of(entry) if record is None else record[_SIZES + 3 * record[_DIM] + _ADDRESS]
-
-    def addresses(self, entry: Entry) -> list[int]:
-        record = entry.record
-        return super().addresses(entry) if record is None else record[_SIZES + 3 * record[_DIM] + _ADDRESS :: _WATCHED].tolist()
 
     def changes(self, params: list[Tensor], grads: list[Tensor | None]) -> list[int] | None:
         found = self._look(id(params), id(grads), self._address)
@@ -222,6 +226,11 @@ class NativeLook(Look):
             if change := self._change(self._entries[slot], grads[slot]):
                 merged[slot] = change
         return [word for slot in sorted(merged) for word in (slot, merged[slot])]
+
+
+@functools.cache
+def _blank_record(dim: int, watched: int) -> array[int]:
+    return array("q", bytes(8 * (_SIZES + 3 * dim + _WATCHED * watched)))
 
 
 def make_look() -> Look:

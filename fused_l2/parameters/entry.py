@@ -14,18 +14,20 @@ from ..tables.tensor_table import DTYPES
 from . import checks
 from .checks import Name
 from .low_precision import LowPrecision, parameter_key, widened
-from .memory import PLAIN_TYPES, has_plain_type, is_dense, is_plain, needs_copy, same_layout
+from .memory import has_plain_type, is_dense, is_plain, needs_copy, same_layout
 from .shards import LocalGradients, Ranks, first_element, is_dtensor, local, matches, ranks_of, redistributed
 
 GONE: Any = object()  # stands for a state that changed
 
 
 class Flight:
-    """Whether a step of a plan is under way, during which nothing that it uses may go."""
+    """Whether a step of a plan is under way, during which nothing that it uses may go; and which entries of the plan let go of
+    their states since it looked at them."""
 
     def __init__(self) -> None:
         self.is_under_way = False
         self.kept: list[Any] = []
+        self.without_state: list[int] = []  # slots
 
     def end(self) -> None:
         self.is_under_way = False
@@ -48,7 +50,8 @@ class Needs(NamedTuple):
         counts = self.counts or mode.is_random
         kept = (mode.state_name,) if mode.state_name else ()
         names = (*self.state_names, *kept, *(("step",) if counts else ()))
-        return Kind(self, int(self.flags | mode), mode, self.precision.state_dtype_of(param), counts, names, frozenset(names))
+        wanted = self.precision.state_dtype_of(param)
+        return Kind(self, int(self.flags | mode), mode, wanted, counts, names, mode is Mode.ROUND and param.dtype in DTYPES)
 
 
 class Kind(NamedTuple):
@@ -60,7 +63,7 @@ class Kind(NamedTuple):
     wanted: torch.dtype | None  # the dtype that moments and momentum have to have
     counts: bool
     names: tuple[str, ...]  # the entries of the state that are used: states, what is kept, step counter
-    keys: frozenset[str]
+    is_plain: bool  # whether such a parameter may be a plain entry
 
 
 class Entry:
@@ -150,15 +153,14 @@ class Entry:
         self.state, self.states, self.kept, self.counter = GONE, [], None, None
         if self.record is not None:
             self.record[0] = -1  # not to be read: it tells of tensors that may be gone
+        self.flight.without_state.append(self.slot)
 
     def take(self, state: Any, tensors: Sequence[Tensor]) -> None:
         """Use these tensors of the state, in the order of ``names``."""
         self.state = state
-        states = len(self.names) - (self.names[-1:] == ("step",))
-        self.counter = tensors[states] if states < len(tensors) else None
-        states -= self.mode.state_name is not None
-        self.kept = tensors[states] if self.mode.state_name else None
-        self.states = list(tensors[:states])
+        self.states = list(tensors)
+        self.counter = self.states.pop() if self.names[-1:] == ("step",) else None
+        self.kept = self.states.pop() if self.mode is not Mode.ROUND and self.mode.state_name else None
 
     def watched(self) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors that have to be where and what they were; and those of which only the memory matters."""
@@ -176,11 +178,10 @@ def plain_entry(
 ) -> Entry | None:
     """The entry of a parameter whose state is whole or does not exist yet, as almost all are; None if it takes a closer look.
 
-    Only dtypes are checked here. Types, shapes, strides, devices and memory are for the watch to check as it records them.
+    Only some dtypes are checked here. Types, shapes, strides, devices and memory are for the watch to check as it records them.
     """
-    param_dtype, grad_dtype = param.dtype, grad.dtype
-    if kind.mode is not Mode.ROUND or param_dtype not in DTYPES or type(param) not in PLAIN_TYPES:
-        return None
+    dtype = param_dtype = param.dtype
+    grad_dtype = grad.dtype
     if grad_dtype is not param_dtype and not checks.may_be_mixed(grad_dtype, param_dtype):
         return None
     new: dict[str, Any] = {}
@@ -191,21 +192,19 @@ def plain_entry(
         new.update(zip(names, states, strict=True))
         if kind.counts:
             counter = new["step"] = torch.tensor(0.0, dtype=scalar_dtype(), device="cpu")
-    elif state.keys() == kind.keys:
-        states = [state[key] for key in names]
-        counter = state["step"] if kind.counts else None
+    elif len(state) != len(kind.names):
+        return None
     else:
-        return None
-    dtype = param_dtype
-    try:
-        for i, t in enumerate(states):
-            if i and t.dtype is not dtype:
-                return None
-            dtype = t.dtype
-        if kind.counts and (counter.dtype not in _COUNTERS or counter.numel() != 1):
+        try:
+            states = [state[key] for key in names]
+            if states:
+                dtype = states[0].dtype
+            if kind.counts:
+                counter = state["step"]
+                if counter.dtype not in _COUNTERS:
+                    return None
+        except (KeyError, AttributeError):  # not there, or not a tensor
             return None
-    except AttributeError:  # not a tensor
-        return None
     if kind.wanted not in (None, dtype) or (dtype is not param_dtype and not checks.is_state_dtype(dtype, param_dtype)):
         return None
     e = Entry()

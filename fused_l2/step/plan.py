@@ -21,7 +21,7 @@ from ..engines import cuda
 from ..engines.cuda_part import CudaPart
 from ..engines.part import Part
 from ..engines.torch_ops import TorchPart, combined, total
-from ..engines.watch import CAME, MOVED, OTHER, SlotWatch, make_look
+from ..engines.watch import CAME, MOVED, OTHER, STATE_MOVED, SlotWatch, make_look
 from ..options import Options
 from ..parameters import checks
 from ..parameters.entry import Entry, Flight, Kind, Needs, make_entry, plain_entry
@@ -33,7 +33,7 @@ from ..tables.control import Control, Prologue
 from ..tables.modes import HALVES, STATE_NAMES, Mode
 from .hyperparameters import DeviceValues, is_on_device
 from .rules import UpdateRule
-from .state import OptimizerState, ParamState, changes
+from .state import OptimizerState, ParamState
 
 Groups = list[dict[str, Any]]
 
@@ -147,8 +147,10 @@ class Plan:
             params = [p for group in groups for p in group["params"]]
         if changed and not self._adopt(groups, changed):
             return False
-        if state is not self._state or changes() != self._state_changes or self._has_foreign_state:
-            self._look_at_states(state)
+        if state is not self._state or self._has_foreign_state or state.changes != self._state_changes:
+            self._look_at_states(state, self._entries)
+        elif without := self._flight.without_state:
+            self._look_at_states(state, [self._entries[slot] for slot in without if slot < len(self._entries)])
 
         found, grads = self._look_at(params) if not regrouped else (None, [])
         if found is None:
@@ -214,35 +216,30 @@ class Plan:
         self._sources = [group.sources for group in self._groups]
         return True
 
-    def _look_at_states(self, state: Any) -> None:
-        """Find the entries whose state is not what it was."""
-        self._state, self._state_changes = state, changes()
-        self._has_foreign_state = type(state) is not OptimizerState
-        for e in self._entries:
+    def _look_at_states(self, state: Any, entries: Iterable[Entry | None]) -> None:
+        """Find those of the entries whose state is not what it was. Tensors that were put in the place of others, as moving
+        them to another device and back does, are taken; where that is not enough, the entry has to be made anew."""
+        self._flight.without_state = []
+        self._state, self._has_foreign_state = state, type(state) is not OptimizerState
+        self._state_changes = getattr(state, "changes", 0)
+        exchanged: list[tuple[Entry, Any, list[Any]]] = []
+        for e in entries:
             if e is None:
                 continue
             own = state.get(e.param)
-            if own is e.state and (own is None or type(own) is ParamState):
+            is_own = type(own) is ParamState
+            if own is e.state and (own is None or is_own):
                 continue
-            if not self._exchange_state(e, own):
+            self._has_foreign_state |= own is not None and not is_own
+            if e.new or e.local is not e.param or not isinstance(own, Mapping) or not _OTHER_STATES[e.mode].isdisjoint(own):
                 self._stale.add(e.slot)
-            self._has_foreign_state |= own is not None and type(own) is not ParamState
-
-    def _exchange_state(self, e: Entry, state: Any) -> bool:
-        """Take state tensors that were put in the place of others, as moving them to another device and back does. False if
-        that takes more than looking at them."""
-        is_own = type(state) is ParamState
-        if e.new or e.local is not e.param or not (is_own or isinstance(state, Mapping)):
-            return False
-        if not _OTHER_STATES[e.mode].isdisjoint(state):
-            return False
-        tensors: list[Any] = [state.get(name) for name in e.names]
-        if not self._look.exchange(e, tensors):
-            return False
-        e.take(state, tensors)
-        if is_own:
-            state.watch(e)
-        return True
+            else:
+                exchanged.append((e, own, [own.get(name) for name in e.names]))
+        if exchanged:
+            self._stale |= {e.slot for e in self._look.exchange(exchanged)}
+            for e, own, _ in exchanged:
+                if type(own) is ParamState and e.state is own:
+                    own.watch(e)
 
     def _list(self, groups: Groups, params: list[Tensor]) -> None:
         """Parameters were added, removed or exchanged: keep the entries of those that are where they were."""
@@ -296,17 +293,19 @@ class Plan:
         touched = self._touched
         others_step = bool(touched or self._stale)  # whether other tensors are stepped than before, or elsewhere
         made = self._make_entries(groups)
+        placed: list[Entry] = []
         for slot, change in zip(found[::2], found[1::2], strict=True):
             if slot in self._stale:
                 continue
             e = self._entries[slot]
             assert e is not None
             touched[e.place] = None
-            if change & MOVED:
-                self._ranges.move(slot, self._look.start_of(e))
-                self._ranges_changed = True
+            if change & (MOVED | STATE_MOVED):
                 e.place.moved(e)
-                if change == MOVED:
+                if change & MOVED:
+                    self._ranges.move(slot, self._look.start_of(e))
+                    self._ranges_changed = True
+                if not change & CAME:
                     continue
             others_step = True
             if change & CAME:
@@ -314,37 +313,29 @@ class Plan:
                 self._coefficients_due = True
             else:
                 e.place.deactivate(e)
-            self._look.placed(e)
+            placed.append(e)
         if found:  # of tensors that share memory only active ones count
             self._ranges_changed |= not self._ranges.are_disjoint
         for slot in self._stale - {e.slot for e in made}:
             if (old := self._entries[slot]) is not None:  # it will be made when its gradient comes
                 self._forget(old)
         self._stale = set()
-        at: dict[int, list[int]] = {}
         for e in made:
-            self._look.set(e, self._grads[e.slot])
-            if e.is_plain:
-                addresses = at[e.slot] = self._look.addresses(e)
-                self._ranges.fill(e.slot, addresses[0], e.numel * e.local.itemsize)
+            if e.is_plain:  # which is looked at, and dense
+                self._ranges.fill(e.slot, self._look.start_of(e), e.numel * e.local.itemsize)
             else:
+                self._look.set(e, self._grads[e.slot])
                 self._ranges.put(e.slot, e.local)
         if made or self._ranges_changed:
-            placed = {e.slot for e in made}
-            later = self._ranges.later(lambda slot: slot in placed or self._is_active(slot))
-            moving = (later ^ self._later) - placed
+            new = {e.slot for e in made}
+            later = self._ranges.later(lambda slot: slot in new or self._is_active(slot))
+            moving = (later ^ self._later) - new
             self._later, self._ranges_changed = later, False
-            for e in made:
-                self._place(e, touched, at.get(e.slot))
-            for slot in moving:
-                if (entry := self._entries[slot]) is not None:
-                    self._place(entry, touched)
-                    made.append(entry)  # in a new row, which has no gradient yet
+            made += [e for slot in moving if (e := self._entries[slot]) is not None]  # in a new row, which has no gradient yet
+            self._place(made, touched)
+            placed += made
         if others_step or made:
-            self._settle(touched)
-        else:
-            for part in touched:
-                part.settle()
+            self._settle(touched, placed)
         self._touched = {}
         if made:
             self._coefficients_due = True
@@ -367,22 +358,21 @@ class Plan:
     def _make_entries(self, groups: Groups) -> list[Entry]:
         """New entries for stale slots that have a gradient. Nothing is changed."""
         new: dict[int, dict[str, Any]] = {id(e.param): e.new for e in self.uncommitted.values() if e.slot not in self._stale}
-        kinds: dict[tuple[int, torch.dtype], Kind] = {}
+        kinds: dict[tuple[int, torch.dtype], Kind] = {}  # by param group and dtype
         slots = [slot for slot in sorted(self._stale) if self._grads[slot] is not None]
         plain: list[Entry] = []
-        seen: set[int] = set()
+        twice = {slot for twins in self._listed_twice for slot in twins}  # a parameter that is listed twice has one state
         for slot in slots:
             param, index = self._params[slot], self._group_of[slot]
-            kind = kinds.get((index, param.dtype))
+            key = index, param.dtype
+            kind = kinds.get(key)
             if kind is None:
-                kind = kinds[index, param.dtype] = self._groups[index].needs.of(param)
-            if id(param) in seen or id(param) in new or engines.device_of(param).type != "cpu":
-                continue  # a parameter that is listed twice has one state
-            if self._waiting and param in self._waiting:
+                kind = kinds[key] = self._groups[index].needs.of(param)
+            if not kind.is_plain or not param.is_cpu or slot in twice or (self._waiting and param in self._waiting):
                 continue
-            seen.add(id(param))
-            grad, state = self._grads[slot], self._state.get(param)
-            if (e := plain_entry(param, grad, slot, index, state, kind, self._gradients, self._flight)) is not None:
+            state = self._state.get(param)
+            e = plain_entry(param, self._grads[slot], slot, index, state, kind, self._gradients, self._flight)
+            if e is not None:
                 plain.append(e)
         accepted = self._look.accepted(plain, self._grads)
         new.update((id(e.param), e.new) for e in accepted.values() if e.new)
@@ -416,8 +406,29 @@ class Plan:
         position = slot - (self._ends[index] - len(groups[index]["params"]))
         return lambda: checks.describe(groups[index], index, position)
 
-    def _place(self, e: Entry, touched: dict[Part, None], addresses: list[int] | None = None) -> None:
-        """Give an entry to the part that steps it. ``addresses`` are those of its tensors, if they are known."""
+    def _place(self, entries: Iterable[Entry], touched: dict[Part, None]) -> None:
+        """Give entries to the parts that step them."""
+        for e in entries:
+            part = self._part_of(e)
+            old = self._entries[e.slot]
+            if old is not None and old.place is part:
+                part.replace(old, e)
+            else:
+                active = e.active
+                if old is not None and old.place is not None:
+                    old.place.remove(old)
+                    touched[old.place] = None
+                e.active = active  # it may be the same entry
+                part.add(e)
+            if e.new:
+                self.uncommitted[e.slot] = e
+            else:
+                self.uncommitted.pop(e.slot, None)
+            self._entries[e.slot], e.place = e, part
+            self._watch_state(e)
+            touched[part] = None
+
+    def _part_of(self, e: Entry) -> Part:
         key = None
         if e.slot not in self._later:
             if e.is_plain:
@@ -428,36 +439,14 @@ class Plan:
         if part is None:
             flags = self._options.flags
             device, ranks = key or (None, ())
-            part = engines.make_part(device, self._rule.rule, ranks, flags, bool(self._on_device))
-            self._by_place[key] = part
-        if addresses is None:
-            addresses = [] if key is None else self._look.addresses(e)
-        old = self._entries[e.slot]
-        if old is not None and old.place is part:
-            part.replace(old, e, addresses)
-        else:
-            active = e.active
-            if old is not None and old.place is not None:
-                old.place.remove(old)
-                touched[old.place] = None
-            e.active = active  # it may be the same entry
-            part.add(e, addresses)
-        if e.new:
-            self.uncommitted[e.slot] = e
-        else:
-            self.uncommitted.pop(e.slot, None)
-        self._entries[e.slot], e.place = e, part
-        self._watch_state(e)
-        touched[part] = None
-        self._look.placed(e)
+            part = self._by_place[key] = engines.make_part(device, self._rule.rule, ranks, flags, bool(self._on_device))
+        return part
 
-    def _settle(self, touched: Iterable[Part]) -> None:
-        """Bring the parts that changed up to date."""
-        for part in touched:
-            if part.settle():
-                for e in self._entries:
-                    if e is not None and e.place is part:
-                        self._look.placed(e)
+    def _settle(self, touched: Iterable[Part], placed: Sequence[Entry] = ()) -> None:
+        """Bring the parts that changed up to date. ``placed``: entries whose rows changed."""
+        rebuilt = {part for part in touched if part.settle()}
+        elsewhere = [e for e in self._entries if e is not None and e.place in rebuilt] if rebuilt else []
+        self._look.placed([*elsewhere, *(e for e in placed if e.place not in rebuilt)])
         live = {key: part for key, part in self._by_place.items() if part.first_slot >= 0}
         order = sorted(
             (key for key in live if key is not None),
@@ -558,7 +547,7 @@ class Plan:
                 e.state, e.new = own, {}
                 self._watch_state(e)
                 del self.uncommitted[e.slot]
-        self._state_changes = changes()
+        self._state_changes = getattr(state, "changes", 0)
 
     def take_back(self, state: Any) -> None:
         """The step was ended: remove the state that it had made for tensors that it had not begun to change."""

@@ -1,9 +1,8 @@
-"""Dictionaries for an optimizer's state that count the changes that matter to a step.
+"""Dictionaries for an optimizer's state that tell of the changes that matter to a step.
 
 A plan (``plan.py``) holds state tensors and their addresses. Code outside the optimizer replaces such tensors freely
-(offloading to another device and back, sharding, hand-written restores), and nothing in a plain dict would tell. These
-dictionaries count: a step looks at one number, and only if it has changed at the parameters' own ones. Keys that no step reads
-are nobody's change.
+(offloading to another device and back, sharding, hand-written restores), and nothing in a plain dict would tell. These tell the
+plan's entries, so that a step looks at those alone whose state changed. Keys that no step reads are nobody's change.
 """
 
 from __future__ import annotations
@@ -22,14 +21,6 @@ from ..tables.modes import STATE_NAMES
 
 # The entries of a parameter's state that a step reads.
 KEYS = frozenset(("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", *STATE_NAMES))
-
-_changes = 0
-
-
-def changes() -> int:
-    """How many changes of states there were so far, in all optimizers of the process. Entries are made once per parameter, so
-    a change is rare, and what it costs others is a look at their own parameters."""
-    return _changes
 
 
 class ParamState(dict[str, Any]):
@@ -51,8 +42,9 @@ class ParamState(dict[str, Any]):
 
     def watch(self, entry: Entry) -> None:
         """This entry holds tensors of the state."""
-        others = tuple(w for w in self._watchers if w() not in (None, entry)) if self._watchers else ()
-        self._watchers = (*others, weakref.ref(entry))
+        own = weakref.ref(entry)  # the same object each time
+        others = [w for w in self._watchers if w is not own and w() is not None] if self._watchers else ()
+        self._watchers = (*others, own)
 
     def put(self, new: dict[str, Any], by: Sequence[Entry]) -> None:
         """Take over what a step made, which the entries ``by`` whom hold already."""
@@ -60,8 +52,6 @@ class ParamState(dict[str, Any]):
         super().update(new)
 
     def _changed(self, keep: Sequence[Entry] = ()) -> None:
-        global _changes
-        _changes += 1
         kept = []
         for w in self._watchers:
             entry = w()
@@ -75,8 +65,12 @@ class ParamState(dict[str, Any]):
 class OptimizerState(defaultdict[Any, Any]):
     """The state of all parameters, ``optimizer.state``: a ``ParamState`` for each.
 
+    ``changes`` counts how often a parameter's whole dictionary was added, replaced or removed.
+
     Can be rebuilt as a defaultdict is, from a factory and a mapping, and as a pytree.
     """
+
+    changes = 0
 
     def __init__(self, factory: Any = None, entries: Mapping[Any, Any] | Iterable[Any] = ()) -> None:
         if factory is not None and not callable(factory):
@@ -94,8 +88,7 @@ class OptimizerState(defaultdict[Any, Any]):
     __copy__ = copy
 
     def _changed(self, key: Any = None) -> None:
-        global _changes
-        _changes += 1
+        self.changes += 1
         for state in [self.get(key)] if key is not None else self.values():
             if type(state) is ParamState:
                 state._changed()
