@@ -101,6 +101,11 @@ def device_of(tensor: Tensor) -> torch.device:
     return tensor.device
 
 
+def is_on_cpu(tensor: Tensor) -> bool:
+    """Whether that is the CPU, in less time."""
+    return tensor.is_cpu
+
+
 def has_engine(entry: Entry, rule: Rule) -> bool:
     """Whether an engine of ours steps this parameter, rather than plain PyTorch.
 

@@ -48,12 +48,10 @@ class CudaPart(TablePart):
                 table = self._make_table(bucket)
             assert table is not None
             tables[bucket] = table
-            if bucket.is_changed or bucket.is_rebuilt:
-                self._static_rows[bucket] = bucket.table.static_rows()
-                bucket.is_changed = False
+            bucket.is_changed |= bucket.is_rebuilt
         self._tables = tables
         self._in_graphs.intersection_update(tables.values())
-        self._static_rows = {b: self._static_rows[b] for b in self.buckets}
+        self._static_rows = {b: rows for b, rows in self._static_rows.items() if b in tables}
         self._is_uploaded = False
         if self._scaled:
             dtypes = [bucket.dtypes[1] for bucket in self.buckets]  # of gradients

@@ -336,6 +336,9 @@ class Plan:
             placed += made
         if others_step or made:
             self._settle(touched, placed)
+        else:
+            for part in touched:
+                part.settle()
         self._touched = {}
         if made:
             self._coefficients_due = True
@@ -368,7 +371,7 @@ class Plan:
             kind = kinds.get(key)
             if kind is None:
                 kind = kinds[key] = self._groups[index].needs.of(param)
-            if not kind.is_plain or not param.is_cpu or slot in twice or (self._waiting and param in self._waiting):
+            if not kind.is_plain or not engines.is_on_cpu(param) or slot in twice or (self._waiting and param in self._waiting):
                 continue
             state = self._state.get(param)
             e = plain_entry(param, self._grads[slot], slot, index, state, kind, self._gradients, self._flight)

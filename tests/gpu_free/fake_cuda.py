@@ -162,9 +162,10 @@ class FakeDevice(cuda.Device):
     @contextmanager
     def in_place(self, monkeypatch: pytest.MonkeyPatch, where: Callable[[Tensor], bool] = lambda t: True) -> Iterator[None]:
         """CPU tensors for which ``where`` holds are stepped as if they were on this device."""
-        real = engines.device_of
+        real, is_on_cpu = engines.device_of, engines.is_on_cpu
         with monkeypatch.context() as patch:
             patch.setattr(engines, "device_of", lambda t: self.device if self.active and where(t) else real(t))
+            patch.setattr(engines, "is_on_cpu", lambda t: is_on_cpu(t) and not (self.active and where(t)))
             others = cuda.device
             patch.setattr(cuda, "device", lambda of: self if of == self.device else others(of))
             patch.setattr(cuda, "is_capturing", lambda: self.capturing)
