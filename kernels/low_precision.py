@@ -62,7 +62,9 @@ def widened(raw, kept, FLAGS: tl.constexpr):
         own = raw.to(tl.float32)
         c = kept.to(tl.float32)
         if raw.dtype == tl.bfloat16:
-            half_unit = tl.maximum(tl.abs(own) * 0.00390625, 4.591774807899561e-41)  # 2^-8, 2^-134
+            # Of 2^-134 as a number triton 3.6 makes a float64, and of all that it meets.
+            smallest = float_of(tl.full((), 0x8000, tl.uint32))
+            half_unit = tl.maximum(tl.abs(own) * 0.00390625, smallest)  # 2^-8
         else:
             half_unit = tl.maximum(tl.abs(own) * 0.00048828125, 2.9802322387695312e-08)  # 2^-11, 2^-25
         return tl.where(tl.abs(c) <= half_unit, own + c, own)

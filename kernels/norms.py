@@ -31,17 +31,24 @@ def fused_l2_measure_grads(
     address = tl.load(grads + tensor)
     grad = typed_pointer(address, DTYPE) + begin
     count = tl.minimum(tl.load(table + tensor * WIDTH + NUMEL) - begin, CHUNK).to(tl.int32)
-    in_vectors = tl.where((address & 15) == 0, count // 8 * 8, 0)
+    whole = tl.where((address & 15) == 0, count // (4 * LANES) * (4 * LANES), 0)
 
     lanes = tl.arange(0, LANES)
     sums = tl.full((LANES,), 0.0, tl.float64)
-    for start in range(0, in_vectors, LANES):
+    # Four loads under way before the first value is used. Every element is added in its lane, in order, here and below.
+    for start in range(0, whole, 4 * LANES):
+        at = grad + start + lanes
+        a = tl.load(at)
+        b = tl.load(at + LANES)
+        c = tl.load(at + 2 * LANES)
+        d = tl.load(at + 3 * LANES)
+        sums = accumulate(sums, a, LARGEST)
+        sums = accumulate(sums, b, LARGEST)
+        sums = accumulate(sums, c, LARGEST)
+        sums = accumulate(sums, d, LARGEST)
+    for start in range(whole, count, LANES):
         at = start + lanes
-        sums = accumulate(sums, tl.load(grad + at, mask=at < in_vectors, other=0.0), LARGEST)
-    # Elements keep their lanes, so the second loop starts where the first one's last block did.
-    for start in range(in_vectors // LANES * LANES, count, LANES):
-        at = start + lanes
-        sums = accumulate(sums, tl.load(grad + at, mask=(at >= in_vectors) & (at < count), other=0.0), LARGEST)
+        sums = accumulate(sums, tl.load(grad + at, mask=at < count, other=0.0), LARGEST)
     tl.store(partials + position + tl.arange(0, 1), pairwise(sums, LARGEST))
 
 

@@ -13,11 +13,19 @@ def larger(a, b):
 
 
 @triton.jit
+def plus(a, b):
+    return a + b
+
+
+@triton.jit
 def pairwise(sums, LARGEST: tl.constexpr):
-    """Neighbours combined in pairs until one is left: a tensor of one element. Halves would take four times the registers."""
+    """Neighbours combined in pairs until one is left: a tensor of one element.
+
+    Each pair is a reduction of its own, which threads share out: after ``tl.split`` each of them would add up all of the lanes.
+    """
     size: tl.constexpr = sums.shape[0]
     if size > 1:
-        left, right = tl.split(tl.reshape(sums, (size // 2, 2)))
-        return pairwise(larger(left, right) if LARGEST else left + right, LARGEST)
+        pairs = tl.reshape(sums, (size // 2, 2))
+        return pairwise(tl.reduce(pairs, 1, larger if LARGEST else plus), LARGEST)
     else:
         return sums

@@ -9,14 +9,14 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_l2.kernels.launch import SOURCES, options
+from fused_l2.kernels.launch import SOURCES, THREADS, options
 from fused_l2.tables.tensor_table import Rule
 
 _POINTERS = {torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64"}
@@ -65,6 +65,30 @@ def is_multiple_of_16(argument: Any) -> bool:
     return isinstance(argument, torch.dtype) or (isinstance(argument, int) and argument % 16 == 0)
 
 
+class Opcode(NamedTuple):
+    """One line of a listing."""
+
+    address: int
+    guard: str  # "@!P2", or nothing
+    name: str  # "LDG.E.128"
+    operands: str
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Of a thread, from global memory."""
+        if not self.name.startswith("LDG"):
+            return 0
+        sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+        return next((sizes[part] for part in self.name.split(".") if part in sizes), 4)
+
+    def registers(self) -> tuple[list[int], list[int]]:
+        """What it writes, by its first register, and what it reads."""
+        first, _, rest = self.operands.partition(",")
+        target = re.fullmatch(r"R(\d+)", first.strip())
+        read = rest if target else self.operands
+        return [int(target[1])] if target else [], [int(r) for r in re.findall(r"(?<![A-Z])R(\d+)", read)]
+
+
 @dataclass
 class MachineCode:
     """What the assembler made of a kernel."""
@@ -72,56 +96,84 @@ class MachineCode:
     registers: int
     local_bytes: int  # spilled registers
     shared_bytes: int
-    instructions: list[tuple[int, str, str]]  # address, opcode, operands
+    opcodes: list[Opcode]
+
+    def count(self, *names: str) -> int:
+        """How many there are whose name begins like one of these."""
+        return sum(o.name.startswith(names) for o in self.opcodes)
 
     def widths(self) -> Counter[str]:
         """Loads and stores of global memory in the vector loop, by opcode."""
-        return Counter(o for _, o, _ in self.vector_loop() if o.startswith(("LDG", "STG")))
+        return Counter(o.name for o in self.vector_loop() if o.name.startswith(("LDG", "STG")))
 
-    def vector_loop(self) -> list[tuple[int, str, str]]:
+    def in_flight(self) -> tuple[int, int, int]:
+        """How many loads a thread of the vector loop has under way when it first waits for one, how many there are, and the
+        bytes of the former."""
+        loop = self.vector_loop()
+        under_way: dict[int, int] = {}
+        for opcode in loop:
+            written, read = opcode.registers()
+            if under_way.keys() & {*read}:
+                break
+            if opcode.loaded_bytes:
+                under_way[written[0]] = opcode.loaded_bytes
+        return len(under_way), sum(o.loaded_bytes > 0 for o in loop), sum(under_way.values())
+
+    def warps(self, most: int) -> int:
+        """How many a multiprocessor of 65,536 registers and ``most`` warps holds."""
+        of_a_program = -(-self.registers // 8) * 8 * THREADS
+        return min(65536 // of_a_program * (THREADS // 32), most)
+
+    def vector_loop(self) -> list[Opcode]:
         """The loop with the widest accesses, without the branches for denormals, overflow and the like in divisions and
         square roots, which ordinary numbers do not take."""
-        best: list[tuple[int, str, str]] = []
-        position = {address: i for i, (address, _, _) in enumerate(self.instructions)}
-        for i, (address, opcode, operands) in enumerate(self.instructions):
-            target = _branch_target(opcode, operands)
-            if target is not None and target < address:
-                loop = self.instructions[position[target] : i + 1]
+        best: list[Opcode] = []
+        position = {o.address: i for i, o in enumerate(self.opcodes)}
+        for i, opcode in enumerate(self.opcodes):
+            target = _branch_target(opcode)
+            if target is not None and target < opcode.address:
+                loop = self.opcodes[position[target] : i + 1]
                 if _widest(loop) > _widest(best):
                     best = loop
         return _ordinary_path(best)
 
 
-def _branch_target(opcode: str, operands: str) -> int | None:
-    found = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
+def _branch_target(opcode: Opcode) -> int | None:
+    found = re.search(r"0x([0-9a-f]+)\s*$", opcode.operands) if opcode.name.startswith("BRA") else None
     return int(found.group(1), 16) if found else None
 
 
-def _widest(loop: list[tuple[int, str, str]]) -> int:
-    sizes = [int(found.group(1)) for _, o, _ in loop if (found := re.search(r"LDG\.E\.(64|128)", o))]
-    return max(sizes, default=32 if any(o.startswith("LDG") for _, o, _ in loop) else 0)
+def _widest(loop: list[Opcode]) -> int:
+    return max((o.loaded_bytes for o in loop), default=0)
 
 
-def _ordinary_path(loop: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
+def _ordinary_path(loop: list[Opcode]) -> list[Opcode]:
     path, skip_to = [], 0
-    for i, (address, opcode, operands) in enumerate(loop):
-        if address < skip_to:
+    for i, opcode in enumerate(loop):
+        if opcode.address < skip_to:
             continue
-        path.append((address, opcode, operands))
-        target = _branch_target(opcode, operands)
-        if target is not None and target > address:
-            skipped = [o for a, o, _ in loop[i + 1 :] if a < target]
-            if any(o.startswith("CALL") for o in skipped):
+        path.append(opcode)
+        target = _branch_target(opcode)
+        if target is not None and target > opcode.address:
+            skipped = [o.name for o in loop[i + 1 :] if o.address < target]
+            if any(name.startswith("CALL") for name in skipped):
                 skip_to = target
     return path
 
 
+@functools.cache
+def count_of(arch: int, kind: str, *signature: Any) -> MachineCode:
+    """What the assembler makes of a kernel."""
+    return machine_code(compile_kernel(arch, kind, *signature))
+
+
 def machine_code(compiled: Any) -> MachineCode:
     """Disassemble, with the tools that come with triton."""
-    pattern = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", re.MULTILINE)
+    # Listings of sm_120 tell, behind the operands, what an instruction waits for (&req={2}, ?trans1).
+    pattern = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;&?\n]*?)\s*(?:;|&|\?|/\*)", re.MULTILINE)
     listing = _cuobjdump("-sass", compiled.asm["cubin"])
-    instructions = [(int(a, 16), opcode, operands.strip()) for a, opcode, operands in pattern.findall(listing)]
-    return MachineCode(*resources(compiled), instructions)
+    opcodes = [Opcode(int(a, 16), guard.strip(), name, rest.strip()) for a, guard, name, rest in pattern.findall(listing)]
+    return MachineCode(*resources(compiled), opcodes)
 
 
 def resources(compiled: Any) -> tuple[int, int, int]:

@@ -178,6 +178,60 @@ $L_done:
     assert out.tolist() == [4 * t for t in range(8)]
 
 
+def shuffled(instruction: str, lanes: str = "") -> list[int]:
+    """What %r9 of each of 64 threads is after an instruction, where %r1 was ten times the thread's number."""
+    ptx = f"""
+.visible .entry shuffled(.param .u64 out)
+.reqntid 64
+{{
+	ld.param.b64 %rd1, [out];
+	mov.u32 %r1, %tid.x;
+	mul.wide.s32 %rd2, %r1, 4;
+	add.s64 %rd3, %rd1, %rd2;
+	and.b32 %r2, %r1, 1;
+	mul.lo.s32 %r3, %r1, 10;
+	mov.b32 %r9, 7;
+	setp.eq.s32 %p1, %r2, 0;
+	{lanes}{instruction}
+	st.global.b32 [%rd3], %r9;
+	ret;
+}}
+"""
+    out = torch.zeros(64, dtype=torch.int32)
+    emulator = Emulator(ptx)
+    emulator.register(out, "out")
+    emulator.run(1, [out.data_ptr()])
+    values: list[int] = out.tolist()
+    return values
+
+
+def test_values_of_other_lanes_of_a_warp():
+    for distance in (1, 16):
+        assert shuffled(f"shfl.sync.bfly.b32 %r9, %r3, {distance}, 31, -1;") == [10 * (t ^ distance) for t in range(64)]
+    assert shuffled("shfl.sync.idx.b32 %r9, %r3, 5, 31, -1;") == [50] * 32 + [370] * 32
+    assert shuffled("shfl.sync.idx.b32 %r9, %r3, %r2, 31, 0xffffffff;") == [10 * (t // 32 * 32 + t % 2) for t in range(64)]
+
+
+def test_a_shuffle_that_some_lanes_do_not_reach_is_noticed():
+    with pytest.raises(InvalidAccess, match="not all lanes"):
+        shuffled("shfl.sync.bfly.b32 %r9, %r3, 1, 31, -1;", "@%p1 ")
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "shfl.sync.bfly.b32 %r9, %r3, 1, 7, -1;",  # within eight lanes
+        "shfl.sync.bfly.b32 %r9, %r3, 1, 31, 0xffff;",  # of half a warp
+        "shfl.sync.bfly.b32 %r9, %r3, 33, 31, -1;",
+        "shfl.sync.down.b32 %r9, %r3, 1, 31, -1;",
+        "shfl.bfly.b32 %r9, %r3, 1, 31;",
+    ],
+)
+def test_other_shuffles_are_refused(instruction):
+    with pytest.raises((NotImplementedError, ValueError)):
+        shuffled(instruction)
+
+
 @pytest.mark.parametrize(
     "instruction",
     [
