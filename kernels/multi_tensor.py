@@ -5,7 +5,8 @@ bits of a word, the number of the chunk within the tensor in the high ones.
 
 Accesses are 128 bits wide where the compiler can see that addresses and bounds allow it, and silently 32 bits otherwise. It
 sees it here because the vector loop ends at a multiple of 8 elements, because CHUNK is specialized as a multiple of 16, and
-because pointers from the table carry a hint. A misaligned tensor has an empty vector loop.
+because pointers from the table carry a hint. A misaligned tensor has an empty vector loop: the other one takes all of it, two
+elements a thread, so that enough of them are under way.
 """
 
 from __future__ import annotations
@@ -102,6 +103,15 @@ def fused_l2_step(
         typed_pointer(state2, STATE_DTYPE) + begin,
         typed_pointer(kept, KEPT_DTYPE) + begin,
     )
+    # Where tensors are misaligned, the gradients of a bucket's views above all, and for what is left of the others.
+    single_elements = (
+        bare_pointer(param, begin, PARAM_DTYPE),
+        bare_pointer(grad, begin, GRAD_DTYPE),
+        bare_pointer(state0, begin, STATE_DTYPE),
+        bare_pointer(state1, begin, STATE_DTYPE),
+        bare_pointer(state2, begin, STATE_DTYPE),
+        bare_pointer(kept, begin, KEPT_DTYPE),
+    )
     coefficients_at = coefficients + tl.load(row + COEFFICIENTS) * COEFFICIENT_WIDTH
     scalars = coefficient_row(coefficients_at)
     random = (tl.program_id(0).to(tl.uint32), tl.program_id(0).to(tl.uint32))
@@ -120,7 +130,7 @@ def fused_l2_step(
     in_vectors = tl.where((addresses & 15) == 0, count // 8 * 8, 0)
     a = step_range(pointers, scalars, random, factor, is_made, first_step, 0, in_vectors, RULE, BUCKET_FLAGS, STATES, BLOCK)
     b = step_range(
-        pointers, scalars, random, factor, is_made, first_step, in_vectors, count, RULE, BUCKET_FLAGS, STATES, TAIL_BLOCK
+        single_elements, scalars, random, factor, is_made, first_step, in_vectors, count, RULE, BUCKET_FLAGS, STATES, TAIL_BLOCK
     )
     if BUCKET_FLAGS & STATISTICS:
         out = partials + tl.program_id(0) * FIGURES
@@ -132,7 +142,7 @@ def fused_l2_step(
         tl.debug_barrier()
         total = tl.load(out)
         suspects = tl.where(total - total == 0, 0, count)
-        tl.store(out + 3 + at, count_nonfinite(pointers[1], suspects, TAIL_BLOCK))
+        tl.store(out + 3 + at, count_nonfinite(single_elements[1], suspects, TAIL_BLOCK))
 
 
 @triton.jit
@@ -244,8 +254,16 @@ def count_nonfinite(grad_at, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def typed_pointer(address, DTYPE: tl.constexpr):
-    """A pointer with the hint that it is 16-byte aligned. Where it is not, only single elements are accessed."""
+    """A pointer with the hint that it is 16-byte aligned."""
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def bare_pointer(address, begin, DTYPE: tl.constexpr):
+    """A pointer to element ``begin`` of which the compiler knows nothing: threads take elements by turns, one at a time.
+
+    The sum is one of integers: triton 3.6 takes two pointers made of one integer for the same, and forgets the hint."""
+    return (address + begin * (DTYPE.primitive_bitwidth // 8)).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit

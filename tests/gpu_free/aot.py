@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,10 +107,10 @@ class MachineCode:
         """Loads and stores of global memory in the vector loop, by opcode."""
         return Counter(o.name for o in self.vector_loop() if o.name.startswith(("LDG", "STG")))
 
-    def in_flight(self) -> tuple[int, int, int]:
-        """How many loads a thread of the vector loop has under way when it first waits for one, how many there are, and the
-        bytes of the former."""
-        loop = self.vector_loop()
+    def in_flight(self, loop: Sequence[Opcode] | None = None) -> tuple[int, int, int]:
+        """How many loads a thread of the vector loop, or of another one, has under way when it first waits for one, how many
+        there are, and the bytes of the former."""
+        loop = self.vector_loop() if loop is None else loop
         under_way: dict[int, int] = {}
         for opcode in loop:
             written, read = opcode.registers()
@@ -125,17 +126,21 @@ class MachineCode:
         return min(65536 // of_a_program * (THREADS // 32), most)
 
     def vector_loop(self) -> list[Opcode]:
-        """The loop with the widest accesses, without the branches for denormals, overflow and the like in divisions and
-        square roots, which ordinary numbers do not take."""
-        best: list[Opcode] = []
+        """The loop with the widest accesses."""
+        return max(self.loops(), key=_widest, default=[])
+
+    def loops(self) -> list[list[Opcode]]:
+        """Those that load something, without the branches for denormals, overflow and the like in divisions and square roots,
+        which ordinary numbers do not take."""
         position = {o.address: i for i, o in enumerate(self.opcodes)}
+        found = []
         for i, opcode in enumerate(self.opcodes):
             target = _branch_target(opcode)
             if target is not None and target < opcode.address:
                 loop = self.opcodes[position[target] : i + 1]
-                if _widest(loop) > _widest(best):
-                    best = loop
-        return _ordinary_path(best)
+                if _widest(loop):
+                    found.append(_ordinary_path(loop))
+        return found
 
 
 def _branch_target(opcode: Opcode) -> int | None:

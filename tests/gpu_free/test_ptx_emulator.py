@@ -307,7 +307,7 @@ def test_a_wrong_alignment_flag_is_noticed(ptx):
 
 def test_each_missing_mask_is_noticed(ptx):
     masked = list(re.finditer(r"@%p\d+ (?=(?:ld|st)\.global)", ptx))
-    assert len(masked) == 14  # 4 loads and 3 stores, in the vector loop and in the element loop
+    assert len(masked) == 21  # 4 loads and 3 stores in the vector loop, and of each two elements in the other one
     for mask in masked:
         with pytest.raises(InvalidAccess):
             Launch(1024 + 11).run(ptx[: mask.start()] + ptx[mask.end() :])  # a chunk of 8 in vectors and 3 elements
