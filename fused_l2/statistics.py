@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ class Statistics:
 
     def _of(self, tensors: list[int]) -> Statistics:
         m = self._measured
-        chosen = m.rows[torch.tensor(tensors, dtype=torch.int64, device=m.rows.device)]
+        chosen = torch.cat(_chosen(m.rows, tensors))
         return make_statistics(
             m._replace(rows=chosen, groups=[m.groups[i] for i in tensors], names=[m.names[i] for i in tensors])
         )
@@ -72,12 +73,10 @@ def make_statistics(measured: Measured) -> Statistics:
     penalty = torch.zeros((), dtype=torch.float64, device=rows.device)
     for group in sorted(set(measured.groups)):
         members = [i for i, g in enumerate(measured.groups) if g == group]
-        squares = rows[members[0] : members[-1] + 1, PARAMS] if _consecutive(members) else rows[members, PARAMS]
-        decay = measured.weight_decays[group]
-        decay = decay.to(rows.device, torch.float64) if isinstance(decay, Tensor) else decay
-        penalty = penalty + squares.sum() * (decay / 2)
-    inv_scale = measured.inv_scale
-    inv_scale = inv_scale.to(rows.device) if isinstance(inv_scale, Tensor) else inv_scale
+        decay = _beside(measured.weight_decays[group], rows)
+        for part in _chosen(rows, members):
+            penalty = penalty + part[:, PARAMS].sum() * (decay / 2)
+    inv_scale = _beside(measured.inv_scale, rows)
     return Statistics(
         grad_norm=grad_norm * inv_scale,
         param_norm=param_norm,
@@ -89,39 +88,60 @@ def make_statistics(measured: Measured) -> Statistics:
     )
 
 
-def _consecutive(members: list[int]) -> bool:
-    return members[-1] - members[0] + 1 == len(members)
+def _chosen(rows: Tensor, members: list[int]) -> list[Tensor]:
+    """These rows, stretch by stretch: a list as an index would be copied to the device, which waits for it."""
+    if not members:
+        return [rows[:0]]
+    ends = [i + 1 for i, (m, n) in enumerate(pairwise(members)) if n != m + 1]
+    return [rows[members[i] : members[j - 1] + 1] for i, j in zip([0, *ends], [*ends, len(members)], strict=True)]
+
+
+def _beside(number: float | Tensor, rows: Tensor) -> float | Tensor:
+    """A number as a float64 to compute with on the rows' device."""
+    if not isinstance(number, Tensor):
+        return number
+    return float(number) if number.device.type == "cpu" else number.to(rows.device, torch.float64)
+
+
+def _on_host(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 class Record:
     """Where the steps of a part leave what they measure. Holds no parameters and no states."""
 
-    def __init__(self, partials: Sequence[Tensor], chunks: Sequence[int], slots: Sequence[int | None]) -> None:
+    def __init__(
+        self,
+        partials: Sequence[Tensor],
+        chunks: Sequence[int],
+        slots: Sequence[int | None],
+        sent: Callable[[Sequence[int]], Tensor] = _on_host,
+        used: Callable[[Tensor], None] = lambda tensor: None,
+    ) -> None:
         """``partials``: float64 [chunks][4] for each bucket. ``chunks``: how many each tensor has. ``slots``: which of the
-        optimizer's parameters each tensor is, None for one without a gradient."""
-        self._partials, self._chunks, self._slots = partials, chunks, slots
-        self._on_device: tuple[Tensor, Tensor] | None = None
+        optimizer's parameters each tensor is, None for one without a gradient. ``sent`` brings integers to where the partials
+        are; ``used`` is told of what the current stream is about to read."""
+        where = [i for slot, i in sorted((slot, i) for i, slot in enumerate(slots) if slot is not None)]
+        # Now: to bring them when somebody reads would make the reader wait.
+        self._partials, self._chunks, self._order, self._used = partials, sent(chunks), sent(where), used
 
     def rows(self) -> Tensor:
         """Sums over each tensor that had a gradient, in the order of slots."""
-        if self._on_device is None:
-            device = self._partials[0].device
-            where = [i for slot, i in sorted((slot, i) for i, slot in enumerate(self._slots) if slot is not None)]
-            chunks, order = (torch.tensor(x, dtype=torch.int64, device="cpu").to(device) for x in (self._chunks, where))
-            self._on_device = chunks, order
-        chunks, order = self._on_device
+        for tensor in (*self._partials, self._chunks, self._order):
+            if tensor.numel():
+                self._used(tensor)
         together = torch.cat(list(self._partials))
-        return torch.segment_reduce(together, "sum", lengths=chunks, axis=0, initial=0.0, unsafe=True)[order]
+        return torch.segment_reduce(together, "sum", lengths=self._chunks, axis=0, initial=0.0, unsafe=True)[self._order]
 
 
 class GivenRows(Record):
     """Rows that are there already."""
 
     def __init__(self, rows: Sequence[Tensor]) -> None:
-        self._rows = rows
+        self._given = rows
 
     def rows(self) -> Tensor:
-        return torch.stack(list(self._rows))
+        return torch.stack(list(self._given))
 
 
 class Recorded(NamedTuple):
@@ -140,10 +160,12 @@ class Recorded(NamedTuple):
 
 @torch.no_grad()
 def rows_of(records: Sequence[Record]) -> Tensor:
-    """A row for each tensor, on the first one's device."""
+    """A row for each tensor, on one device."""
     rows = [record.rows() for record in records]
     rows = rows or [torch.zeros(0, len(STATISTICS), dtype=torch.float64, device="cpu")]
-    return torch.cat([r.to(rows[0].device) for r in rows])
+    # To a GPU, if there is one: the way back would wait for it.
+    device = next((r.device for r in rows if r.device.type != "cpu"), rows[0].device)
+    return torch.cat([r.to(device, non_blocking=device.type != "cpu") for r in rows])
 
 
 @torch.no_grad()

@@ -45,6 +45,7 @@ from .layout import (
     STEP_COUNT,
     STOCHASTIC,
 )
+from .sums import larger
 
 
 @triton.jit
@@ -150,13 +151,15 @@ def power(base, exponent):
     low = base * 0
     square = base
     square_low = base * 0
-    for _ in range(24):
+    left = tl.reduce(exponent, 0, larger)  # no exponent has more bits
+    while left > 0:
         is_odd = (exponent & 1) != 0
         next_high, next_low = product(high, low, square, square_low)
         high = tl.where(is_odd, next_high, high)
         low = tl.where(is_odd, next_low, low)
         square, square_low = product(square, square_low, square, square_low)
         exponent = exponent >> 1
+        left = left >> 1
     return high
 
 

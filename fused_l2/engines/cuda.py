@@ -9,7 +9,7 @@ import ctypes
 import functools
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol
 
@@ -93,6 +93,12 @@ class Device:
             pinned = self.pinned(len(words))
             pinned.copy_(torch.frombuffer(words, dtype=torch.int64))
             self.upload(target[: len(words)], pinned)
+
+    def sent(self, numbers: Sequence[int]) -> Tensor:
+        """These integers, in memory of the device. Nobody waits."""
+        memory = self.memory(len(numbers))
+        self.send(memory, array("q", numbers))
+        return memory
 
     def event(self) -> Any:
         return torch.cuda.Event()  # type: ignore[no-untyped-call]

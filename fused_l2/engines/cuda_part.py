@@ -61,7 +61,9 @@ class CudaPart(TablePart):
         if self._statistics:
             chunks = [n for table in tables.values() for n in table.chunks_of]
             order = [e.slot if e.active else None for bucket in self.buckets for e in bucket.entries]
-            self.record = Record([table.partials for table in tables.values()], chunks, order)
+            partials = [table.partials for table in tables.values()]
+            with self._device.current():
+                self.record = Record(partials, chunks, order, self._device.sent, self._device.used_by_current_stream)
 
     def _make_table(self, bucket: Bucket) -> DeviceTable:
         kernel, reason = cuda.find_kernel(self._of, self._rule, bucket.flags, *bucket.dtypes)

@@ -21,7 +21,9 @@ from ..tables.tensor_table import GRAD, STATISTICS, WIDTH, Flag, Rule, TensorTab
 from .cuda import Device, Kernel, UploadRing
 
 ROWS = 128  # coefficient rows that one program computes
-WORDS = 120  # that one launch can carry as its arguments
+# How many words one launch carries as its arguments: almost the 4 KB that every driver takes. A kernel of so many takes seconds
+# to compile, so what a few launches of the smaller one can do is left to that.
+WORDS, FEW_WORDS = 480, 120
 
 
 class Rows(NamedTuple):
@@ -94,8 +96,9 @@ class DeviceTable:
             self._compute = compute.launcher(-(-table.count // ROWS), at.groups, at.counters, at.rows, table.count)
         # For a capture, within which nothing can be compiled. Adam with steps counted on the host cannot be captured.
         self._write: Callable[[int, int, int, tuple[int, ...]], None] | None = None
+        self._words = WORDS if (at.table - at.head) // 8 > 4 * FEW_WORDS else FEW_WORDS
         if rows is not None or rule is Rule.SGD:
-            self._write = device.compile("write", WORDS).launcher(1)
+            self._write = device.compile("write", self._words).launcher(1)
 
     def _place(self, itemsize: int, chunks: array[int], rows: Rows | None) -> Sections:
         """Make the memory and write what does not change. Returns addresses."""
@@ -120,7 +123,9 @@ class DeviceTable:
         if self._launch is None and self._compute is None:  # nothing but empty tensors
             return
         if stream not in self._streams:
-            self._device.used_by_current_stream(self._memory)
+            for memory in (self._memory, self.partials):
+                if memory.numel():
+                    self._device.used_by_current_stream(memory)
             self._streams.add(stream)
         if self._compute is not None:
             head = b"".join(array("d", values).tobytes() for values, _ in numbers)
@@ -144,9 +149,9 @@ class DeviceTable:
         words = array("q", head + _filled(grads))
         memory = self._device.memory(len(words))
         self._captured.append(memory)
-        for begin in range(0, len(words), WORDS):
-            part = words[begin : begin + WORDS]
-            self._write(stream, memory.data_ptr() + 8 * begin, len(part), (*part, *[0] * (WORDS - len(part))))
+        for begin in range(0, len(words), self._words):
+            part = words[begin : begin + self._words]
+            self._write(stream, memory.data_ptr() + 8 * begin, len(part), (*part, *[0] * (self._words - len(part))))
         self._head, self._grads = memory.data_ptr(), memory.data_ptr() + len(head)
 
     @property

@@ -337,7 +337,7 @@ def as_counter(value: Any, param: Tensor, on_device: bool, name: Name) -> Tensor
     """
     device = param.device if on_device else torch.device("cpu")
     if value is None:
-        return torch.tensor(0.0, dtype=torch.float32 if on_device else scalar_dtype(), device=device)
+        value = 0.0
     if is_dtensor(value):
         value = value.full_tensor()
     if isinstance(value, Tensor) and value.numel() == 1:
@@ -346,9 +346,14 @@ def as_counter(value: Any, param: Tensor, on_device: bool, name: Name) -> Tensor
             return value
         if value.is_meta and device.type != "meta":
             raise checks.refuse_counter(value, name)
-        return value.detach().reshape(()).to(device=device, dtype=torch.float32, copy=True)
+        if value.device.type != "cpu":
+            return value.detach().reshape(()).to(device=device, dtype=torch.float32, copy=True)
+        dtype = torch.float32
+    else:
+        dtype = torch.float32 if on_device else scalar_dtype()
     try:
-        return torch.tensor(float(value), dtype=torch.float32 if on_device else scalar_dtype(), device=device)
+        # Filled on the device: a copy of four bytes would wait for it, for each parameter.
+        return torch.full((), float(value), dtype=dtype, device=device)
     except (TypeError, ValueError, RuntimeError):
         raise checks.refuse_counter(value, name) from None
 

@@ -493,6 +493,8 @@ class Plan:
     @torch.no_grad()
     def decide(self, prologue: Prologue) -> Tensor | Control:
         """What precedes the step: the factor of all gradients, whether the step is skipped, and the norm."""
+        if self.cuda_parts and self._options.amp_scaling and cuda.is_capturing():
+            self._refuse_capture_of_scales(prologue)
         if len(self.parts) == 1 and self._ranks == [()]:
             return self.parts[0].control(prologue, self.norm_dtype)
         measured: list[Tensor] = []
@@ -659,6 +661,13 @@ class Plan:
         on_device = any(p.grad is not None and engines.device_of(p).type == "cuda" for g in groups for p in g["params"])
         if on_device and cuda.is_capturing():
             raise RuntimeError(_capture_refused("there is nothing prepared. " + _FIRST_STEP))
+
+    def _refuse_capture_of_scales(self, prologue: Prologue) -> None:
+        # A replay would read a CPU tensor's memory again, whatever is there by then.
+        for name in ("grad_scale", "found_inf"):
+            given = getattr(prologue, name)
+            if given is not None and engines.device_of(given).type != "cuda":
+                raise RuntimeError(_capture_refused(f"{name} is on the CPU. Put it on the parameters' device."))
 
     def _refuse_capture_of_changes(self, slots: Sequence[int]) -> None:
         # Before anything is compiled or read, which a capture does not allow.

@@ -154,6 +154,7 @@ class FakeDevice(cuda.Device):
         self.pinned_buffers = 0
         self.waits = 0  # how often the host waited for the device
         self.told: list[int] = []  # streams the allocator was told of
+        self.told_of: set[tuple[int, int]] = set()  # with the addresses of what they use
         self.memories: list[Tensor] = []
         self.new_states: list[Tensor] = []
         self.parts: list[CudaPart] = []
@@ -239,6 +240,7 @@ class FakeDevice(cuda.Device):
 
     def used_by_current_stream(self, memory: Tensor) -> None:
         self.told.append(self.on)
+        self.told_of.add((self.on, memory.data_ptr()))
 
     def read(self, tensor: Tensor) -> list[float]:
         assert not self.capturing

@@ -181,8 +181,8 @@ class Emulator:
         if i.name == "setp" and i.suffixes[-1].endswith("x2"):
             self._compare_pair(i, lanes)
             return
-        if i.name == "shfl":
-            self._shuffle(i, lanes)
+        if i.name in ("shfl", "redux"):
+            self._exchange(i, lanes)
             return
         if i.name not in _OPERATIONS:
             raise NotImplementedError(i.text)
@@ -241,24 +241,26 @@ class Emulator:
             parts = [np.broadcast_to(self.read(n, f"b{8 * size // len(names)}"), self._lanes) for n in names]
             self._write(target, np.stack(parts, axis=1).view(f"u{size}").reshape(-1), lanes)
 
-    def _shuffle(self, i: Instruction, lanes: np.ndarray) -> None:
-        """shfl.sync: the value that another lane of the warp has. All lanes of a warp must be there, and all are asked."""
-        mode, (value, given, clamp, members) = i.suffixes[1], i.operands[1:]
-        if (
-            i.suffixes[0] != "sync"
-            or i.suffixes[2:] != ["b32"]
-            or int(clamp, 0) != 31
-            or int(members, 0) & 0xFFFFFFFF != 0xFFFFFFFF
-        ):
-            raise NotImplementedError(i.text)
+    def _exchange(self, i: Instruction, lanes: np.ndarray) -> None:
+        """shfl.sync: the value that another lane of the warp has; redux.sync: the largest one in the warp. All lanes must
+        be there, and all are asked."""
+        target, value, *others, members = i.operands
         here = lanes.reshape(-1, 32)
         if not (here.any(1) == here.all(1)).all():
-            raise InvalidAccess(f"{self.kernel.name}: {i.text}: a shuffle that not all lanes of a warp reach")
-        values, asked = (np.broadcast_to(self.read(o, "b32"), self._lanes).reshape(-1, 32) for o in (value, given))
-        sources = {"bfly": np.arange(32) ^ asked, "idx": asked}.get(mode)
+            raise InvalidAccess(f"{self.kernel.name}: {i.text}: an exchange that not all lanes of a warp reach")
+        if i.suffixes[0] != "sync" or (self.read(members, "u32") != 0xFFFFFFFF).any():
+            raise NotImplementedError(i.text)
+        values = np.broadcast_to(self.read(value, i.suffixes[-1]), self._lanes).reshape(-1, 32)
+        if i.name == "redux" and i.suffixes[1:] == ["max", "s32"]:
+            self._write(target, np.repeat(values.max(1), 32), lanes)
+            return
+        if i.name != "shfl" or i.suffixes[2:] != ["b32"] or int(others[1], 0) != 31:
+            raise NotImplementedError(i.text)
+        asked = np.broadcast_to(self.read(others[0], "b32"), self._lanes).reshape(-1, 32)
+        sources = {"bfly": np.arange(32) ^ asked, "idx": asked}.get(i.suffixes[1])
         if sources is None or (sources > 31).any():
             raise NotImplementedError(i.text)
-        self._write(i.operands[0], np.take_along_axis(values, sources.astype(np.int64), axis=1).reshape(-1), lanes)
+        self._write(target, np.take_along_axis(values, sources.astype(np.int64), axis=1).reshape(-1), lanes)
 
     def _compare_pair(self, i: Instruction, lanes: np.ndarray) -> None:
         """setp of two 16-bit numbers in one register: the first predicate belongs to the lower half."""

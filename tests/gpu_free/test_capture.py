@@ -19,7 +19,7 @@ from fused_l2.tables import coefficients
 from fused_l2.tables.tensor_table import Flag, Rule
 
 from . import aot
-from .fake_cuda import FakeDevice, emulated, interpreted_kernel, tensors_of
+from .fake_cuda import FakeDevice, emulated, interpreted_kernel, nothing, tensors_of
 from .ptx_emulator import Emulator
 
 SIZES = (5, 0, 1030, 64)
@@ -244,6 +244,45 @@ def test_a_capture_after_a_skipped_first_step_is_refused(device):
     p.grad = torch.ones(4)
     with pytest.raises(RuntimeError, match="states are still to be made"), device.capture():
         optimizer.step()
+
+
+@pytest.mark.parametrize("groups", [1, 28, 465])
+def test_a_graph_of_many_groups_has_few_launches(groups, monkeypatch):
+    """What the host would upload travels in the arguments of launches, each of which every replay makes again."""
+    device = FakeDevice(nothing)
+    with device.in_place(monkeypatch):
+        params = make_params([3] * groups)
+        settings = [{"params": [p], "lr": torch.tensor(0.1 * (i + 1))} for i, p in enumerate(params)]
+        optimizer = fused_l2.AdamW(settings, capturable=True)
+        set_grads(params, 0)
+        optimizer.step()
+        device.synchronize()
+        with device.capture():
+            optimizer.step()
+    writes = len(device.graph) - 2  # without the coefficient rows' and the step's
+    print(f"{groups} groups: {writes} launches that write tables")
+    assert 1 <= writes <= (18 if groups == 465 else 5)
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+def test_a_scale_on_the_host_is_refused(name, monkeypatch):
+    """A replay would copy from its memory again, whatever is there by then."""
+    on_host = torch.tensor(1.0 if name == "grad_scale" else 0.0)
+    device = FakeDevice(emulated(90))
+    with device.in_place(monkeypatch, lambda t: t is not on_host):
+        params = make_params(SIZES)
+        optimizer = fused_l2.SGD(params, lr=torch.tensor(0.1), amp_scaling=True)
+        device.accessible = lambda: tensors_of(optimizer)
+        set_grads(params, 0)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(0.0)
+        optimizer.step()
+        device.synchronize()
+        before = snapshot(optimizer)
+        setattr(optimizer, name, on_host)
+        with device.capture(), pytest.raises(RuntimeError, match=f"{name} is on the CPU"):
+            optimizer.step()
+        assert device.graph == []
+        assert_unchanged(before, optimizer)
 
 
 def test_an_equal_tensor_in_the_place_of_an_lr_is_followed(device):

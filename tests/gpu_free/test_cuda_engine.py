@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from comparing import CASES, assert_same_bits, assert_unchanged, each, make, make_params, plan_of, set_grads, snapshot, states
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton kernels need triton: pip install triton")
 pytest.importorskip("numpy")
@@ -18,6 +19,7 @@ import fused_l2
 from fused_l2 import engines
 from fused_l2.engines import cpu, cuda, device_tables
 from fused_l2.engines.cuda_part import CudaPart
+from fused_l2.parameters.entry import as_counter
 from fused_l2.tables.tensor_table import WIDTH, chunk_map
 
 from .fake_cuda import FakeDevice, FakeStream, emulated, nothing, tensors_of
@@ -242,6 +244,58 @@ def test_T34_side_streams(device):
         step(optimizer, params, stream)
         assert [len(s.queue) > 0 for s in device.streams] == [i == stream for i in range(3)]
     assert device.told == [1, 2]
+
+
+class Copies(TorchDispatchMode):
+    """Sees what would wait for a GPU: numbers brought to it from ordinary memory, and numbers read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("lift_fresh", "_to_copy", "_local_scalar_dense", "copy_"):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@each
+def test_statistics_are_read_without_waiting_and_on_another_stream(name, running):
+    """Of tensors of two dtypes in groups that do not follow each other. The allocator is told who writes and who reads."""
+    running.eager = True
+    running.streams.append(FakeStream())
+    params = [*make_params(SIZES), *make_params(SIZES, torch.float64)]
+    groups = [{"params": params[::2]}, {"params": params[1::2], "weight_decay": 0.02}]
+    optimizer = getattr(fused_l2, name)(groups, **CASES[name], statistics=True)
+    running.accessible = lambda: tensors_of(optimizer)
+    step(optimizer, params)
+    running.on = 1
+    step(optimizer, params, 1)
+    partials = {m.data_ptr() for m in running.memories if m.dtype is torch.float64 and m.dim() == 1 and m.numel()}
+    assert len(partials) == 2
+    assert {(1, at) for at in partials} <= running.told_of
+    with Copies() as copies:
+        figures = optimizer.statistics
+        of_groups, of_tensors = figures.by_group(), figures.by_tensor()
+    assert copies.seen == []
+    assert len(running.told_of) >= 4  # who reads is told of, too: of the sizes and the order of the rows
+    total = sum(float(s.grad_norm) ** 2 for s in of_groups)
+    assert (
+        float(figures.grad_norm) ** 2
+        == pytest.approx(total)
+        == pytest.approx(sum(float(p.grad.double().square().sum()) for p in params))
+    )
+    assert len(of_tensors) == len(params)
+
+
+@pytest.mark.parametrize("value", [None, 7.0, torch.tensor(7.0), torch.tensor([7], dtype=torch.int64)], ids=str)
+def test_step_counters_on_the_device_are_filled_there(value):
+    """A copy of four bytes for each parameter, from ordinary memory, waits for the device."""
+    param = torch.empty(3, device="meta")  # any device but the CPU
+    with Copies() as copies:
+        counter = as_counter(value, param, True, lambda: "p")
+    assert [op for op in copies.seen if "_local_scalar_dense" not in op] == []  # a number on the CPU may be read
+    assert (counter.device.type, counter.dtype, counter.shape) == ("meta", torch.float32, ())
 
 
 @each

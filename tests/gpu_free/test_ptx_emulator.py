@@ -212,6 +212,10 @@ def test_values_of_other_lanes_of_a_warp():
     assert shuffled("shfl.sync.idx.b32 %r9, %r3, %r2, 31, 0xffffffff;") == [10 * (t // 32 * 32 + t % 2) for t in range(64)]
 
 
+def test_the_largest_value_of_a_warp():
+    assert shuffled("redux.sync.max.s32 %r9, %r3, -1;") == [310] * 32 + [630] * 32
+
+
 def test_a_shuffle_that_some_lanes_do_not_reach_is_noticed():
     with pytest.raises(InvalidAccess, match="not all lanes"):
         shuffled("shfl.sync.bfly.b32 %r9, %r3, 1, 31, -1;", "@%p1 ")
@@ -224,6 +228,8 @@ def test_a_shuffle_that_some_lanes_do_not_reach_is_noticed():
         "shfl.sync.bfly.b32 %r9, %r3, 1, 31, 0xffff;",  # of half a warp
         "shfl.sync.bfly.b32 %r9, %r3, 33, 31, -1;",
         "shfl.sync.down.b32 %r9, %r3, 1, 31, -1;",
+        "redux.sync.min.s32 %r9, %r3, -1;",
+        "redux.sync.max.s32 %r9, %r3, 0xffff;",
         "shfl.bfly.b32 %r9, %r3, 1, 31;",
     ],
 )
