@@ -6,9 +6,16 @@ Change the import, nothing else::
 
     optimizer = optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
 
+``optim.lr_scheduler``, ``optim.swa_utils`` and ``optim.Optimizer`` are torch's own; other optimizers are in ``torch.optim``.
+
 ``fused_l2.weight_decay`` turns the lambda of a loss with L2 regularization into ``weight_decay`` and back, makes param groups
 and reports the penalty; ``fused_l2.capabilities()`` tells which engine serves which device.
 """
+
+from typing import Any
+
+import torch.optim
+from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from . import weight_decay
 from ._version import __version__
@@ -23,11 +30,24 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Optimizer",
     "Statistics",
     "__version__",
     "capabilities",
     "load_master_state_dict",
+    "lr_scheduler",
     "master_state_dict",
     "step_in_backward",
+    "swa_utils",
     "weight_decay",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("_") and hasattr(torch.optim, name):
+        raise AttributeError(f"fused_l2 has SGD, Adam and AdamW. Use torch.optim.{name}")
+    raise AttributeError(f"module 'fused_l2' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

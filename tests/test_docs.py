@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 
 import pytest
@@ -11,14 +13,30 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_snippets_run(page):
+def test_snippets_run(page, monkeypatch, tmp_path):
     import torch
 
+    monkeypatch.chdir(tmp_path)  # where they save
+
     namespace = {"model": torch.nn.Linear(4, 2)}
-    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+    for snippet, output in re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", page.read_text(), re.DOTALL):
         if needed := re.match(r"# pip install (\w+)", snippet):
             pytest.importorskip(needed[1], reason=f"the rest of {page.name} needs {needed[1]}")
-        exec(compile(snippet, str(page), "exec"), namespace)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(snippet, str(page), "exec"), namespace)
+        assert not output or printed.getvalue().strip() == output.strip(), snippet
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_tables_are_tables(page):
+    """Header, rule and rows have as many cells: otherwise a table is printed as text, or loses cells."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        lines = table.splitlines()
+        cells = [len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line))) for line in lines]
+        assert len(lines) > 1, lines[0]
+        assert re.fullmatch(r"[|:\- ]+", lines[1]), lines[0]
+        assert len(set(cells)) == 1, lines[cells.index(max(cells))]
 
 
 @pytest.mark.parametrize(

@@ -169,3 +169,66 @@ def test_the_code_of_the_note_with_only_the_import_changed(optimizer):
     else:
         # torch.sqrt may be an ulp off: 30 steps of lr 1e-3, each within 1e-7 of the other, on a smooth loss.
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def quadratic():
+    """A Hessian in a rotated basis, its eigenvalues, and the minimum of the data loss."""
+    h = torch.tensor([3.0, 1.0, 0.2, 0.05], dtype=torch.float64)
+    basis, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
+    return basis @ torch.diag(h) @ basis.T, h, basis, torch.randn(4, dtype=torch.float64)
+
+
+def trained(hessian, best, optimizer, w):
+    for _ in range(4000):
+        w.grad = (hessian @ (w - best)).detach()
+        optimizer.step()
+    return w.detach()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_l2_shrinks_each_eigen_direction_by_h_over_h_plus_lambda_over_n(momentum):
+    hessian, h, basis, best = quadratic()
+    w = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    decay = from_lambda(20.0, 100)
+    found = trained(hessian, best, fused_l2.SGD([w], lr=0.1, momentum=momentum, weight_decay=decay), w)
+    shrunk = h / (h + decay) * (basis.T @ best)
+    # A step shrinks an error in the slowest direction by 0.1 * (0.05 + 0.2) = 1/40, so those of 40 steps add up; a step rounds
+    # a handful of times, by half an ulp of at most 4.
+    assert torch.allclose(basis.T @ found, shrunk, rtol=0, atol=40 * 8 * 2.0**-52)
+
+
+def test_decoupled_decay_of_adamw_does_not():
+    hessian, h, basis, best = quadratic()
+    w = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    decay = from_lambda(20.0, 100)
+    found = trained(hessian, best, fused_l2.AdamW([w], lr=1e-2, weight_decay=decay), w)
+    assert not torch.allclose(basis.T @ found, h / (h + decay) * (basis.T @ best), rtol=0, atol=1e-2)
+
+
+X, Y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
+A = 0.7  # the strength in each convention
+
+
+def mean_of_squares(w):
+    return (X @ w - Y).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "scale", "decay"),
+    [
+        (lambda w: mean_of_squares(w) + A / (2 * 12) * w.square().sum(), 1, A / 12),
+        (lambda w: 12 * mean_of_squares(w) + A / 2 * w.square().sum(), 12, A),
+        (lambda w: mean_of_squares(w) + A / 2 * w.square().sum(), 1, A),
+        (lambda w: mean_of_squares(w) + A * w.square().sum(), 1, 2 * A),  # Keras
+        (lambda w: (X @ w - Y).square().sum() + A * w.square().sum(), 1, 2 * A / 12),  # scikit-learn's Ridge
+        (lambda w: w.square().sum() / 2 + A * (X @ w - Y).square().sum(), 1, 1 / (A * 12)),  # C of LogisticRegression
+    ],
+    ids=["mean, lambda/2n", "sum, lambda/2", "mean, lambda/2", "Keras", "Ridge", "C"],
+)
+def test_losses_and_the_weight_decay_they_mean(loss, scale, decay):
+    """The minimum of the whole loss is the one that the data term, in our scale, and the decay lead to."""
+    zero = torch.zeros(3, dtype=torch.float64)
+    gradient, hessian = torch.func.grad(loss)(zero), torch.func.hessian(loss)(zero)
+    minimum = -torch.linalg.solve(hessian, gradient)  # of a quadratic
+    data = torch.func.grad(lambda w: scale * mean_of_squares(w))(minimum)
+    assert torch.allclose(data + decay * minimum, zero, atol=1e-12)
