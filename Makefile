@@ -1,4 +1,4 @@
-# make demo, make test: each sets up everything it needs.
+# `make` lists the targets. Each sets up everything it needs.
 #
 # An active virtual or conda environment is used as it is; otherwise .venv is made, which sees a system-wide torch. torch is
 # installed only where it cannot be imported, and never replaced.
@@ -18,7 +18,8 @@ endif
 STAMP := $(ENVIRONMENT)/.fused_l2-installed
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: demo test test-integrations bench gpu-report sanitize lint format wheels docs clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-integrations bench gpu-report sanitize lint format wheels docs clean
 
 # Another checkout may have installed itself into the same environment since.
 INSTALLED := import importlib.util, os, sys; spec = importlib.util.find_spec('fused_l2'); \
@@ -33,6 +34,17 @@ endif
 REQUIREMENTS = import importlib.metadata as m; wanted = ['extra == \"%s\"' % e for e in '$(1)'.split()]; \
   print('\n'.join(r.split(';')[0] for r in m.requires('fused_l2') if any(w in r for w in wanted)))
 install = $(PYTHON) -c "$(REQUIREMENTS)" | xargs $(PYTHON) -m pip install -q -c $(ENVIRONMENT)/.fused_l2-torch
+
+help:
+	@echo "make demo               train on handwritten digits: what lambda does, and the bits of torch.optim (half a minute)"
+	@echo "make test               the tests"
+	@echo "make test-integrations  the tests in the trainers of others, which it installs"
+	@echo "make lint, make format  ruff, mypy, clang-format"
+	@echo "make sanitize           the C++ alone under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make bench              figures for this machine (ten minutes)"
+	@echo "make gpu-report         on a machine with a GPU: its tests and figures (eight minutes)"
+	@echo "make docs, make wheels  the site; sdist and wheel"
+	@echo "make clean              remove what these made"
 
 demo: $(STAMP)
 	$(PYTHON) -m fused_l2.demo

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
-
 import pytest
 
+import fused_l2
 from fused_l2 import demo
 from fused_l2.weight_decay import from_lambda
 
@@ -21,38 +20,73 @@ def results(tmp_path_factory):
 
 
 def means(runs, field):
-    return {lam: statistics.mean(getattr(r, field) for r in found) for lam, found in runs.items()}
+    return {lam: demo.mean_and_error(found, field)[0] for lam, found in runs.items()}
 
 
-def test_accuracy_is_best_at_some_lambda_above_zero(results):
-    test = means(results["SGD"], "test_accuracy")
-    assert max(test, key=test.get) > 0
-    assert means(results["SGD"], "train_accuracy")[0.0] == 1.0  # without regularization it overfits
-    assert test[0.0] < 0.95
+@pytest.fixture(scope="module")
+def data():
+    datasets = pytest.importorskip("sklearn.datasets")
+    import torch
+
+    loaded = datasets.load_digits()
+    images, labels = torch.tensor(loaded.data, dtype=torch.float32) / 16, torch.tensor(loaded.target)
+    return demo.digits(images, labels, demo.SIZES[0], seed=0)
+
+
+def test_lambda_that_validation_chooses_helps_on_test_images(results):
+    for n in demo.SIZES:
+        runs = results["SGD", n]
+        best = demo.chosen(runs)
+        assert 0 < best < max(runs), n  # within the grid
+        (with_it, error), (without, other) = (demo.mean_and_error(runs[lam], "test") for lam in (best, 0.0))
+        assert with_it - without > error + other, n
 
 
 def test_weights_shrink_as_lambda_grows(results):
-    for name, runs in results.items():
+    for key, runs in results.items():
         norms = list(means(runs, "norm").values())
-        assert norms == sorted(norms, reverse=True), name
+        assert norms == sorted(norms, reverse=True), key
 
 
 def test_doubling_n_at_fixed_lambda_halves_weight_decay():
-    assert from_lambda(0.3, 2 * demo.N) == from_lambda(0.3, demo.N) / 2
+    assert from_lambda(0.3, 2 * demo.SIZES[0]) == from_lambda(0.3, demo.SIZES[0]) / 2
 
 
 def test_the_penalty_reported_is_that_of_the_weights(results):
-    for lam, runs in results["SGD"].items():
+    for lam, runs in results["SGD", demo.SIZES[0]].items():
         for run in runs:
-            assert run.penalty == pytest.approx(lam / (2 * demo.N) * run.norm**2, rel=1e-5)
+            assert run.penalty == pytest.approx(lam / (2 * demo.SIZES[0]) * run.norm**2, rel=1e-5)
 
 
-def test_sgd_ends_in_torchs_bits(results, tmp_path):
+def test_the_penalty_in_the_loss_is_weight_decay(data):
+    # 200 steps, each with a handful of float64 roundings of weights below 1.
+    assert demo.explicit_penalty(data, lam=3.0) < 200 * 8 * 2.0**-53
+
+
+def test_decay_keeps_the_effective_learning_rate_of_a_normalized_weight_up(data):
+    without, strong = demo.effective_lrs(data, 0.0, epochs=30), demo.effective_lrs(data, 1e-2, epochs=30)
+    assert strong[-1] > 1.1 * without[-1]
+
+
+def test_decay_arrives_in_bfloat16_with_the_remainder_alone():
+    assert demo.bfloat16_decay(None, steps=200) < 0.01
+    assert demo.bfloat16_decay("remainder", steps=200) == pytest.approx(1, abs=0.05)  # the last weights' own rounding
+
+
+@pytest.mark.parametrize("name", list(demo.OPTIMIZERS))
+def test_training_ends_in_torch_s_bits_where_its_sqrt_is_correctly_rounded(data, name):
     import torch
-    from sklearn.datasets import load_digits
 
-    data = load_digits()
-    images, labels = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
-    theirs = {0.3: [demo.train(images, labels, torch.optim, "SGD", 0.3, 0, demo.EPOCHS)]}
-    ours = {0.3: [demo.train(images, labels, __import__("fused_l2"), "SGD", 0.3, 0, demo.EPOCHS)]}
-    assert demo.largest_difference(ours, theirs)[:2] == (0.0, 0)
+    ours = demo.train(data, fused_l2, name, 1.0, 0, epochs=20).params
+    with demo.correctly_rounded_sqrt():
+        theirs = demo.train(data, torch.optim, name, 1.0, 0, epochs=20).params
+    assert demo.differing(ours, theirs)[:2] == (0.0, 0)
+
+
+def test_a_missing_extra_is_named_with_the_command(monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
+    monkeypatch.setattr("sys.argv", ["demo"])
+    with pytest.raises(SystemExit) as exit:
+        demo.main()
+    assert exit.value.code == 1
+    assert "pip install '.[demo]'" in capsys.readouterr().err
