@@ -33,6 +33,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 each = pytest.mark.parametrize("name", CASES)
 
+# Tests on a GPU. Warnings of ours are failures there, too; those of others, who have some for GPUs alone, are not.
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings(
+        "default::UserWarning", "error:fused_l2:UserWarning", "ignore:fused_l2. weight decay takes:UserWarning"
+    ),
+]
+
 
 def plan_of(optimizer: Any) -> Any:
     """What an optimizer has prepared for its next step."""

@@ -106,14 +106,13 @@ def test_the_lanes_of_a_sum_are_added_up_by_all_threads_together(kind, largest, 
 
 @each_architecture
 def test_statistics_end_in_sums_that_are_shared_out(arch):
-    """Three sums of 512 lanes, three of 128 and the count of those that are not finite, of which each takes four additions or
-    fewer within a thread and about eight between threads; and those of the loops."""
+    """Three sums of 512 lanes, three of 256 and the count of those that are not finite, of which each takes a few additions
+    within a thread and about twelve between threads; and those of the loops. 908 where every thread added up all lanes."""
     code = code_of(NAMED["AdamW, statistics"], arch)
-    in_loops = 3 * (4 + 4)  # the vector loop's and, unrolled by four at most, the rest's
+    in_loops = 3 * (4 + 2)  # of a thread's elements
     ends = code.count("DADD") - in_loops
     print(f"AdamW, statistics sm_{arch}: {code.registers} registers, {ends} additions of float64 at the ends of seven sums")
-    assert ends / 7 <= 40
-    assert code.count("DADD") <= 120
+    assert ends <= 7 * 20
     assert code.registers <= (88 if arch == 90 and triton.__version__.startswith("3.6") else 96)
 
 
