@@ -61,3 +61,10 @@ def test_no_figure_without_its_source(page):
     for section in re.split(r"^#{1,3} ", text, flags=re.MULTILINE):
         found = FIGURE.search(section)
         assert found is None or SOURCE.search(section), f"{section.splitlines()[0]!r} shows {found[0]!r} without a source"
+
+
+def test_every_trap_that_a_test_names_is_in_the_list():
+    rows = re.findall(r"^\| (T\d\d) \|.*\| ([^|]*) \|$", (ROOT / "docs" / "traps.md").read_text(), re.MULTILINE)
+    assert all(tests for _, tests in rows)
+    found = {n for file in (ROOT / "tests").rglob("*.py") for n in re.findall(r"(?<![A-Za-z0-9])T\d\d(?!\d)", file.read_text())}
+    assert found == {number for number, _ in rows}
