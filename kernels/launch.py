@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.errors import TritonError
 from triton.runtime import driver
 
 from ..tables.modes import FLAGS, Mode
@@ -32,6 +35,8 @@ DTYPES = {
     torch.float16: tl.float16,
     torch.int16: tl.int16,
 }
+
+_POINTERS = {torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64"}
 
 # What stands for an argument: its dtype for a pointer, and one of these for a number. Of multiples of 16 the compiler is told.
 MULTIPLE_OF_16, INT32, INT64, FLOAT64 = 16, 17, (1 << 40) + 1, 1.5
@@ -111,6 +116,48 @@ def options(warp_size: int) -> dict[str, Any]:
     return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
 
 
+class Refused(RuntimeError):
+    """The compiler does not take a kernel: it will not do so the next time either."""
+
+
+def compiled(source: Source, target: GPUTarget) -> Any:
+    """What the compiler makes of a source, or has made of it before: Triton's cache finds it by source, target, options and
+    version. The GPU need not be there.
+
+    Not by calling the function: what that gives depends on the process's hooks and modes (jit_cache_hook, AsyncCompileMode).
+    """
+    function, arguments, constants, _ = source
+    if not isinstance(function, triton.JITFunction):
+        raise RuntimeError("TRITON_INTERPRET is set, so Triton would run kernels on the host. Unset it before importing triton")
+    names = function.arg_names
+    types = [_type_of(argument) for argument in arguments] + ["constexpr"] * len(constants)
+    values = {(len(arguments) + i,): value for i, value in enumerate(constants.values())}
+    assert names[len(arguments) :] == list(constants)
+    hints = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(arguments) if is_multiple_of_16(argument)}
+    written = ASTSource(function, dict(zip(names, types, strict=True)), values, hints)
+    try:
+        return triton.compile(written, target=target, options=options(target.warp_size))
+    except TritonError as error:
+        gpu = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
+        raise Refused(f"triton {version()} does not compile {function.__name__} for {gpu}: {error}") from error
+
+
+def is_multiple_of_16(argument: Any) -> bool:
+    """Whether the compiler is told that an argument is one, given what stands for it: addresses and chunk sizes are."""
+    return isinstance(argument, torch.dtype) or (isinstance(argument, int) and argument % 16 == 0)
+
+
+def _type_of(argument: Any) -> Any:
+    """Triton's name for the type of what stands for an argument."""
+    if isinstance(argument, torch.dtype):
+        return _POINTERS[argument]
+    if isinstance(argument, tuple):
+        return tuple(map(_type_of, argument))
+    if isinstance(argument, float):
+        return "fp64"
+    return "i32" if argument < 1 << 31 else "i64"
+
+
 class Kernel:
     """A kernel compiled for the current device, loaded and ready: its first launch would do that, in the middle of a step.
 
@@ -119,11 +166,10 @@ class Kernel:
     """
 
     def __init__(self, source: Source) -> None:
-        function, arguments, constants, self.opmath = source
-        warp_size = driver.active.get_current_target().warp_size
-        self.compiled = function.warmup(*arguments, **constants, **options(warp_size), grid=(1,))
+        self.opmath = source.opmath
+        self.compiled = compiled(source, driver.active.get_current_target())
         self.compiled[(1, 1, 1)]  # loads the module
-        self._constants = tuple(constants.values())
+        self._constants = tuple(source.constants.values())
 
     def launcher(self, programs: int, *fixed: int) -> Callable[..., None]:
         """What launches this many programs on a stream, given the arguments behind the ``fixed`` ones."""

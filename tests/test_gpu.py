@@ -363,20 +363,11 @@ def test_T23_a_tensor_of_more_than_2_to_the_31_elements():
 def test_T37_a_schedule_compiles_nothing(name, monkeypatch):
     import triton
 
-    from fused_l2.kernels.multi_tensor import fused_l2_step
-
     monkeypatch.setattr(cuda, "_kernels", {})
-    fused_l2_step.device_caches.clear()  # they hold the compile function
-    compiled: list[str] = []  # and not those that another test may have compiled before
-    real = triton.compiler.compile
-
-    def compile(source: Any, *rest: Any, **others: Any) -> Any:
-        compiled.append(source.name)
-        return real(source, *rest, **others)
-
-    for module in (triton.compiler, triton.runtime.jit):
-        if hasattr(module, "compile"):
-            monkeypatch.setattr(module, "compile", compile)
+    cuda.device(torch.device("cuda", torch.cuda.current_device()))._compiled.clear()
+    compiled: list[str] = []  # not those that another test may have compiled before
+    real = triton.compile
+    monkeypatch.setattr(triton, "compile", lambda source, **rest: (compiled.append(source.name), real(source, **rest))[1])
     params = moved(make_params(SIZES))
     optimizer = make(name, params)
     for i in range(20):

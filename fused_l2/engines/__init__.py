@@ -89,7 +89,10 @@ def _on_cuda() -> Capability:
     # Asking for names would initialize CUDA, and processes forked later could not use it.
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         reason = ", ".join(dict.fromkeys(torch.cuda.get_device_name(i) for i in range(count)))
-    return Capability("cuda", f"Triton ({cuda.triton_version()})", reason)
+    try:
+        return Capability("cuda", f"Triton ({cuda.triton_version()})", reason)
+    except ImportError as error:
+        return Capability("cuda", "none", str(error))
 
 
 # At import, so that a wrong FUSED_L2_CPU_CAPABILITY is told there and not in the middle of a run.

@@ -11,6 +11,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -32,8 +33,17 @@ class Kernel(Protocol):
 
 @functools.cache
 def _launch() -> Any:
-    from ..kernels import launch  # needs triton
-
+    try:
+        from ..kernels import launch  # needs triton
+    except ModuleNotFoundError as error:
+        package = __package__.rpartition(".")[0]
+        if error.name != f"{package}.kernels":
+            raise
+        raise ImportError(
+            f"fused_l2 is imported from {Path(__file__).parents[1]}, a checkout without the GPU kernels inside. Install it "
+            f"(pip install -e .), or take it off the path, as its folder is when Python starts there.",
+            name=error.name,
+        ) from error
     return launch
 
 
@@ -42,15 +52,18 @@ class Device:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._compiled: dict[tuple[Any, ...], Kernel] = {}
         self.multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count
 
     def compile(self, kind: Literal["step", "measure", "control", "coefficients", "write"], *signature: Any) -> Kernel:
         """A kernel, compiled and loaded. The ``signature`` is what the function of that name in kernels/launch.py takes. Raises
         whatever the compiler raises."""
-        launch = _launch()
-        with self.current():
-            kernel: Kernel = launch.Kernel(launch.SOURCES[kind](*signature))
-        return kernel
+        key = kind, *signature
+        if key not in self._compiled:
+            launch = _launch()
+            with self.current():
+                self._compiled[key] = launch.Kernel(launch.SOURCES[kind](*signature))
+        return self._compiled[key]
 
     def is_capturing(self) -> bool:
         return is_capturing()
@@ -165,26 +178,37 @@ def triton_version() -> str:
 
 Signature = tuple[torch.device, Rule, int, torch.dtype, torch.dtype, torch.dtype]
 _kernels: dict[Signature, tuple[Any, str]] = {}
+_failures: dict[Signature, tuple[Any, str]] = {}  # which may not happen the next time
 
 
 def find_kernel(
     of: torch.device, rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype
 ) -> tuple[Kernel | None, str]:
-    """The kernel of a bucket on a device, or None and why there is none. Compiles it if need be, once per process."""
+    """The kernel of a bucket on a device, or None and why there is none. Compiles it if need be, once per process; what failed
+    for another reason than the compiler's own refusal is tried again when :func:`forget_failures` was called."""
     signature = (of, rule, flags, param, grad, state)
-    if signature not in _kernels:
-        _kernels[signature] = _make_kernel(*signature)
-    return _kernels[signature]
+    found = _kernels.get(signature) or _failures.get(signature)
+    return _make_kernel(signature) if found is None else found
 
 
-def _make_kernel(
-    of: torch.device, rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype
-) -> tuple[Kernel | None, str]:
+def forget_failures() -> None:
+    """A new plan: a disk that was full may have room again."""
+    _failures.clear()
+
+
+def _make_kernel(signature: Signature) -> tuple[Kernel | None, str]:
     if reason := why_unavailable():
         return None, reason
+    launch, (of, *rest) = _launch(), signature
+    found: tuple[Kernel | None, str]
     try:
-        return device(of).compile("step", rule, flags, param, grad, state), ""
-    except Exception as error:  # Triton needs a C compiler, Python's headers, a writable cache, a GPU it knows, ...
-        if "out of memory" in str(error).lower():  # says nothing about the next time
+        found = _kernels[signature] = device(of).compile("step", *rest), ""
+        return found
+    except launch.Refused as error:
+        found = _kernels[signature] = None, str(error)
+        return found
+    except Exception as error:  # Triton needs a C compiler, Python's headers, a writable cache, ...
+        if "out of memory" in str(error).lower():  # of the device: says nothing about the next time
             raise
-        return None, f"Triton could not compile or load a kernel: {type(error).__name__}: {error}"
+        found = _failures[signature] = None, f"Triton could not compile or load a kernel: {type(error).__name__}: {error}"
+        return found

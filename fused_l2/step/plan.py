@@ -92,6 +92,7 @@ class Plan:
         self._has_foreign_state = False  # dictionaries that do not count changes
         self.uncommitted: dict[int, Entry] = {}  # by slot: those with new state
 
+        cuda.forget_failures()
         self._by_place: dict[Any, Part] = {}
         self.parts: list[Part] = []  # those with something to step; other devices first: they work while the CPU does
         self.cuda_parts: list[CudaPart] = []

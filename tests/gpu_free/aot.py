@@ -15,12 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from fused_l2.kernels.launch import SOURCES, THREADS, options
+from fused_l2.kernels.launch import SOURCES, THREADS, compiled
 from fused_l2.tables.tensor_table import Rule
-
-_POINTERS = {torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64"}
 
 
 def compile_for(
@@ -40,30 +37,7 @@ def compile_kernel(arch: int | str, kind: str, *signature: Any) -> Any:
     """A kernel, compiled as ``fused_l2.kernels.launch.Kernel`` compiles it, for an NVIDIA architecture by number (90: sm_90) or
     an AMD one by name."""
     target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
-    function, arguments, constants, _ = SOURCES[kind](*signature)
-    types = [_type_of(argument) for argument in arguments] + ["constexpr"] * len(constants)
-    values = {(len(arguments) + i,): value for i, value in enumerate(constants.values())}
-    # What the runtime finds out by looking at the arguments: addresses and chunk sizes are multiples of 16.
-    hints = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(arguments) if is_multiple_of_16(argument)}
-    assert function.arg_names[len(arguments) :] == list(constants)
-    source = ASTSource(function, dict(zip(function.arg_names, types, strict=True)), values, hints)
-    return triton.compile(source, target=target, options=options(target.warp_size))
-
-
-def _type_of(argument: Any) -> Any:
-    """Triton's name for the type of what stands for an argument."""
-    if isinstance(argument, torch.dtype):
-        return _POINTERS[argument]
-    if isinstance(argument, tuple):
-        return tuple(map(_type_of, argument))
-    if isinstance(argument, float):
-        return "fp64"
-    return "i32" if argument < 1 << 31 else "i64"
-
-
-def is_multiple_of_16(argument: Any) -> bool:
-    """Whether the compiler is told that an argument is one, given what stands for it."""
-    return isinstance(argument, torch.dtype) or (isinstance(argument, int) and argument % 16 == 0)
+    return compiled(SOURCES[kind](*signature), target)
 
 
 class Opcode(NamedTuple):
@@ -172,18 +146,18 @@ def count_of(arch: int, kind: str, *signature: Any) -> MachineCode:
     return machine_code(compile_kernel(arch, kind, *signature))
 
 
-def machine_code(compiled: Any) -> MachineCode:
+def machine_code(kernel: Any) -> MachineCode:
     """Disassemble, with the tools that come with triton."""
     # Listings of sm_120 tell, behind the operands, what an instruction waits for (&req={2}, ?trans1).
     pattern = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;&?\n]*?)\s*(?:;|&|\?|/\*)", re.MULTILINE)
-    listing = _cuobjdump("-sass", compiled.asm["cubin"])
+    listing = _cuobjdump("-sass", kernel.asm["cubin"])
     opcodes = [Opcode(int(a, 16), guard.strip(), name, rest.strip()) for a, guard, name, rest in pattern.findall(listing)]
-    return MachineCode(*resources(compiled), opcodes)
+    return MachineCode(*resources(kernel), opcodes)
 
 
-def resources(compiled: Any) -> tuple[int, int, int]:
+def resources(kernel: Any) -> tuple[int, int, int]:
     """How many registers a thread has, and bytes of local and shared memory."""
-    usage = _cuobjdump("-res-usage", compiled.asm["cubin"])
+    usage = _cuobjdump("-res-usage", kernel.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert found is not None, usage
     registers, stack, shared, local = map(int, found.groups())

@@ -23,7 +23,7 @@ from torch import Tensor
 from fused_l2 import engines
 from fused_l2.engines import cuda
 from fused_l2.engines.cuda_part import CudaPart
-from fused_l2.kernels.launch import SOURCES
+from fused_l2.kernels.launch import SOURCES, is_multiple_of_16
 
 from . import aot
 from .interpreter import interpreted, repaired
@@ -114,7 +114,7 @@ class FakeKernel:
         def launch(stream: int, *given: Any) -> None:
             arguments: list[int] = []
             for kind, value in zip(kinds, (*fixed, *given), strict=True):
-                assert not aot.is_multiple_of_16(kind) or value % 16 == 0, "the compiler is told so"
+                assert not is_multiple_of_16(kind) or value % 16 == 0, "the compiler is told so"
                 arguments += _integers(kind, value)
             assert device.is_current, "launched while another device was the current one"
             assert stream == device.stream()

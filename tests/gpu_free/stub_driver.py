@@ -88,9 +88,13 @@ class StubDevice(FakeDevice):
     def __init__(self) -> None:
         super().__init__(nothing)
         self.multiprocessors = 132
+        self._kernels: dict[tuple[Any, ...], Kernel] = {}
 
     def kernel(self, kind: str, *signature: Any) -> Any:
-        return Kernel(SOURCES[kind](*signature))
+        key = kind, *signature
+        if key not in self._kernels:
+            self._kernels[key] = Kernel(SOURCES[kind](*signature))
+        return self._kernels[key]
 
 
 # The arguments of kernels.

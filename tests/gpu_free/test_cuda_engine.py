@@ -429,6 +429,44 @@ def test_a_kernel_that_does_not_compile_is_told_once(device, monkeypatch):
     assert float(optimizer.state[params[0]]["step"]) == 2
 
 
+def test_what_may_not_fail_again_is_tried_again_by_the_next_plan(device, monkeypatch):
+    """A disk that was full; but not what the compiler itself refuses. Within a plan nothing is tried twice."""
+    from fused_l2.kernels.launch import Refused
+
+    tried = []
+    monkeypatch.setattr(engines, "_warned", set())
+    for error, again in ((OSError(28, "No space left on device"), True), (Refused("triton 3.6.0 does not compile"), False)):
+        monkeypatch.setattr(cuda, "_kernels", {})
+        params = make_params(SIZES)
+        optimizer = make("AdamW", params)
+        with monkeypatch.context() as failing:
+
+            def fails(*signature: Any, error: Exception = error) -> Any:
+                tried.append(error)
+                raise error
+
+            failing.setattr(device, "compile", fails)
+            with pytest.warns(UserWarning, match=r"No space left|does not compile"):
+                step(optimizer, params)
+        assert tried.count(error) == 1
+        launches = len(device.launches)
+        optimizer.drop_plan()
+        step(optimizer, params, 1)
+        assert len(device.launches) == launches + again
+
+
+def test_a_checkout_without_kernels_is_no_reason_for_plain_pytorch(device, monkeypatch):
+    """As when Python starts in a checkout whose package is not installed: the error says what to do."""
+    monkeypatch.setitem(sys.modules, "fused_l2.kernels", None)
+    monkeypatch.setitem(sys.modules, "fused_l2.kernels.launch", None)
+    monkeypatch.delattr(fused_l2, "kernels", raising=False)
+    monkeypatch.setattr(cuda, "_launch", cuda._launch.__wrapped__)
+    params = make_params(SIZES)
+    optimizer = make("AdamW", params)
+    with pytest.raises(ImportError, match=r"a checkout without the GPU kernels inside\. Install it"):
+        step(optimizer, params)
+
+
 @each
 def test_without_the_cpp_library_the_checks_are_python(name, running, monkeypatch):
     params = make_params(SIZES)

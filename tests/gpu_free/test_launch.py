@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from comparing import assert_same_bits, make, make_params, plan_of, set_grads
+from comparing import assert_same_bits, each, make, make_params, plan_of, set_grads
 
 pytest.importorskip("triton", reason="Triton kernels need triton: pip install triton")
 pytest.importorskip("numpy")
 
 import triton
+from triton.backends.compiler import GPUTarget
 
 import fused_l2
-from fused_l2.kernels.multi_tensor import fused_l2_step
+from fused_l2.kernels import launch
 from fused_l2.tables.tensor_table import Flag, Rule
 
 from . import aot
@@ -33,6 +35,14 @@ def stub(monkeypatch) -> Iterator[Any]:
         yield library
 
 
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that Triton is asked for from now on."""
+    asked: list[str] = []
+    real = triton.compile
+    monkeypatch.setattr(triton, "compile", lambda source, **rest: (asked.append(source.name), real(source, **rest))[1])
+    return asked
+
+
 def test_every_step_is_one_launch(stub):
     params = make_params([3] * 50)
     optimizer = fused_l2.AdamW([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)])
@@ -44,28 +54,52 @@ def test_every_step_is_one_launch(stub):
     assert stub.stub_launches() == before + 10
 
 
-def test_T37_a_schedule_compiles_and_loads_nothing(stub, monkeypatch):
+@each
+def test_T37_a_schedule_compiles_and_loads_nothing(name, stub, monkeypatch):
     """Counted at Triton's compiler and at the driver's module loader."""
-    fused_l2_step.device_caches.clear()
-    compiled = []
-    real = triton.compiler.compile
-    for module in (triton.compiler, triton.runtime.jit):
-        if hasattr(module, "compile"):
-            monkeypatch.setattr(module, "compile", lambda *a, **k: (compiled.append(a), real(*a, **k))[1])
+    compiled = compilations(monkeypatch)
     params = make_params(SIZES)
-    optimizer = make("AdamW", params)
+    optimizer = make(name, params)
     set_grads(params, 0)
     optimizer.step()
     modules, first = stub.stub_modules(), len(compiled)
     assert modules >= 1
-    assert first == 1  # or what counts here does not see compilations
+    assert compiled.count("fused_l2_step") == 1  # or what counts here does not see compilations
     for i in range(20):
         group = optimizer.param_groups[0]
-        group["lr"], group["weight_decay"], group["betas"] = 1e-3 * i, 0.01 * i, (0.9 - 0.01 * i, 0.999)
+        group["lr"], group["weight_decay"] = 1e-3 * i, 0.01 * i
+        if name == "AdamW":
+            group["betas"] = (0.9 - 0.01 * i, 0.999)
         set_grads(params, i)
         optimizer.step()
     assert stub.stub_modules() == modules
     assert len(compiled) == first
+
+
+def test_hooks_and_modes_of_triton_do_not_matter(stub, monkeypatch):
+    """A hook that keeps Triton from compiling, as profilers of compilation have, and compilation in the background."""
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **given: True)
+    params = make_params(SIZES)
+    optimizer = make("AdamW", params)
+    set_grads(params, 0)
+    with ThreadPoolExecutor(1) as executor, triton.AsyncCompileMode(executor):
+        optimizer.step()
+        before = stub.stub_launches()
+        optimizer.step()
+    assert stub.stub_launches() == before + 1
+
+
+def test_an_interpreting_triton_is_named():
+    """TRITON_INTERPRET=1 makes another kind of function of every kernel."""
+    source = launch.step(Rule.SGD, 0, *[torch.float32] * 3)._replace(function=object())
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+        launch.compiled(source, GPUTarget("cuda", 90, 32))
+
+
+def test_an_architecture_that_triton_does_not_know_is_named():
+    source = launch.step(Rule.SGD, 0, *[torch.float32] * 3)
+    with pytest.raises(launch.Refused, match=r"triton [\d.]+ does not compile fused_l2_step for sm_999: PTXAS error"):
+        launch.compiled(source, GPUTarget("cuda", 999, 32))
 
 
 def test_what_reaches_the_driver_steps_the_tensors(stub):
