@@ -32,12 +32,17 @@ class Adam(FusedOptimizer):
     Args:
         params: parameters, named parameters or param groups, as for ``torch.optim.Adam``.
         lr: learning rate; a float, or a tensor with one element.
-        betas, eps, weight_decay, amsgrad, maximize: as for ``torch.optim.Adam``. ``weight_decay`` is the coefficient of w
-            in the gradient: lambda / n, see :func:`fused_l2.weight_decay.from_lambda`.
+        betas: (beta1, beta2), the shares of m and v that stay from step to step; floats, or tensors with one element.
+        eps: added to the root, so that a small v divides by no less.
+        weight_decay: coefficient of w in the gradient, lambda / n: see :func:`fused_l2.weight_decay.from_lambda`; a float, or a
+            tensor with one element.
+        amsgrad: divide by the largest v so far.
+        foreach: accepted for compatibility, without effect.
+        maximize: ascend: the gradient's sign is turned.
         capturable: count the steps of CUDA tensors on the device, so that ``step()`` can be captured into a CUDA graph. Replays
             follow lr, betas, eps and weight_decay that are tensors on the device, and keep numbers. No effect on CPU tensors.
-        foreach, fused: accepted for compatibility, without effect: every step is fused.
         differentiable: must be False.
+        fused: accepted for compatibility, without effect: every step is fused.
         decoupled_weight_decay: w <- (1 - lr * weight_decay) * w instead of the line marked "coupled", which is AdamW.
         OPTIONS
 
@@ -53,7 +58,7 @@ class Adam(FusedOptimizer):
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         amsgrad: bool = False,
         *,
         foreach: bool | None = None,
@@ -97,9 +102,16 @@ class AdamW(Adam):
     Args:
         params: parameters, named parameters or param groups, as for ``torch.optim.AdamW``.
         lr: learning rate; a float, or a tensor with one element.
-        betas, eps, weight_decay, amsgrad, maximize: as for ``torch.optim.AdamW``. capturable: see :class:`Adam`.
-        foreach, fused: accepted for compatibility, without effect: every step is fused.
+        betas: (beta1, beta2), the shares of m and v that stay from step to step; floats, or tensors with one element.
+        eps: added to the root, so that a small v divides by no less.
+        weight_decay: each step multiplies w by 1 - lr * weight_decay; a float, or a tensor with one element.
+        amsgrad: divide by the largest v so far.
+        maximize: ascend: the gradient's sign is turned.
+        foreach: accepted for compatibility, without effect.
+        capturable: count the steps of CUDA tensors on the device, so that ``step()`` can be captured into a CUDA graph. Replays
+            follow lr, betas, eps and weight_decay that are tensors on the device, and keep numbers. No effect on CPU tensors.
         differentiable: must be False.
+        fused: accepted for compatibility, without effect: every step is fused.
         OPTIONS
 
     Raises:
@@ -112,7 +124,7 @@ class AdamW(Adam):
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        weight_decay: float | Tensor = 1e-2,
         amsgrad: bool = False,
         *,
         maximize: bool = False,

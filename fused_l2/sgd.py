@@ -30,9 +30,14 @@ class SGD(FusedOptimizer):
         params: parameters, named parameters or param groups, as for ``torch.optim.SGD``.
         lr: learning rate; a float, or a tensor with one element. A step captured into a CUDA graph follows lr and weight_decay
             that are tensors on the device, and keeps numbers.
-        momentum, dampening, weight_decay, nesterov, maximize: as for ``torch.optim.SGD``.
-        foreach, fused: accepted for compatibility, without effect: every step is fused.
+        momentum: share of the momentum buffer b that stays from step to step; 0 for none.
+        dampening: the gradient enters the momentum buffer times 1 - dampening.
+        weight_decay: coefficient of w in the gradient, lambda / n; a float, or a tensor with one element.
+        nesterov: look ahead along the momentum buffer.
+        maximize: ascend: the gradient's sign is turned.
+        foreach: accepted for compatibility, without effect.
         differentiable: must be False.
+        fused: accepted for compatibility, without effect: every step is fused.
         decoupled_weight_decay: shrink the weights instead of adding the penalty's gradient. An attribute of the optimizer,
             not a param-group key.
         OPTIONS
