@@ -19,6 +19,7 @@ import torch
 from typing_extensions import Self, overload
 
 from .parameters.low_precision import LowPrecision
+from .parameters.ranks import is_non_member, is_process_group
 from .tables.coefficients import DecayRule
 from .tables.modes import Mode
 from .tables.tensor_table import Flag
@@ -41,6 +42,7 @@ class OptionArguments(TypedDict, total=False):
     low_precision: str
     state_dtype: torch.dtype | None
     seed: int
+    norm_process_group: Any
 
 
 # Checks: each takes what the user passed and returns what is kept, or raises and says what to pass instead.
@@ -119,6 +121,23 @@ def _seed(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"seed must be an int, got {value!r}")
     return value
+
+
+def _norm_process_group(value: Any) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_one_process_group(one) for one in value)
+    return _one_process_group(value)
+
+
+def _one_process_group(value: Any) -> Any:
+    if value is None or isinstance(value, str) or is_process_group(value):
+        return value
+    if is_non_member(value):
+        raise ValueError("norm_process_group: this process is not in that group; pass the one that it is in, or 'replicated'")
+    raise TypeError(
+        f"norm_process_group must be 'replicated', 'world', a ProcessGroup or its name, a DeviceMesh, None, or a sequence with "
+        f"one of them per param group, got {value!r}"
+    )
 
 
 def _option(default: Any, check: Callable[[Any], Any], description: str) -> Any:
@@ -201,6 +220,22 @@ class Options:
         _seed,
         """of the random bits of ``"stochastic"`` and ``"kahan"``, which are a hash of it, the step, the parameter and the
         element: the same on every device.""",
+    )
+    norm_process_group: Any = _option(
+        None,
+        _norm_process_group,
+        """over whose processes the parameters are divided, where they do not say so themselves as DTensors do: the norm, what is
+        skipped and the totals of statistics are then those of the whole.
+
+        * a ``ProcessGroup``, its name (``group.group_name``), or ``"world"``: each process of it steps other parameters or
+          other parts of them, as with ``ZeroRedundancyOptimizer``, ``FullyShardedDataParallel``, pipeline stages, experts.
+          With names an optimizer can be pickled.
+        * a ``DeviceMesh``: the same over each of its dimensions.
+        * ``"replicated"``: all processes have the same gradients.
+        * None: nothing is said. That is refused where parameters are seen to be parts.
+
+        One for all param groups, those added later too; or a sequence with one per group. A DTensor is summed over its mesh
+        in any case, and over this only where it leads out of the mesh. See docs/distributed.md.""",
     )
     decoupled_weight_decay: bool | None = None  # SGD's; None: a key of each param group, as Adam's is
 
@@ -339,6 +374,7 @@ class OptionAttributes:
     low_precision = OptionAttribute[str]()
     state_dtype = OptionAttribute["torch.dtype | None"]()
     seed = OptionAttribute[int]()
+    norm_process_group = OptionAttribute[Any]()
 
 
 _Class = TypeVar("_Class", bound=type)

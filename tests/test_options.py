@@ -35,6 +35,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "low_precision": ("master", "exact"),
     "state_dtype": (torch.bfloat16, torch.float16),
     "seed": (7, 1.5),
+    "norm_process_group": ("replicated", 1.5),
 }
 every = pytest.mark.parametrize("cls", [fused_l2.SGD, fused_l2.Adam, fused_l2.AdamW], ids=lambda c: c.__name__)
 
