@@ -22,6 +22,7 @@ from .parameters.entry import scalar_dtype
 from .parameters.low_precision import narrowed, transferable, widened, with_kept_dtype
 from .parameters.shards import is_dtensor, like, local, why_refused
 from .statistics import Statistics
+from .step import scaler
 from .step.hyperparameters import number
 from .step.rules import UpdateRule
 from .step.state import OptimizerState
@@ -152,7 +153,10 @@ class FusedOptimizer(OptionAttributes, Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """torch's name: where it is True, a GradScaler leaves unscaling and skipping to step()."""
-        return self._stepper.options.amp_scaling
+        stepper = self._stepper
+        if stepper.options.amp_scaling:
+            stepper.tell_scaler = scaler.asking()
+        return stepper.options.amp_scaling
 
     @property
     def statistics(self) -> Statistics | None:

@@ -224,8 +224,8 @@ class Options:
     norm_process_group: Any = _option(
         None,
         _norm_process_group,
-        """over whose processes the parameters are divided, where they do not say so themselves as DTensors do: the norm, what is
-        skipped and the totals of statistics are then those of the whole.
+        """over whose processes the parameters are divided, where they do not say so themselves as DTensors do. The norm, what
+        is skipped and the totals of statistics are then those of the whole.
 
         * a ``ProcessGroup``, its name (``group.group_name``), or ``"world"``: each process of it steps other parameters or
           other parts of them, as with ``ZeroRedundancyOptimizer``, ``FullyShardedDataParallel``, pipeline stages, experts.
@@ -280,6 +280,19 @@ class Options:
         unset = {name: _FIELDS[name].default for name in NAMES} | {"decoupled_weight_decay": False}
         return {name: value for name, value in self.as_dict().items() if value != unset[name]}
 
+    def __deepcopy__(self, memo: Any) -> Options:
+        return self  # nothing in it changes, and process groups cannot be copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        given = self.norm_process_group
+        for said in given if isinstance(given, tuple) else (given,):
+            if said is not None and not isinstance(said, str) and not hasattr(said, "mesh_dim_names"):
+                raise TypeError(
+                    f"an optimizer with norm_process_group={said!r} cannot be pickled, because a process group cannot. Pass "
+                    f"its name, group.group_name, or 'world'"
+                )
+        return dict(self.__dict__)
+
     # What a step asks.
 
     @property
@@ -321,7 +334,9 @@ class Options:
 
     def for_group(self, group: int) -> Options:
         """The options of one param group, as an optimizer of its own would have them."""
-        return dataclasses.replace(self, decay_rule=self.decay_rule_of(group).name.lower())
+        return dataclasses.replace(
+            self, decay_rule=self.decay_rule_of(group).name.lower(), norm_process_group=self.process_group_of(group)
+        )
 
     def decay_rule_of(self, group: int) -> DecayRule:
         """The rule of one param group."""
@@ -329,8 +344,26 @@ class Options:
             return _DECAY_RULES[self.decay_rule]
         return _DECAY_RULES[self.decay_rule[group]] if group < len(self.decay_rule) else DecayRule.PLAIN
 
+    @property
+    def asks(self) -> str:
+        """The option for which all processes have to know of each other, for messages; empty if there is none."""
+        named = {"max_grad_norm": self.clips, "amp_scaling": self.amp_scaling, "statistics": self.statistics}
+        return next((name for name, is_on in named.items() if is_on), "")
+
+    def process_group_of(self, group: int) -> Any:
+        """What norm_process_group says of one param group."""
+        said = self.norm_process_group
+        if not isinstance(said, tuple):
+            return said
+        return said[group] if group < len(said) else None
+
     def check_groups(self, groups: int) -> None:
-        """ValueError if there is not one decay rule per param group."""
+        """ValueError if there is not one decay rule, or one process group, per param group."""
+        if isinstance(self.norm_process_group, tuple) and len(self.norm_process_group) != groups:
+            raise ValueError(
+                f"norm_process_group has {len(self.norm_process_group)} items for {groups} param groups; pass one per group, "
+                f"or a single one for all. For several dimensions, pass a DeviceMesh"
+            )
         if not isinstance(self.decay_rule, str) and len(self.decay_rule) != groups:
             raise ValueError(
                 f"decay_rule has {len(self.decay_rule)} rules for {groups} param groups; pass one per group, or one string for "

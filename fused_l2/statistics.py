@@ -23,6 +23,8 @@ class Measured(NamedTuple):
     names: Sequence[str]
     weight_decays: Sequence[float | Tensor]  # of each param group
     inv_scale: float | Tensor  # what gradients are multiplied by to undo a loss scale
+    whole: Tensor | None = None  # float64 [5]: such sums, and the penalty, of tensors that several processes have parts of,
+    parts: Sequence[bool] = ()  # which are these: their rows are of the parts in this process
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Statistics:
         return dict(zip(named, torch.stack([getattr(self, name) for name in named]).tolist(), strict=True))
 
     def by_group(self) -> list[Statistics]:
-        """The same figures of each param group."""
+        """The same figures of each param group. If ``norm_process_group`` says that other processes have other parts, here and
+        in :meth:`by_tensor` they are of what this process has."""
         groups = range(len(self._measured.weight_decays))
         return [self._of([i for i, g in enumerate(self._measured.groups) if g == group]) for group in groups]
 
@@ -58,8 +61,8 @@ class Statistics:
         return {name: self._of([i]) for i, name in enumerate(self._measured.names)}
 
     def _of(self, tensors: list[int]) -> Statistics:
-        m = self._measured
-        chosen = torch.cat(_chosen(m.rows, tensors))
+        m = self._measured._replace(whole=None, parts=())
+        chosen = torch.cat(chosen_rows(m.rows, tensors))
         return make_statistics(
             m._replace(rows=chosen, groups=[m.groups[i] for i in tensors], names=[m.names[i] for i in tensors])
         )
@@ -67,28 +70,39 @@ class Statistics:
 
 def make_statistics(measured: Measured) -> Statistics:
     """The figures of all tensors together."""
-    rows = measured.rows
-    totals = rows.sum(0)
+    rows, groups = measured.rows, measured.groups
+    if measured.whole is not None:
+        own = [i for i, is_part in enumerate(measured.parts) if not is_part]
+        rows, groups = torch.cat(chosen_rows(rows, own)), [groups[i] for i in own]
+    sums = with_penalty(rows, groups, measured.weight_decays)
+    if measured.whole is not None:
+        sums = sums + measured.whole.to(sums.device)
+    totals, penalty = sums[: len(STATISTICS)], sums[len(STATISTICS)]
     grad_norm, param_norm, update_norm = (totals[i].sqrt() for i in (GRADS, PARAMS, UPDATES))
-    penalty = torch.zeros((), dtype=torch.float64, device=rows.device)
-    for group in sorted(set(measured.groups)):
-        members = [i for i, g in enumerate(measured.groups) if g == group]
-        decay = _beside(measured.weight_decays[group], rows)
-        for part in _chosen(rows, members):
-            penalty = penalty + part[:, PARAMS].sum() * (decay / 2)
     inv_scale = _beside(measured.inv_scale, rows)
     return Statistics(
         grad_norm=grad_norm * inv_scale,
         param_norm=param_norm,
         update_norm=update_norm,
         update_ratio=update_norm / param_norm,
-        penalty=penalty,
+        penalty=penalty.clone(),
         nonfinite_grads=totals[NONFINITE].clone(),
         _measured=measured,
     )
 
 
-def _chosen(rows: Tensor, members: list[int]) -> list[Tensor]:
+def with_penalty(rows: Tensor, groups: Sequence[int], weight_decays: Sequence[float | Tensor]) -> Tensor:
+    """The sums over these rows, and after them the penalty. ``groups``: the param group of each row."""
+    penalty = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for group in sorted(set(groups)):
+        members = [i for i, g in enumerate(groups) if g == group]
+        decay = _beside(weight_decays[group], rows)
+        for part in chosen_rows(rows, members):
+            penalty = penalty + part[:, PARAMS].sum() * (decay / 2)
+    return torch.cat([rows.sum(0), penalty.reshape(1)])
+
+
+def chosen_rows(rows: Tensor, members: list[int]) -> list[Tensor]:
     """These rows, stretch by stretch: a list as an index would be copied to the device, which waits for it."""
     if not members:
         return [rows[:0]]
@@ -137,11 +151,11 @@ class Record:
 class GivenRows(Record):
     """Rows that are there already."""
 
-    def __init__(self, rows: Sequence[Tensor]) -> None:
+    def __init__(self, rows: Tensor) -> None:
         self._given = rows
 
     def rows(self) -> Tensor:
-        return torch.stack(list(self._given))
+        return self._given
 
 
 class Recorded(NamedTuple):
@@ -152,10 +166,12 @@ class Recorded(NamedTuple):
     names: Sequence[str]
     weight_decays: Sequence[float | Tensor]
     inv_scale: float | Tensor
+    whole: Tensor | None = None
+    parts: Sequence[bool] = ()
 
     @torch.no_grad()
     def statistics(self) -> Statistics:
-        return make_statistics(Measured(rows_of(self.records), self.groups, self.names, self.weight_decays, self.inv_scale))
+        return make_statistics(Measured(rows_of(self.records), *self[1:]))
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..parameters.entry import Entry
 from ..parameters.memory import has_memory, is_dense, is_plain
-from ..parameters.shards import local, ranks_of, sum_over
+from ..parameters.ranks import Sharing
+from ..parameters.shards import local
 from ..tables.tensor_table import DTYPES, Rule
 from . import cpu, cuda
 from .cpu_part import CpuPart
@@ -143,7 +144,7 @@ def make_part(device: torch.device | None, rule: Rule, ranks: tuple[Any, ...], f
 
 def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
     """Sum of x^2 per tensor, in float64. RuntimeError if a tensor's storage was freed."""
-    sharded = [ranks_of(t) for t in tensors]
+    sharing = Sharing(tensors, [0] * len(tensors), [None], "")
     tensors = [local(t) for t in tensors]
     for i, t in enumerate(tensors):
         if not has_memory(t):
@@ -164,10 +165,13 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
             sums[i] = total
     for i in set(range(len(tensors))) - set(native):
         sums[i] = float(tensors[i].double().square().sum())
-    for ranks in dict.fromkeys(filter(None, sharded)):
-        at = [i for i, r in enumerate(sharded) if r == ranks]
-        here = torch.tensor([sums[i] for i in at], dtype=torch.float64, device=tensors[at[0]].device)
-        for i, total in zip(at, sum_over(here, ranks).tolist(), strict=True):
+    at = {ranks: [i for i, r in enumerate(sharing.cut) if r == ranks] for ranks in filter(None, sharing.all)}
+    here = {
+        ranks: torch.tensor([sums[i] for i in slots], dtype=torch.float64, device=tensors[slots[0]].device)
+        for ranks, slots in at.items()
+    }
+    for ranks, totals in sharing.reduced_each(here).items():
+        for i, total in zip(at[ranks], totals.tolist(), strict=True):
             sums[i] = total
     return sums
 

@@ -94,7 +94,7 @@ class TorchPart(Part):
         self._factor = control[FACTOR]
 
     def measure_skipped(self) -> None:
-        self.record = GivenRows([row_of(e.grad, e.weights(), e.weights()) for e in self.entries()])
+        self.record = GivenRows(torch.stack([row_of(e.grad, e.weights(), e.weights()) for e in self.entries()]))
 
     @torch.no_grad()
     def launch(self) -> None:
@@ -114,7 +114,7 @@ class TorchPart(Part):
         increment_version([e.param for e in entries if e.local is not e.param])
         if self._statistics:
             rows = [row_of(e.grad, b, e.weights()) for e, b in zip(entries, before, strict=True)]
-            self.record = GivenRows(rows)
+            self.record = GivenRows(torch.stack(rows))
 
     def _step(self, entries: list[Entry]) -> None:
         first = entries[0]

@@ -15,7 +15,8 @@ from . import checks
 from .checks import Name
 from .low_precision import LowPrecision, parameter_key, widened
 from .memory import has_plain_type, is_dense, is_plain, needs_copy, same_layout
-from .shards import LocalGradients, Ranks, first_element, is_dtensor, local, matches, ranks_of, redistributed
+from .ranks import Ranks
+from .shards import LocalGradients, first_element, is_dtensor, local, matches, redistributed
 
 GONE: Any = object()  # stands for a state that changed
 
@@ -70,7 +71,7 @@ class Entry:
     """A parameter that had a gradient, with the state its update rule needs. It lives until one of them is replaced.
 
     ``param`` and the state may be DTensors. The step works on their local shards: ``local``, ``states`` and ``kept`` are plain
-    tensors that are sharded alike. ``ranks``: the process groups that hold the parts of the parameter.
+    tensors that are sharded alike. ``ranks``: where something is measured, the process groups over which it is summed.
 
     ``state`` is the entry in ``optimizer.state`` (None if there is none yet, ``GONE`` if it changed since); ``new`` is
     what the step adds to it or replaces in it once every parameter has passed its checks.
@@ -254,7 +255,7 @@ def make_entry(
     e = Entry()
     e.flight = flight
     e.param, e.slot, e.group, e.gradients, e.mode = param, slot, group, gradients, mode
-    e.local, e.ranks = local(param), ranks_of(param)
+    e.local, e.ranks = local(param), ()
     e.flags, e.names = kind.flags, kind.names
     e.state, e.new, e.first_step = state, dict(pending), False
     e.states = []

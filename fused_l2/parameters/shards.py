@@ -1,4 +1,4 @@
-"""DTensors: the shard of each that lies in this process, and sums over the processes that hold the others.
+"""DTensors: the shard of each that lies in this process.
 
 A step is made on local shards, without DTensor's dispatch, which costs the host tens of microseconds for each operation on each
 tensor. That is right only where parameter, gradient and state are sharded alike. A gradient that is not, above all one of which
@@ -15,10 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-# Process groups over whose ranks a tensor is sharded, one for each dimension of its mesh that shards it. Empty for tensors that
-# every process has as a whole: those of which it has a replica count once.
-Ranks = tuple[Any, ...]
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -73,19 +69,18 @@ def why_refused(tensor: Any, param: Any) -> str:
     return ""
 
 
-def ranks_of(param: Any) -> Ranks:
-    """The process groups over which a parameter is sharded."""
+def cut_dimensions(param: Any) -> list[int]:
+    """The dimensions of a parameter's mesh over which it is sharded; none if this process is not in the mesh."""
     if not is_dtensor(param) or param.device_mesh.get_coordinate() is None:
-        return ()
+        return []
     mesh = param.device_mesh
-    cut = [i for i, placement in enumerate(param.placements) if not placement.is_replicate() and mesh.size(i) > 1]
-    return tuple(mesh.get_group(i) for i in cut)
+    return [i for i, placement in enumerate(param.placements) if not placement.is_replicate() and mesh.size(i) > 1]
 
 
 def first_element(param: Any) -> int:
     """The number of a shard's first element, for random bits: in the whole tensor where it is cut along its first dimension
     only, otherwise such that no two shards share numbers. Replicas have the same one."""
-    if not is_dtensor(param) or not ranks_of(param):
+    if not cut_dimensions(param):
         return 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -100,27 +95,6 @@ def first_element(param: Any) -> int:
             pieces[placement.dim] *= mesh.size(i)
     largest = math.prod(-(-n // k) for n, k in zip(param.shape, pieces, strict=True))
     return int(number * largest)
-
-
-def sum_over(values: Tensor, ranks: Ranks, largest: bool = False) -> Tensor:
-    """The sum (or the largest) of these float64 values over all ranks. Must be called by all of them."""
-    import torch.distributed as dist
-
-    def reduced(values: Tensor, operation: Any) -> Any:
-        for group in ranks:
-            usable = values.clone()
-            if values.device.type not in {device.type for device in group._device_types}:
-                usable = values.to(group._device_types[0])  # parameters offloaded to the CPU, in a group of GPUs
-            dist.all_reduce(usable, operation, group=group)
-            values = usable.to(values.device)
-        return values
-
-    if not largest:
-        return reduced(values, dist.ReduceOp.SUM)  # type: ignore[no-any-return]
-    # Which of a number and a NaN is the larger depends on their order: ranks could come to different results.
-    nan = values.isnan()
-    found, is_nan = reduced(torch.stack([values.masked_fill(nan, 0.0), nan.to(values.dtype)]), dist.ReduceOp.MAX)
-    return found.masked_fill(is_nan != 0, math.nan)  # type: ignore[no-any-return]
 
 
 def gradients_of(params: Sequence[Any]) -> list[Any]:

@@ -27,8 +27,9 @@ from ..parameters import checks
 from ..parameters.entry import Entry, Flight, Kind, Needs, make_entry, plain_entry
 from ..parameters.low_precision import lost_decay
 from ..parameters.memory import Ranges
-from ..parameters.shards import LocalGradients, Shards, gradients_of, is_dtensor, local, ranks_of, sum_over
-from ..statistics import GivenRows, Record, Recorded, rows_of
+from ..parameters.ranks import Ranks, Sharing
+from ..parameters.shards import LocalGradients, Shards, gradients_of, is_dtensor, local
+from ..statistics import GivenRows, Record, Recorded, chosen_rows, rows_of, with_penalty
 from ..tables.control import Control, Prologue
 from ..tables.modes import HALVES, STATE_NAMES, Mode
 from .hyperparameters import DeviceValues, is_on_device
@@ -79,7 +80,7 @@ class Plan:
         self._look = make_look()
         self._sharded, self._is_sharded = Shards([], gradients), False
         self._shard_watch: SlotWatch | None = None
-        self._ranks: list[Any] = []
+        self._sharing: Sharing | None = None  # where something is measured
         self._listed_twice: list[list[int]] = []  # slots of one parameter, which share its state
         self._ranges = Ranges()
         self._later: set[int] = set()  # slots of parameters that share memory with an earlier one
@@ -264,8 +265,21 @@ class Plan:
         self._sharded = Shards(params, self._gradients)
         self._is_sharded = bool(self._sharded)
         if self._is_measured:
-            # Of all parameters, in an order that is the same in all processes, whichever of them have a gradient here.
-            self._ranks = list(dict.fromkeys(map(ranks_of, params)))
+            options = self._options
+            said = [options.process_group_of(i) for i in range(len(groups))]
+            sharing = self._sharing = Sharing(params, group_of, said, options.asks)
+            for slot in sharing.refusals:
+                if params[slot].requires_grad or params[slot].grad is not None:
+                    self._refuse_to_measure(groups, slot)
+
+    def _refuse_to_measure(self, groups: Groups, slot: int) -> None:
+        assert self._sharing is not None
+        raise RuntimeError(f"{self._namer(groups, slot)()}: {self._sharing.refusals[slot]}")
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes have a say in what is measured."""
+        return self._sharing is not None and self._sharing.is_any
 
     def _forget(self, e: Entry) -> None:
         """The entry is none any more."""
@@ -381,6 +395,7 @@ class Plan:
         accepted = self._look.accepted(plain, self._grads)
         new.update((id(e.param), e.new) for e in accepted.values() if e.new)
         made: list[Entry] = []
+        sharing = self._sharing
         for slot in slots:
             e = accepted.get(slot)
             if e is None:
@@ -402,6 +417,10 @@ class Plan:
                 )
                 if e.new:
                     new[id(param)] = e.new
+            if sharing is not None:
+                if slot in sharing.refusals:  # it required no gradient before
+                    self._refuse_to_measure(groups, slot)
+                e.ranks = sharing.ranks[slot]
             made.append(e)
         return made
 
@@ -433,12 +452,12 @@ class Plan:
             touched[part] = None
 
     def _part_of(self, e: Entry) -> Part:
-        key = None
+        key: tuple[torch.device, Ranks] | None = None
         if e.slot not in self._later:
             if e.is_plain:
-                key = _CPU
+                key = _CPU, e.ranks
             elif engines.has_engine(e, self._rule.rule):
-                key = engines.device_of(e.local), e.ranks if self._is_measured else ()
+                key = engines.device_of(e.local), e.ranks
         part = self._by_place.get(key)
         if part is None:
             flags = self._options.flags
@@ -496,24 +515,26 @@ class Plan:
         """What precedes the step: the factor of all gradients, whether the step is skipped, and the norm."""
         if self.cuda_parts and self._options.amp_scaling and cuda.is_capturing():
             self._refuse_capture_of_scales(prologue)
-        if len(self.parts) == 1 and self._ranks == [()]:
+        sharing = self._sharing
+        assert sharing is not None
+        if len(self.parts) == 1 and not sharing.is_any:
             return self.parts[0].control(prologue, self.norm_dtype)
-        measured: list[Tensor] = []
-        for ranks in self._ranks if prologue.measures else ():
-            here: list[Tensor] = []
-            for part in self.parts:
-                if isinstance(part, TorchPart):
-                    here += part.measure_of(ranks, prologue.largest)
-                elif part.ranks == ranks:
-                    here += part.measure(prologue.largest)
-            if not ranks:
-                measured += here
-                continue
-            here = here or [torch.zeros((), dtype=torch.float64, device="cpu")]  # no gradient here, but elsewhere
-            measured.append(sum_over(total(here, prologue.largest), ranks, prologue.largest))
-        if not measured and self.cuda_parts:
-            measured = [torch.zeros((), dtype=torch.float64, device=self.cuda_parts[0].entries()[0].local.device)]
-        return combined(measured, prologue, self.norm_dtype)
+        measured: dict[Ranks, list[Tensor]] = {ranks: [] for ranks in sharing.all}
+        for part in self.parts if prologue.measures else ():
+            if isinstance(part, TorchPart):
+                for ranks, own in measured.items():
+                    own += part.measure_of(ranks, prologue.largest)
+            else:
+                measured[part.ranks] += part.measure(prologue.largest)
+        device = self.cuda_parts[0].entries()[0].local.device if self.cuda_parts else _CPU
+        nothing = torch.zeros((), dtype=torch.float64, device=device)  # no gradient here, but elsewhere
+        if not sharing.is_any:
+            return combined(measured[()] or [nothing], prologue, self.norm_dtype)
+        here = {ranks: total(own, prologue.largest) if own else nothing for ranks, own in measured.items()}
+        whole, found_inf = sharing.agreed(here, prologue.found_inf, prologue.largest)
+        if found_inf is not None and prologue.found_inf is not None:
+            prologue.found_inf.copy_(found_inf.reshape(prologue.found_inf.shape))
+        return combined([whole], prologue, self.norm_dtype)
 
     def read(self, control: Tensor | Control) -> Control:
         """The control as numbers. Waits for the device."""
@@ -597,22 +618,48 @@ class Plan:
             self._measured = slots, [self._group_of[slot] for slot in slots], [self._label(groups, slot) for slot in slots]
         slots, of_group, names = self._measured
         records: list[Record] = [part.record for part in self.parts if part.record is not None]
-        if any(self._ranks):  # now, because somebody may ask for them in one process only
-            slots, rows = self._rows_over_ranks(slots, rows_of(records))
-            records = [GivenRows(rows)]
-            of_group, names = [self._group_of[slot] for slot in slots], [self._label(groups, slot) for slot in slots]
-        return Recorded(records, of_group, names, weight_decays, inv_scale)
+        if not self.is_shared:
+            return Recorded(records, of_group, names, weight_decays, inv_scale)
+        # Now, because somebody may ask for them in one process only.
+        slots, rows = self._rows_over_ranks(slots, rows_of(records))
+        of_group, names = [self._group_of[slot] for slot in slots], [self._label(groups, slot) for slot in slots]
+        whole, parts = self._totals_over_ranks(slots, rows, weight_decays)
+        return Recorded([GivenRows(rows)], of_group, names, weight_decays, inv_scale, whole, parts)
 
     @torch.no_grad()
-    def _rows_over_ranks(self, slots: list[int], rows: Tensor) -> tuple[list[int], list[Tensor]]:
-        """Sums over all processes: of every parameter that several of them share, whether it has a gradient here or not."""
+    def _rows_over_ranks(self, slots: list[int], rows: Tensor) -> tuple[list[int], Tensor]:
+        """Sums over the meshes of DTensors, whether they have a gradient here or not; other tensors as they are."""
+        assert self._sharing is not None
         here = dict(zip(slots, rows.unbind(), strict=True))
         nothing = torch.zeros(rows.shape[1], dtype=rows.dtype, device=rows.device)
-        for ranks in filter(None, self._ranks):
-            shared = [slot for slot, param in enumerate(self._params) if ranks_of(param) == ranks]
-            summed = sum_over(torch.stack([here.get(slot, nothing) for slot in shared]), ranks)
-            here.update(zip(shared, summed.unbind(), strict=True))
-        return list(here), list(here.values())
+        shared: dict[Ranks, list[int]] = {}
+        for slot, ranks in enumerate(self._sharing.cut):
+            if ranks:
+                shared.setdefault(ranks, []).append(slot)
+        terms = {ranks: torch.cat([here.get(slot, nothing) for slot in at]) for ranks, at in shared.items()}
+        for ranks, summed in self._sharing.reduced_each(terms).items():
+            here.update(zip(shared[ranks], summed.view(-1, rows.shape[1]).unbind(), strict=True))
+        return list(here), torch.stack(list(here.values())) if here else rows
+
+    @torch.no_grad()
+    def _totals_over_ranks(
+        self, slots: list[int], rows: Tensor, weight_decays: list[float | Tensor]
+    ) -> tuple[Tensor | None, list[bool]]:
+        """The totals of what other processes have other parts of, and which tensors those are. There may be other param groups
+        there, so that the penalty is made here."""
+        sharing = self._sharing
+        assert sharing is not None
+        beyonds = [sharing.beyond[slot] for slot in slots]
+        if not any(sharing.beyonds):
+            return None, [False] * len(slots)
+        terms = {}
+        for ranks in sharing.beyonds:
+            members = [i for i, beyond in enumerate(beyonds) if beyond == ranks]
+            if ranks:
+                groups = [self._group_of[slots[i]] for i in members]
+                terms[ranks] = with_penalty(torch.cat(chosen_rows(rows, members)), groups, weight_decays)
+        nothing = torch.zeros_like(next(iter(terms.values())))
+        return sharing.reduced({(): nothing, **terms}), list(map(bool, beyonds))
 
     def _label(self, groups: Groups, slot: int) -> str:
         index = self._group_of[slot]
@@ -678,7 +725,7 @@ class Plan:
 
 # What other modes keep beside a parameter, and this one must not find.
 _OTHER_STATES = {mode: frozenset(STATE_NAMES) - {mode.state_name} for mode in Mode}
-_CPU: tuple[torch.device, tuple[Any, ...]] = torch.device("cpu"), ()
+_CPU = torch.device("cpu")
 _FIRST_STEP = "Make one step() before, with the same parameters having gradients."
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -36,6 +36,7 @@ class Stepper:
         self.waiting: dict[Tensor, dict[str, Any]] = {}  # states set before the first step, by parameter
         self.has_warned = False  # of decay that rounding loses
         self.singles: list[Any] = []  # what step_in_backward steps with
+        self.tell_scaler: Callable[[Tensor], None] | None = None  # takes what was found in all processes
         self._gradients = LocalGradients()
         self._plan: Plan | None = None
         self._drops = 0
@@ -118,6 +119,8 @@ class Stepper:
         if options.amp_scaling:
             prologue = prologue._replace(grad_scale=grad_scale, found_inf=found_inf)
         control = self._control = plan.decide(prologue)
+        if prologue.found_inf is not None and plan.is_shared and self.tell_scaler is not None:
+            self.tell_scaler(prologue.found_inf)
         self._norm_dtype = plan.norm_dtype
         raises = options.raises_if_nonfinite
         if raises or plan.host_must_know or isinstance(control, Control):

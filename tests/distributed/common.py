@@ -4,6 +4,7 @@ later ones; what it asserts holds on every rank.
 
 from __future__ import annotations
 
+import faulthandler
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,22 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 # Rows that no number of ranks divides, fewer rows than ranks (empty shards, T46), one element, and a matrix.
 SHAPES = ((7, 3), (1, 5), (1,), (16, 8), (3,))
+
+
+_patience = 0.0
+
+
+def watch(patience: float) -> None:
+    """End this process, after writing where it stands, whenever it makes no progress for so many seconds."""
+    global _patience
+    _patience = patience
+    is_alive()
+
+
+def is_alive() -> None:
+    """There is progress."""
+    if _patience:
+        faulthandler.dump_traceback_later(_patience, exit=True)
 
 
 def scenario(function: Scenario) -> Scenario:
@@ -52,6 +69,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    is_alive()
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
         x, y = full(x), full(y)
         assert (x.dtype, x.shape) == (y.dtype, y.shape), i

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from common import OPTIMIZERS, full, mesh_of, same, scenario
+from common import OPTIMIZERS, full, is_alive, mesh_of, same, scenario
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -63,6 +63,7 @@ def make_optimizer(name: str, model: nn.Module, module: Any = fused_l2, **option
 
 def train(model: nn.Module, optimizer: Any, steps: range, after_backward: Callable[[], None] = lambda: None) -> None:
     for step in steps:
+        is_alive()
         optimizer.zero_grad()
         loss_of(model, step, dist.get_rank()).backward()
         after_backward()

@@ -1,6 +1,6 @@
-"""What every rank of a distributed run does: ``torchrun --nproc-per-node 2 runner.py FOLDER [SCENARIO ...]``.
+"""What every rank of a distributed run does; tests/distributed/launch.py starts it and reads what it writes.
 
-tests/test_distributed.py starts it and looks at what became of each scenario.
+``runner.py RANK WORLD FOLDER OWN PATIENCE SCENARIO ...``: ``FOLDER`` is for checkpoints, ``OWN`` for this run alone.
 """
 
 from __future__ import annotations
@@ -15,27 +15,35 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
-import parallel_training  # noqa: F401  (registers its scenarios)
-import sharded_tensors  # noqa: F401
-from common import SCENARIOS
+import common
+
+MODULES = ("parallel_training", "sharded_tensors", "parts_of_a_whole", "random_draws", "watched")
 
 
-def main() -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+def main() -> int:
+    rank, world, folder, own, patience = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5]
+    for module in MODULES:
+        __import__(module)  # registers its scenarios
+    common.watch(float(patience))
     torch.set_num_threads(1)
-    folder, world = Path(sys.argv[1]), dist.get_world_size()
-    chosen = sys.argv[2:] or SCENARIOS
-    outcomes = {}
-    for name in chosen:
-        try:
-            SCENARIOS[name](world, folder)
-            outcomes[name] = ""
-        except Exception:
-            outcomes[name] = traceback.format_exc()
-        dist.barrier()
-    (folder / f"outcomes-{world}-{dist.get_rank()}.json").write_text(json.dumps(outcomes))
+    store = dist.FileStore(str(own / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=float(patience)))
+    with (own / f"outcomes-{rank}").open("w") as outcomes:
+        for name in sys.argv[6:]:
+            common.is_alive()
+            outcome = ""
+            try:
+                common.SCENARIOS[name](world, folder)
+            except Exception:
+                outcome = traceback.format_exc()
+            outcomes.write(json.dumps({"name": name, "outcome": outcome}) + "\n")
+            outcomes.flush()
+            if outcome:
+                return 1  # other ranks may be anywhere: what is left needs a new run
+    dist.barrier()
     dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -93,7 +93,8 @@ def global_norm(world: int, folder: Path) -> None:
         for limit in (0.5, 1e9):
             whole = [nn.Parameter(t) for t in randoms(0)]
             cut = [nn.Parameter(laid_out(t, layout)) for t, layout in zip(randoms(0), layouts, strict=True)]
-            options = {"lr": 1.0, "weight_decay": 0.1, "max_grad_norm": limit, "norm_type": norm_type}
+            options: dict[str, Any] = {"lr": 1.0, "weight_decay": 0.1, "max_grad_norm": limit, "norm_type": norm_type}
+            options["norm_process_group"] = "replicated"  # of the plain tensor
             single, ours = (fused_l2.SGD(ps, **options) for ps in (whole, cut))
             for step in range(3):
                 for p, q, g, layout in zip(whole, cut, randoms(step + 1), layouts, strict=True):
@@ -141,7 +142,9 @@ def steps_left_out(world: int, folder: Path) -> None:
 def statistics(world: int, folder: Path) -> None:
     mesh = mesh_of(world)
     layouts = [None, (mesh, [Replicate()]), *[(mesh, [Shard(0)])] * 3]
-    single, ours, _, _ = against_single_process("AdamW", layouts, statistics=True, max_grad_norm=1e9)
+    single, ours, _, _ = against_single_process(
+        "AdamW", layouts, statistics=True, max_grad_norm=1e9, norm_process_group="replicated"
+    )
     if dist.get_rank() == 0:  # in one process alone
         expected, found = single.statistics, ours.statistics
         for a, b in [(expected, found), *zip(expected.by_group(), found.by_group(), strict=True)]:
@@ -193,7 +196,9 @@ def plain_pytorch(world: int, folder: Path) -> None:
             for name in OPTIMIZERS:
                 _, ours, _, cut = against_single_process(name, layouts)
                 assert len(ours._stepper._plan.parts[-1].entries()) == len(cut)
-            single, ours, _, _ = against_single_process("SGD", layouts, max_grad_norm=1e9, statistics=True)
+            single, ours, _, _ = against_single_process(
+                "SGD", layouts, max_grad_norm=1e9, statistics=True, norm_process_group="replicated"
+            )
             assert abs(float(ours.grad_norm / single.grad_norm) - 1) <= 4 * 2**-24
     finally:
         cpu.library = library
