@@ -1,7 +1,7 @@
 """Starts ranks, and lets none outlive its test.
 
-Each rank watches itself (runner.py): one that makes no progress for ``PATIENCE`` seconds writes where it stands and ends. As soon as
-one ends early, the others are ended, and a new run goes on with the scenarios that are left.
+Each rank watches itself (runner.py): one that makes no progress for ``PATIENCE`` seconds writes where it stands and ends. As
+soon as one ends early, the others are ended, and a new run goes on with the scenarios that are left.
 """
 
 from __future__ import annotations

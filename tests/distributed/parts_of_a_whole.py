@@ -1,7 +1,7 @@
 """Plain tensors of which each process has other parts: ZeRO, FSDP1, experts, pipeline stages; and who decides about a step.
 
-Gradients are small multiples of 1/8 where bits are compared: their squares add up exactly in any order, so that the norm is that of
-one process to the last bit.
+Gradients are small multiples of 1/8 where bits are compared: their squares add up exactly in any order, so that the norm is
+that of one process to the last bit.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from common import full, is_alive, laid_out, mesh_of, refused, same, scenario
@@ -212,7 +213,9 @@ def experts(world: int, folder: Path) -> None:
         optimizer = fused_l2.AdamW(
             [{"params": dense}, {"params": own, "weight_decay": 0.3}], lr=0.1, norm_process_group=said, **CLIPS
         )
-        single = fused_l2.AdamW([{"params": whole}, {"params": sum(all_experts, []), "weight_decay": 0.3}], lr=0.1, **CLIPS)
+        single = fused_l2.AdamW(
+            [{"params": whole}, {"params": [p for params in all_experts for p in params], "weight_decay": 0.3}], lr=0.1, **CLIPS
+        )
         for step in range(4):
             is_alive()
             set_grads(dense, step, layout)
@@ -344,11 +347,8 @@ def names_of_process_groups(world: int, folder: Path) -> None:
         own.grad = params[0].grad.clone()
         again.step()
         assert abs(float(again.grad_norm) / expected - 1) <= 2**-24
-    try:
+    with pytest.raises(TypeError, match=r"group\.group_name"):
         pickle.dumps(optimizer)
-        raise AssertionError("a process group was pickled")
-    except TypeError as error:
-        assert "group.group_name" in str(error)
     optimizer.norm_process_group = group.group_name
     again = pickle.loads(pickle.dumps(optimizer))
     again.param_groups[0]["params"][0].grad = params[0].grad.clone()
@@ -358,11 +358,8 @@ def names_of_process_groups(world: int, folder: Path) -> None:
     refused(optimizer.step, "there is no process group of that name")
     alone = dist.new_group([0])
     if dist.get_rank():
-        try:
+        with pytest.raises(ValueError, match="this process is not in that group"):
             optimizer.norm_process_group = alone
-            raise AssertionError("not a member")
-        except ValueError as error:
-            assert "this process is not in that group" in str(error)
 
 
 @scenario
