@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ..engines import sums_of_squares
+from ..parameters.ranks import Ranks, Sharing
 from .conversion import Reduction, from_lambda
 
 
@@ -28,7 +29,8 @@ def penalty(
     same number if each group's ``weight_decay`` is lam / n.
 
     One pass over the weights. On a CPU the sum is made in float64 in a fixed order: the same bits for any number of threads.
-    Shards of DTensors are summed over their meshes, so that all ranks have to call this.
+    Shards of DTensors are summed over their meshes, and an optimizer's parameters over its ``norm_process_group``, so that all
+    ranks have to call this.
 
     Args:
         groups: an optimizer, or param groups as passed to one (each with its ``weight_decay``).
@@ -37,13 +39,15 @@ def penalty(
         The penalty as a float (on other devices than the CPU this waits for the device).
 
     Raises:
+        RuntimeError: if an optimizer's parameters are seen to be parts, and its ``norm_process_group`` says nothing.
         ValueError: if only one of ``lam`` and ``n`` is given, a group has no ``weight_decay``, or a value is out of its range.
     """
     if (lam is None) != (n is None):
         raise ValueError("penalty needs both lam and n, or neither: then each group's own weight_decay counts")
     coefficient = None if lam is None or n is None else from_lambda(lam, n, reduction)
-    tensors: list[Tensor] = []
+    decayed: list[Tensor] = []
     weights: list[float] = []
+    of_group: list[int] = []
     seen: set[int] = set()
     for index, group in enumerate(groups.param_groups if isinstance(groups, Optimizer) else groups):
         if not isinstance(group, dict) or "weight_decay" not in group:
@@ -56,6 +60,19 @@ def penalty(
             param: Tensor = entry[1] if isinstance(entry, tuple) else entry
             if id(param) not in seen:
                 seen.add(id(param))
-                tensors.append(param.detach())
+                decayed.append(param)
                 weights.append(own if coefficient is None else coefficient)
-    return 0.5 * math.fsum(w * s for w, s in zip(weights, sums_of_squares(tensors), strict=True))
+                of_group.append(index)
+    sums = sums_of_squares([param.detach() for param in decayed])
+    penalties = [0.5 * w * s for w, s in zip(weights, sums, strict=True)]
+    stepper = getattr(groups, "_stepper", None)  # of an optimizer of ours, which may know who has other parts
+    if stepper is None:
+        return math.fsum(penalties)
+    said = [stepper.options.process_group_of(i) for i in range(len(groups.param_groups))]  # type: ignore[union-attr]
+    sharing = Sharing(decayed, of_group, said, "penalty")
+    for slot, reason in sharing.refusals.items():
+        raise RuntimeError(f"a parameter of shape {tuple(decayed[slot].shape)} in group {of_group[slot]}: {reason}")
+    here: dict[Ranks, list[float]] = {ranks: [] for ranks in ((), *sharing.beyonds)}
+    for beyond, value in zip(sharing.beyond, penalties, strict=True):
+        here[beyond].append(value)
+    return float(sharing.reduced({r: torch.tensor([math.fsum(v)], dtype=torch.float64) for r, v in here.items()}))

@@ -47,10 +47,14 @@ def set_grads(params: Sequence[Any], seed: int, layout: Any = None) -> None:
 
 
 def same_totals(ours: Any, whole: Any) -> None:
-    """float64 sums of positive numbers, or of exact ones, in another order: a relative 2^-53 for each of some hundred."""
+    """Statistics, and the penalty of the weights as they are now.
+
+    float64 sums of positive numbers, or of exact ones, in another order: a relative 2^-53 for each of some hundred."""
     for key, value in whole.statistics.as_dict().items():
         found = ours.statistics.as_dict()[key]
         assert abs(found - value) <= 1000 * 2**-53 * abs(value), (key, found, value)
+    found, value = map(fused_l2.weight_decay.penalty, (ours, whole))
+    assert abs(found - value) <= 1000 * 2**-53 * value, (found, value)
 
 
 def everywhere_the_same(value: Tensor) -> None:
@@ -327,6 +331,7 @@ def parts_are_refused_until_somebody_says(world: int, folder: Path) -> None:
         dense.grad = laid_out(torch.ones(4, 4), (mesh, [Shard(0)]))
         optimizer = fused_l2.SGD([dense, other], lr=0.1, max_grad_norm=1.0)
         unchanged(optimizer, optimizer.step, "parameter 1 of group 0", "over ranks [0, 1, 2, 3]", "'replicated'")
+        refused(lambda: fused_l2.weight_decay.penalty(fused_l2.AdamW([dense, other])), "over ranks", "penalty")
         optimizer.norm_process_group = "replicated"
         optimizer.step()
         assert optimizer.grad_norm.equal(torch.tensor(32.0).sqrt())
