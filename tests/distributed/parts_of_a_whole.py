@@ -335,8 +335,7 @@ def parts_are_refused_until_somebody_says(world: int, folder: Path) -> None:
         optimizer.norm_process_group = "replicated"
         optimizer.step()
         assert optimizer.grad_norm.equal(torch.tensor(32.0).sqrt())
-        across = dist.new_group([0, 1, 2])
-        optimizer.norm_process_group = across if dist.get_rank() < 3 else "world"
+        optimizer = fused_l2.SGD([other], lr=0.1, max_grad_norm=1.0, norm_process_group="world")
         refused(optimizer.step, "neither within their mesh nor across it")
 
 
