@@ -19,7 +19,7 @@ STAMP := $(ENVIRONMENT)/.fused_l2-installed
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations bench gpu-report sanitize lint format wheels docs clean
+.PHONY: help demo test test-integrations stress stress-asan bench gpu-report sanitize lint format wheels docs clean
 
 # Another checkout may have installed itself into the same environment since.
 INSTALLED := import importlib.util, os, sys; spec = importlib.util.find_spec('fused_l2'); \
@@ -40,7 +40,8 @@ help:
 	@echo "make test               the tests"
 	@echo "make test-integrations  the tests in the trainers of others, which it installs"
 	@echo "make lint, make format  ruff, mypy, clang-format"
-	@echo "make sanitize           the C++ alone under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make stress             random programs of training against torch's for-loop (ten minutes, or any time)"
+	@echo "make sanitize           the C++, alone and driven from Python, under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make bench              figures for this machine (ten minutes)"
 	@echo "make gpu-report         on a machine with a GPU: its tests and figures (eight minutes)"
 	@echo "make docs, make wheels  the site; sdist and wheel"
@@ -59,6 +60,19 @@ test-integrations: $(STAMP)
 	$(PYTHON) -m pip install -q --no-deps 'timm>=1.0.12'
 	$(PYTHON) -m pytest tests/integrations tests/test_docs.py
 
+# Random programs of training against torch's for-loop and the written definition, for any time; the first that differs is printed
+# at its shortest. To repeat: make stress STRESS="--seed N". stress-asan: the same with the C++ library under AddressSanitizer.
+STRESS ?= --seconds 600
+stress: $(STAMP)
+	PYTHONPATH=tests $(PYTHON) -m stress $(STRESS)
+
+# libasan goes first, because the interpreter was linked without it. Leaks are not looked for: the interpreter and torch leave
+# blocks behind at exit by design. Nothing else is switched off.
+stress-asan: $(STAMP) build/asan.so
+	rm -rf build/asan && mkdir -p build/asan && cp -RL fused_l2 build/asan/ && rm -rf build/asan/fused_l2/kernels
+	cp -R kernels build/asan/fused_l2/ && cp build/asan.so build/asan/fused_l2/libfused_l2.so
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests:build/asan $(PYTHON) -m stress $(STRESS)
+
 # Figures for this machine. For a file to keep: make bench BENCH="--json bench/results/<date>-<machine>.json"
 bench: $(STAMP)
 	PYTHONSAFEPATH= PYTHONPATH=. $(PYTHON) -m bench $(BENCH)
@@ -69,9 +83,10 @@ gpu-report: $(STAMP)
 	PYTHONSAFEPATH= PYTHONPATH=. $(PYTHON) -m bench.gpu_report $(GPU_REPORT)
 
 # The C++ alone, without torch or Python: under AddressSanitizer with UndefinedBehaviorSanitizer, and with threads under
-# ThreadSanitizer. A file at a time, with as many jobs as there are cores; adam.cpp takes minutes.
+# ThreadSanitizer. Then the whole, driven from Python, under the first two. A file at a time, with as many jobs as there are
+# cores; adam.cpp takes minutes.
 CXX ?= g++
-SANITIZE := -std=c++17 -O1 -g0 -ffp-contract=off -fno-math-errno -w -Icsrc -pthread
+SANITIZE := -std=c++17 -O1 -g0 -fPIC -ffp-contract=off -fno-math-errno -w -Icsrc -pthread
 # Not all of -fsanitize=undefined: its checks of every pointer, which AddressSanitizer's make superfluous, take the compiler ten minutes.
 UNDEFINED := shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow,bounds
 address_FLAGS := -fsanitize=address,$(UNDEFINED) -fno-sanitize-recover=all
@@ -82,10 +97,14 @@ sanitize:
 	$(MAKE) -j$(shell getconf _NPROCESSORS_ONLN) build/fuzz-address build/fuzz-thread
 	build/fuzz-address 300
 	build/fuzz-thread 40
+	$(MAKE) stress-asan STRESS="--seconds 60"
 vpath %.cpp csrc tests
 build/fuzz-%: $(CORE:%.cpp=build/\%/%.o)
 	$(CXX) $($*_FLAGS) $^ -pthread -o $@
+build/asan.so: $(patsubst csrc/%.cpp,build/address/%.o,$(wildcard csrc/*.cpp))
+	$(CXX) $(address_FLAGS) -shared $^ -pthread -ldl -o $@
 build/address/%.o: %.cpp $(wildcard csrc/*.h)
+	@mkdir -p $(@D)
 	$(CXX) $(SANITIZE) $(address_FLAGS) -c $< -o $@
 build/thread/%.o: %.cpp $(wildcard csrc/*.h)
 	$(CXX) $(SANITIZE) $(thread_FLAGS) -c $< -o $@

@@ -12,7 +12,7 @@ is time and whatever happens between programs or threads that run at once.
 How it works. A *lane* is one thread of one program, and all lanes of a batch of programs advance together: a register is a
 numpy array with one element per lane, holding raw bits as unsigned integers. Where branches separate lanes, those that stand at
 the earliest instruction go first, until they meet the others again. An instruction that is not known here raises
-NotImplementedError.
+UnknownInstruction: that is a gap of this file, and no fault of the kernel.
 
 The instructions are those of the PTX ISA (docs.nvidia.com/cuda/parallel-thread-execution).
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -33,17 +34,32 @@ from fused_l2 import reference
 Bits = np.ndarray  # one element per lane: the raw content of a register
 LANES_PER_BATCH = 1 << 15
 
-_TYPES: dict[str, Any] = {
-    **{f"{kind}{8 * n}": np.dtype(f"{'i' if kind == 's' else 'u'}{n}") for n in (1, 2, 4, 8) for kind in "bus"},
-    "f16": np.dtype("f2"),
-    "f32": np.dtype("f4"),
-    "f64": np.dtype("f8"),
-}
-_SIZES = {**{name: dtype.itemsize for name, dtype in _TYPES.items()}, "bf16": 2, "f32x2": 8, "bf16x2": 4, "f16x2": 4, "pred": 1}
+
+class UnknownInstruction(NotImplementedError):
+    """A compiler made something of a kernel that this emulator has not learned yet."""
 
 
 class InvalidAccess(AssertionError):
     """A kernel accessed memory it must not access."""
+
+
+class _Known(dict[Any, Any]):
+    """What is known by name; the name of anything else is part of an unknown instruction."""
+
+    def __missing__(self, name: Any) -> Any:
+        raise NotImplementedError(f"{name!r} is unknown")
+
+
+_TYPES: dict[str, Any] = _Known({
+    **{f"{kind}{8 * n}": np.dtype(f"{'i' if kind == 's' else 'u'}{n}") for n in (1, 2, 4, 8) for kind in "bus"},
+    "f16": np.dtype("f2"),
+    "f32": np.dtype("f4"),
+    "f64": np.dtype("f8"),
+})  # fmt: skip
+_SIZES = _Known(
+    {**{name: dtype.itemsize for name, dtype in _TYPES.items()}, "bf16": 2, "f32x2": 8, "bf16x2": 4, "f16x2": 4, "pred": 1}
+)
+_REGISTER = re.compile(r"%(?:p|b|f|fd|r|rd|rs)\d+")  # what a kernel declares; others are the hardware's
 
 
 class Instruction(NamedTuple):
@@ -63,6 +79,8 @@ class Kernel:
         if entry is None:
             raise ValueError("no .entry function in this PTX")
         self.name, parameters, directives, body = entry.groups()
+        isa, target = (re.search(rf"^\.{word}\s+(\S+)", text, re.MULTILINE) for word in ("version", "target"))
+        self.compiled_by = "PTX " + " for ".join(found.group(1).strip(",") for found in (isa, target) if found)
         threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", directives)
         self.threads = int(threads.group(1)) if threads else 1
         # Name and type of each parameter; pointers are declared with more words between the two.
@@ -80,12 +98,23 @@ class Kernel:
             return
         parts = re.match(r"^(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", statement)
         if parts is None:
-            raise NotImplementedError(statement)
+            raise self.unknown(statement)
         negated, predicate, opcode, rest = parts.groups()
         operands = [o.strip() for o in re.split(r",(?![^{]*\})", rest)] if rest else []
-        name, *suffixes = opcode.split(".")
+        name, *suffixes = opcode.replace("shared::cta", "shared").split(".")  # the same: the program's own
         guard = (predicate, negated != "!") if predicate else None
         self.instructions.append(Instruction(statement, guard, name, suffixes, operands))
+
+    def unknown(self, statement: str, reason: Exception | None = None) -> UnknownInstruction:
+        why = f" ({reason})" if reason and str(reason) != statement else ""
+        return UnknownInstruction(
+            f"kernel {self.name}, {self.compiled_by}, triton {importlib.metadata.version('triton')}: "
+            f"this emulator does not know `{statement}`{why}. Teach it to, in {__file__}"
+        )
+
+
+# The launches of a test are of a few kernels, each of them many times.
+_parsed = functools.lru_cache(maxsize=8)(Kernel)
 
 
 @functools.cache
@@ -108,7 +137,7 @@ class Emulator:
     """A kernel, the memory it may access, and what happened: ``executed`` instructions, counted once per batch of lanes."""
 
     def __init__(self, ptx: str, shared_bytes: int = 0) -> None:
-        self.kernel = Kernel(ptx)
+        self.kernel = _parsed(ptx)
         self._shared_bytes = shared_bytes  # of each program
         self.executed = 0
         self._buffers: list[tuple[int, int, str]] = []
@@ -139,12 +168,13 @@ class Emulator:
         }
         self._shared = np.zeros(len(programs) * self._shared_bytes, "u1")
         self._shared_start = np.repeat(np.arange(len(programs)) * self._shared_bytes, threads)
+        self._everyone = np.ones(self._lanes, bool)
         at = np.zeros(self._lanes, dtype=np.int64)  # the next instruction of each lane
         while (here := int(at.min())) < end:
             active = at == here
             waiting = at[~active]
             meeting = int(waiting.min()) if waiting.size else end
-            self._active = active if waiting.size else np.ones(self._lanes, bool)
+            self._active = active if waiting.size else self._everyone
             while here < meeting:
                 instruction = self.kernel.instructions[here]
                 here += 1
@@ -159,7 +189,10 @@ class Emulator:
                     at[self._active] = here
                     at[taken] = end if instruction.name == "ret" else self.kernel.labels[instruction.operands[0]]
                     break
-                self._execute(instruction)
+                try:
+                    self._execute(instruction)
+                except NotImplementedError as reason:
+                    raise self.kernel.unknown(instruction.text, reason) from reason
             else:
                 at[self._active] = here
 
@@ -184,8 +217,6 @@ class Emulator:
         if i.name in ("shfl", "redux"):
             self._exchange(i, lanes)
             return
-        if i.name not in _OPERATIONS:
-            raise NotImplementedError(i.text)
         self._write(i.operands[0], _OPERATIONS[i.name](self, i), lanes)
 
     # Registers.
@@ -194,6 +225,8 @@ class Emulator:
         """An operand's value in each lane, or as a scalar if it is an immediate. bf16 is widened; a pair has two columns."""
         if operand.startswith("%"):
             if operand not in self._registers:  # never written: a lane that reads it must not use it
+                if not _REGISTER.fullmatch(operand):
+                    raise NotImplementedError(f"{operand!r} is unknown")
                 self._registers[operand] = np.zeros(self._lanes, f"u{_SIZES[type_]}" if type_ != "pred" else bool)
             bits = self._registers[operand]
         elif operand.startswith(("0f", "0d")):
@@ -218,9 +251,10 @@ class Emulator:
         if value.ndim == 2:
             value = value.view("u8").reshape(-1)
         bits = value if value.dtype == bool else value.view(f"u{value.itemsize}")
-        bits = np.broadcast_to(bits, self._lanes)
+        if bits.shape != (self._lanes,):
+            bits = np.broadcast_to(bits, self._lanes)
         old = self._registers.get(register)
-        if lanes.all() or old is None or old.dtype != bits.dtype:
+        if lanes is self._everyone or lanes.all() or old is None or old.dtype != bits.dtype:
             self._registers[register] = bits
         else:
             self._registers[register] = np.where(lanes, bits, old)
@@ -341,13 +375,13 @@ def _names(operand: str) -> list[str]:
     return [name.strip() for name in operand.strip("{}").split(",")]
 
 
-_MEMORY: dict[tuple[str, str], Any] = {
+_MEMORY: dict[tuple[str, str], Any] = _Known({
     ("param", "ld"): Emulator._load_parameter,
     ("global", "ld"): Emulator._load,
     ("global", "st"): Emulator._store,
     ("shared", "ld"): Emulator._load_shared,
     ("shared", "st"): Emulator._store_shared,
-}
+})  # fmt: skip
 
 
 # Operations: from an instruction's operands to the value of its target.
@@ -398,7 +432,7 @@ def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return reference.fma(*tensors).numpy()
 
 
-_WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
+_WIDER = _Known({"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"})
 
 
 def _multiply(emulator: Emulator, i: Instruction) -> Any:
@@ -413,7 +447,7 @@ def _multiply(emulator: Emulator, i: Instruction) -> Any:
     return a * b + emulator.read(i.operands[3], type_) if i.name == "mad" else a * b
 
 
-_COMPARISONS: dict[str, Callable[..., Any]] = {
+_COMPARISONS: dict[str, Callable[..., Any]] = _Known({
     "eq": np.equal,
     "ne": lambda a, b: (a < b) | (a > b),
     "lt": np.less,
@@ -423,7 +457,7 @@ _COMPARISONS: dict[str, Callable[..., Any]] = {
     "neu": np.not_equal,
     "nan": lambda a, b: np.isnan(a) | np.isnan(b),
     "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
-}
+})  # fmt: skip
 
 
 def _compare(emulator: Emulator, i: Instruction) -> Any:
@@ -495,7 +529,7 @@ def _convert(emulator: Emulator, i: Instruction) -> Any:
     raise NotImplementedError(i.text)
 
 
-_OPERATIONS: dict[str, Callable[[Emulator, Instruction], Any]] = {
+_OPERATIONS: dict[str, Callable[[Emulator, Instruction], Any]] = _Known({
     "add": _rounded(np.add),
     "sub": _rounded(np.subtract),
     "mul": _multiply,
@@ -519,4 +553,4 @@ _OPERATIONS: dict[str, Callable[[Emulator, Instruction], Any]] = {
     "cvt": _convert,
     "prmt": _permute,
     "bfe": _extract,
-}
+})  # fmt: skip

@@ -83,7 +83,7 @@ def train(device: FakeDevice, name: str, steps: int, captured: bool, **options: 
 @each
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "skip_if_nonfinite": True}], ids=str)
 def test_T35_replays_follow_lr_weight_decay_betas_and_the_step_count(name, options, device):
-    steps = 20
+    steps = 6
     params, optimizer, norms = train(device, name, steps, captured=True, **options)
     expected, other, other_norms = train(device, name, steps, captured=False, **options)
     assert_same_bits(params, expected, "parameter")

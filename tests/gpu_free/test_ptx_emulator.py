@@ -18,10 +18,10 @@ from fused_l2.tables import coefficients
 from fused_l2.tables.tensor_table import Flag, Rule, chunk_map
 
 from . import aot
-from .ptx_emulator import Emulator, InvalidAccess, Kernel
+from .ptx_emulator import Emulator, InvalidAccess, Kernel, UnknownInstruction
 
 
-def compute(body: str, *inputs: int, size: int = 4) -> int:
+def compute(body: str, *inputs: int, size: int = 4, shared_bytes: int = 0) -> int:
     """Run a few instructions on %rd1, %rd2, ... and return the bits of the 4-byte %r9 or the 8-byte %rd9 they leave."""
     parameters = ",\n".join(f"\t.param .u64 p{i}" for i in range(len(inputs) + 1))
     loads = "\n".join(f"\tld.param.b64 %rd{i}, [p{i}];" for i in range(len(inputs) + 1))
@@ -31,7 +31,7 @@ def compute(body: str, *inputs: int, size: int = 4) -> int:
         f"\tst.global.b{8 * size} [%rd0], {register};\n\tret;\n\n}}"
     )
     out = torch.zeros(1, dtype=torch.int64)
-    emulator = Emulator(ptx)
+    emulator = Emulator(ptx, shared_bytes)
     emulator.register(out, "out")
     emulator.run(1, [out.data_ptr(), *inputs])
     return int(out.item()) & ((1 << 8 * size) - 1)
@@ -247,11 +247,31 @@ def test_other_shuffles_are_refused(instruction):
         "fma.rn.ftz.f32 %r9, %r1, %r1, %r1;",
         "ex2.approx.f32 %r9, %r1;",
         "atom.global.add.f32 %r9, [%rd1], %r1;",
+        "st.shared::cluster.b32 [%r1], %r1;",
+        "ld.local.b32 %r9, [%r1];",
+        "cvt.rn.e4m3x2.f32 %r9, %r1, %r1;",
+        "setp.ltu.f32 %p1, %r1, %r1;",
+        "mov.u32 %r9, %laneid;",
+        "mov.u32 %r9, %nctaid.x;",
     ],
 )
 def test_what_is_not_ieee_or_not_known_is_refused(instruction):
-    with pytest.raises((NotImplementedError, KeyError)):
+    """By name, with the kernel and the versions, and as no other failure is: a new compiler is told from a wrong kernel."""
+    with pytest.raises(UnknownInstruction, match=r"^kernel test, PTX .*, triton \d.*does not know `") as refused:
         compute("mov.b32 %r1, 0f3F800000;\n" + instruction)
+    assert instruction.rstrip(";") in str(refused.value)
+
+
+def test_the_version_that_an_unknown_instruction_came_with_is_named(ptx):
+    strange = re.sub(r"\n\s+ret;", "\n\tmov.u32 %r1, %laneid;\n\tret;", ptx)
+    with pytest.raises(UnknownInstruction, match=r"^kernel fused_l2_\w+, PTX \d\.\d for sm_90a?, triton \d"):
+        Launch(8).run(strange)
+
+
+def test_shared_memory_of_the_program_has_two_names():
+    """Triton 3.8 writes shared::cta for what others write shared for."""
+    body = "mov.b32 %r1, 0;\nst.shared::cta.b32 [%r1+4], 77;\nld.shared.b32 %r9, [%r1+4];"
+    assert compute(body, shared_bytes=8) == 77
 
 
 # What a broken kernel would do.

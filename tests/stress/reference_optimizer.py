@@ -1,0 +1,147 @@
+"""Optimizers with our options that compute every tensor by fused_l2/reference.py: slow, and without a plan to be stale."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_l2 import reference
+from fused_l2.parameters import low_precision
+from fused_l2.tables import coefficients
+from fused_l2.tables.modes import HALVES, Mode
+from fused_l2.tables.tensor_table import Flag
+
+
+class _Reference:
+    """What is around the arithmetic, for torch.optim.SGD, Adam and AdamW."""
+
+    options: dict[str, Any]
+    param_groups: list[dict[str, Any]]
+    state: Any
+    scale, found_inf = 1.0, 0.0
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        numbered = enumerate((group, p) for group in self.param_groups for p in group["params"])
+        given = [(i, group, p) for i, (group, p) in numbered if p.grad is not None]
+        factor, skip = self._control([p.grad for _, _, p in given])
+        if not skip:
+            with torch.no_grad():
+                for i, group, p in given:
+                    self._step_one(i, group, p, factor)
+        return loss
+
+    def _control(self, grads: list[Tensor]) -> tuple[Tensor | None, bool]:
+        limit = self.options.get("max_grad_norm")
+        if limit is None:
+            return None, False
+        values = [x for g in grads for x in g.double().abs().flatten().tolist()]
+        if any(not math.isfinite(x) for x in values):
+            measured = math.nan if any(math.isnan(x) for x in values) else math.inf
+        elif self.options["norm_type"] == math.inf:
+            measured = max(values, default=0.0)
+        else:
+            measured = math.sqrt(math.fsum(x * x for x in values))
+        norm = torch.tensor(measured, dtype=torch.float32)
+        factor = torch.clamp(limit / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        return factor, self.options["skip_if_nonfinite"] and not math.isfinite(measured)
+
+    def _step_one(self, position: int, group: dict[str, Any], p: Tensor, factor: Tensor | None) -> None:
+        mode = Mode[self.options["low_precision"].upper()] if p.dtype in HALVES else Mode.ROUND
+        state = self.state[p]
+        dtype = self._state_dtype(p, mode)
+        names = self._states(group)
+        first = names and state.get(names[0]) is None
+        for name in names:
+            if state.get(name) is None:
+                state[name] = torch.zeros_like(p, dtype=dtype or p.dtype, memory_format=torch.preserve_format)
+            elif dtype is not None:
+                state[name] = state[name].to(dtype)
+        if mode.state_name and mode.state_name not in state:
+            state[mode.state_name] = {
+                Mode.MASTER: lambda: p.float(),
+                Mode.REMAINDER: lambda: torch.zeros_like(p, dtype=torch.int16),
+                Mode.KAHAN: lambda: torch.zeros_like(p, dtype=torch.bfloat16),
+            }[mode]()
+        if self.counts or mode.is_random:
+            state["step"] = torch.tensor(float(state.get("step", 0.0)) + 1)
+        count = float(state.get("step", 0.0))
+        kept = state.get(mode.state_name) if mode.state_name else None
+        w = low_precision.widened(mode, p.detach(), kept)
+        grad = p.grad.to(w.dtype)
+        if factor is not None:
+            grad = grad * factor
+        new, new_states = self.rule(w, grad, [state[name] for name in names], group, count, bool(first))
+        bits = None
+        if mode.is_random:
+            key = low_precision.parameter_key(self.options["seed"], position)
+            bits = low_precision.random_bits(key, int(count), p.numel()).view(p.shape)
+        narrow, left = low_precision.narrowed(mode, new, p.dtype, bits)
+        p.copy_(narrow)
+        for name, value in zip(names, new_states, strict=True):
+            state[name].copy_(value)
+        if left is not None:
+            state[mode.state_name].copy_(left)
+
+    def _state_dtype(self, p: Tensor, mode: Mode) -> torch.dtype | None:
+        """The dtype that states must have; None: that which they have, the parameter's if new."""
+        wanted = self.options.get("state_dtype")
+        if p.dtype is torch.float64:
+            return None
+        if wanted is None:
+            return torch.float32 if mode is not Mode.ROUND else None
+        return getattr(torch, wanted)
+
+    def _flags(self, group: dict[str, Any]) -> int:
+        flags = Flag.MAXIMIZE if group["maximize"] else 0
+        decoupled = group.get("decoupled_weight_decay", self.options.get("decoupled_weight_decay", False))
+        flags |= Flag.DECOUPLED if decoupled else 0
+        return int(flags | (Flag.CAUTIOUS if self.options.get("cautious") and decoupled else 0))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Without torch's cast of float32 states to 16 bits."""
+        given = copy.deepcopy(state_dict)
+        super().load_state_dict(state_dict)  # type: ignore[misc]
+        flat = [p for group in self.param_groups for p in group["params"]]
+        numbers = [i for group in given["param_groups"] for i in group["params"]]
+        for number, p in zip(numbers, flat, strict=True):
+            for key, value in given["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and key != "step" and p.dtype in HALVES:
+                    self.state[p][key] = value
+
+
+class SGD(_Reference, torch.optim.SGD):
+    counts = False
+
+    def _states(self, group: dict[str, Any]) -> list[str]:
+        return ["momentum_buffer"] if group["momentum"] != 0 else []
+
+    def rule(self, w: Tensor, grad: Tensor, states: Any, group: Any, count: float, first: bool) -> Any:
+        flags = self._flags(group) | (Flag.MOMENTUM if states else 0) | (Flag.NESTEROV if states and group["nesterov"] else 0)
+        numbers = (float(group[key]) for key in ("lr", "momentum", "dampening", "weight_decay"))
+        row = coefficients.sgd(coefficients.SgdNumbers(*numbers), bool(flags & Flag.DECOUPLED))
+        return reference.sgd(w, grad, states, row, int(flags), first)
+
+
+class Adam(_Reference, torch.optim.Adam):
+    counts = True
+
+    def _states(self, group: dict[str, Any]) -> list[str]:
+        return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+
+    def rule(self, w: Tensor, grad: Tensor, states: Any, group: Any, count: float, first: bool) -> Any:
+        flags = self._flags(group) | (Flag.AMSGRAD if group["amsgrad"] else 0)
+        numbers = (float(x) for x in (group["lr"], *group["betas"], group["eps"], group["weight_decay"]))
+        row = coefficients.adam(coefficients.AdamNumbers(*numbers), bool(flags & Flag.DECOUPLED), count)
+        return reference.adam(w, grad, states, row, int(flags))
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    pass
