@@ -287,7 +287,8 @@ class World:
     def move(self, given: dict[str, Any]) -> None:
         groups = self.optimizer.param_groups
         source, target = self._chosen_group(given), groups[given["to"] % len(groups)]
-        if source is not target and len(source["params"]) > 1:
+        # torch's amsgrad has no state to begin with where it was off before; ours begins with zeros.
+        if source is not target and len(source["params"]) > 1 and source.get("amsgrad") == target.get("amsgrad"):
             target["params"].append(source["params"].pop())
 
     def freeze(self, given: dict[str, Any]) -> None:
