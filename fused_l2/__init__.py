@@ -9,7 +9,8 @@ Change the import, nothing else::
 ``optim.lr_scheduler``, ``optim.swa_utils`` and ``optim.Optimizer`` are torch's own; other optimizers are in ``torch.optim``.
 
 ``fused_l2.weight_decay`` turns the lambda of a loss with L2 regularization into ``weight_decay`` and back, makes param groups
-and reports the penalty; ``fused_l2.capabilities()`` tells which engine serves which device.
+and reports the penalty; ``fused_l2.capabilities()`` tells which engine serves which device; ``fused_l2.warmup()`` compiles GPU
+kernels ahead.
 """
 
 from typing import Any
@@ -25,6 +26,7 @@ from .checkpoint import load_master_state_dict, master_state_dict
 from .engines import capabilities
 from .sgd import SGD
 from .statistics import Statistics
+from .warmup import warmup
 
 __all__ = [
     "SGD",
@@ -39,6 +41,7 @@ __all__ = [
     "master_state_dict",
     "step_in_backward",
     "swa_utils",
+    "warmup",
     "weight_decay",
 ]
 

@@ -23,6 +23,7 @@ from .coefficients import fused_l2_coefficients
 from .control import fused_l2_control
 from .multi_tensor import fused_l2_step
 from .norms import fused_l2_measure_grads
+from .turns import alone
 from .write import fused_l2_write
 
 THREADS = 128  # per program. With 256 the compiler spills registers in Adam to reach a higher occupancy.
@@ -136,10 +137,22 @@ def compiled(source: Source, target: GPUTarget) -> Any:
     hints = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(arguments) if is_multiple_of_16(argument)}
     written = ASTSource(function, dict(zip(names, types, strict=True)), values, hints)
     try:
-        return triton.compile(written, target=target, options=options(target.warp_size))
+        with alone():
+            return triton.compile(written, target=target, options=options(target.warp_size))
     except TritonError as error:
         gpu = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
         raise Refused(f"triton {version()} does not compile {function.__name__} for {gpu}: {error}") from error
+
+
+def target_of(architecture: int | str) -> GPUTarget:
+    """An NVIDIA architecture by number (90: sm_90) or an AMD one by name."""
+    return GPUTarget("cuda", architecture, 32) if isinstance(architecture, int) else GPUTarget("hip", architecture, 64)
+
+
+def name_of(source: Source) -> str:
+    """The kernel's name, as profilers show it."""
+    rule = source.constants.get("RULE") if source.function is fused_l2_step else None
+    return source.function.__name__ if rule is None else f"fused_l2_{Rule(rule).name.lower()}"
 
 
 def is_multiple_of_16(argument: Any) -> bool:
@@ -166,7 +179,7 @@ class Kernel:
     """
 
     def __init__(self, source: Source) -> None:
-        self.opmath = source.opmath
+        self.opmath, self.name = source.opmath, name_of(source)
         self.compiled = compiled(source, driver.active.get_current_target())
         self.compiled[(1, 1, 1)]  # loads the module
         self._constants = tuple(source.constants.values())

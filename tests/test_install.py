@@ -80,7 +80,7 @@ FLOORS = [
     {"parameters.checks"},
     {"parameters.entry"},
     {"options"},
-    {"kernels.sums", "kernels.update_rules", "kernels.low_precision"},
+    {"kernels.sums", "kernels.turns", "kernels.update_rules", "kernels.low_precision"},
     {"kernels.multi_tensor", "kernels.norms", "kernels.write"},
     {"kernels.control", "kernels.coefficients"},
     {"kernels.launch"},
@@ -93,7 +93,7 @@ FLOORS = [
     {"step.plan"},
     {"step.stepper"},
     {"optimizer"},
-    {"adam", "sgd", "backward", "checkpoint"},
+    {"adam", "sgd", "backward", "checkpoint", "warmup"},
 ]
 ROOMS = ("tables", "parameters", "engines", "step")
 

@@ -26,6 +26,7 @@ class Kernel(Protocol):
     """What :class:`fused_l2.kernels.launch.Kernel` is, for where triton may be missing."""
 
     opmath: torch.dtype
+    name: str
 
     def launcher(self, programs: int, *fixed: int) -> Callable[..., None]:
         """What launches this many programs on a stream, given the arguments behind the ``fixed`` ones."""
@@ -45,6 +46,14 @@ def _launch() -> Any:
             name=error.name,
         ) from error
     return launch
+
+
+def compile_ahead(architecture: int | str, kind: str, *signature: Any) -> tuple[str, str]:
+    """Compile a kernel for GPUs that need not be there. Returns its name and the architecture's."""
+    launch = _launch()
+    source = launch.SOURCES[kind](*signature)
+    launch.compiled(source, launch.target_of(architecture))
+    return launch.name_of(source), f"sm_{architecture}" if isinstance(architecture, int) else architecture
 
 
 class Device:

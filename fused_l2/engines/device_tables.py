@@ -96,7 +96,7 @@ class DeviceTable:
             self._compute = compute.launcher(-(-table.count // ROWS), at.groups, at.counters, at.rows, table.count)
         # For a capture, within which nothing can be compiled. Adam with steps counted on the host cannot be captured.
         self._write: Callable[[int, int, int, tuple[int, ...]], None] | None = None
-        self._words = WORDS if (at.table - at.head) // 8 > 4 * FEW_WORDS else FEW_WORDS
+        self._words = words_of_a_launch(at.grads - at.head, table.count)
         if rows is not None or rule is Rule.SGD:
             self._write = device.compile("write", self._words).launcher(1)
 
@@ -235,6 +235,11 @@ class Measurer:
             self._streams.add(stream)
         for table, launch in self._measures[largest]:
             launch(stream, table.grads_address)
+
+
+def words_of_a_launch(head: int, tensors: int) -> int:
+    """How many words a launch carries when a capture writes ``head`` bytes and an address for each tensor."""
+    return WORDS if head // 8 + tensors > 4 * FEW_WORDS else FEW_WORDS
 
 
 def _chunk_size(elements: int, multiprocessors: int) -> int:

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
-from fused_l2.kernels.launch import SOURCES, THREADS, compiled
+from fused_l2.kernels.launch import SOURCES, THREADS, compiled, target_of
 from fused_l2.tables.tensor_table import Rule
 
 
@@ -36,8 +35,7 @@ def compile_for(
 def compile_kernel(arch: int | str, kind: str, *signature: Any) -> Any:
     """A kernel, compiled as ``fused_l2.kernels.launch.Kernel`` compiles it, for an NVIDIA architecture by number (90: sm_90) or
     an AMD one by name."""
-    target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
-    return compiled(SOURCES[kind](*signature), target)
+    return compiled(SOURCES[kind](*signature), target_of(arch))
 
 
 class Opcode(NamedTuple):
