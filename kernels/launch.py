@@ -26,7 +26,7 @@ from .norms import fused_l2_measure_grads
 from .turns import alone
 from .write import fused_l2_write
 
-THREADS = 128  # per program. With 256 the compiler spills registers in Adam to reach a higher occupancy.
+THREADS = 128  # per program. 256 compile as well, with as many registers; which is faster is for a GPU to say.
 
 # Triton's names of dtypes.
 DTYPES = {
