@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from operator import is_
 from typing import Any
 
 import torch
@@ -150,12 +149,15 @@ class Shards:
         except AttributeError:  # None, or a plain tensor
             specs = [getattr(g, "_spec", None) for g in chosen]
             shards = [g if spec is None else g._local_tensor for g, spec in zip(chosen, specs, strict=True)]
-        if not all(map(is_, specs, self._specs)):  # with FSDP2 they are the same objects at every step
+        if specs != self._specs:  # with FSDP2 they are the same objects at every step, which is seen without comparing them
             for i, (spec, known) in enumerate(zip(specs, self._specs, strict=True)):
                 if spec is not None and spec is not known and (known is None or not _sharded_alike(spec, known)):
                     if why_refused(chosen[i], self._params[i]):
                         continue  # the checks say so
                     shards[i] = self._gradients.of(self._params[i])
                     self._specs[i] = spec if shards[i] is chosen[i]._local_tensor else None
+        if self._all:
+            grads[:] = shards
+            return
         for i, shard in zip(self._at, shards, strict=True):
             grads[i] = shard
