@@ -147,6 +147,7 @@ def test_every_option_is_an_attribute_with_the_checks_of_the_constructor(cls: An
         (fused_l2.SGD, "decay_rule", "fully_decoupled"),
         (fused_l2.Adam, "decay_rule", "corrected"),
         (fused_l2.AdamW, "decay_rule", ["plain", "plain", "plain"]),
+        (fused_l2.AdamW, "norm_process_group", ["replicated", "replicated"]),
     ],
     ids=str,
 )
