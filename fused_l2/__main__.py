@@ -1,4 +1,4 @@
-"""``python -m fused_l2``: what a bug report needs to say about the environment. With ``warmup``: compile kernels ahead."""
+"""``python -m fused_l2``: what a bug report needs to say about the environment; ``warmup`` and ``doctor`` are commands of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ast
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,6 +88,26 @@ def _value(text: str) -> Any:
         return text
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    from .doctor import command as doctor
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["warmup"]:  # which mixes options with arguments, as a subcommand cannot
+        sys.stdout.write("\n".join(warm(given[1:])) + "\n")
+        return 0
+    parser = argparse.ArgumentParser(
+        "python -m fused_l2", description="Without a command: versions, and which engine serves what."
+    )
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="")
+    commands.add_parser("warmup", help="compile ahead the kernels of an optimizer's first step on a GPU", add_help=False)
+    doctor.add_arguments(commands.add_parser("doctor", help="say what the optimizers of a script, or a checkpoint, really do"))
+    chosen = parser.parse_args(given)
+    if chosen.command == "doctor":
+        return doctor.run(chosen)
+    sys.stdout.write("\n".join(lines()) + "\n")
+    return 0
+
+
 if __name__ == "__main__":
-    told = warm(sys.argv[2:]) if sys.argv[1:2] == ["warmup"] else lines()
-    sys.stdout.write("\n".join(told) + "\n")
+    sys.exit(main())

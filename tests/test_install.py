@@ -94,6 +94,27 @@ FLOORS = [
     {"step.stepper"},
     {"optimizer"},
     {"adam", "sgd", "backward", "checkpoint", "warmup"},
+    {"weight_decay.conversion", "weight_decay.normalization", "weight_decay.param_groups", "weight_decay.penalty"},
+    {"weight_decay"},
+    # The doctor looks at all of it, and nothing but the command line asks for the doctor.
+    {"doctor.rules", "doctor.findings"},
+    {"doctor.subject"},
+    {"doctor.normalized", "doctor.precision"},
+    {"doctor.layers"},
+    {"doctor.report"},
+    {"doctor.codes.fixes"},
+    {
+        "doctor.codes.groups",
+        "doctor.codes.membership",
+        "doctor.codes.rounding",
+        "doctor.codes.speed",
+        "doctor.codes.states",
+        "doctor.codes.strength",
+    },
+    {"doctor.codes"},
+    {"doctor"},
+    {"doctor.script", "doctor.checkpoint"},
+    {"doctor.command"},
 ]
 ROOMS = ("tables", "parameters", "engines", "step")
 
