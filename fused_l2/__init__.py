@@ -10,7 +10,7 @@ Change the import, nothing else::
 
 ``fused_l2.weight_decay`` turns the lambda of a loss with L2 regularization into ``weight_decay`` and back, makes param groups
 and reports the penalty; ``fused_l2.capabilities()`` tells which engine serves which device; ``fused_l2.warmup()`` compiles GPU
-kernels ahead.
+kernels ahead; ``fused_l2.doctor.examine()`` says what any optimizer really does to a model's weights.
 """
 
 from typing import Any
@@ -47,10 +47,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "doctor":  # imported when it is called
+        import importlib
+
+        return importlib.import_module(".doctor", __name__)
     if not name.startswith("_") and hasattr(torch.optim, name):
         raise AttributeError(f"fused_l2 has SGD, Adam and AdamW. Use torch.optim.{name}")
     raise AttributeError(f"module 'fused_l2' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__]
+    return [*__all__, "doctor"]

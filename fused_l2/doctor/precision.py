@@ -67,7 +67,10 @@ def rounding(weight: Weight) -> Rounding | None:
     if size is None or lr is None or len(w) != take.count:
         return Rounding(None, None, take.sampled)
     separate = group.kind == rules.DECOUPLED and group.how in (rules.LOOP, rules.FOREACH)
-    share = decay_share(w, rate, size, weight.dtype, separate) if rate else None
+    share = None
+    if rate:
+        share = decay_share(w, rate, size, weight.dtype, separate)
+        share += _ratchet(w, size, weight.dtype, _memory(weight)) / float(rate * w.sum())
     half_gap = (_neighbour(w, weight.dtype, 1) - w) / 2
     # An update of Adam's is about lr where gradients agree, and three times that at most for a moment.
     reach = torch.full_like(w, lr) if rules.is_adaptive(optimizer, settings) else size.expand_as(w)
@@ -117,8 +120,8 @@ def update_size(weight: Weight, take: Any) -> Tensor | None:
         moves = (v > 0) & (m != 0)
         if not bool(moves.any()):
             return torch.zeros_like(v)
-        # As large as updates are now. v should be the mean of g^2 and need not be: in 16 bits it freezes. How far it still tells
-        # the elements' gradients apart, m tells: the power of v that m^2 goes with.
+        # As large as updates are now. v should be the mean of g^2 and need not be: in 16 bits it freezes. How far it still
+        # tells the elements' gradients apart, m tells: the power of v that m^2 goes with.
         power = _slope(v[moves].log(), m[moves].square().log())
         squares = v**power * (m[moves].square().mean() / (v[moves] ** power).mean())
         return torch.where(v > 0, lr * squares.sqrt() / (v.sqrt() + (rules.number(settings.get("eps")) or 0.0)), 0.0)
@@ -159,8 +162,60 @@ def decay_share(w: Tensor, rate: float, size: Tensor, dtype: torch.dtype, separa
         fall -= (further - above) * _beyond(((above + further) / 2 - start + decay) / scale)
         below, further = _neighbour(start, dtype, -j), _neighbour(start, dtype, -j - 1)
         fall += (below - further) * _beyond((start - decay - (below + further) / 2) / scale)
-    fall = torch.where(size > _WIDE * gap, decay, fall) + (w - start)
+    fall = torch.where((size > _WIDE * gap) | (decay > 4 * gap), decay, fall) + (w - start)
     return float(fall.sum() / asked)
+
+
+def _memory(weight: Weight) -> float:
+    """How much of one update is in the next: the part of the momentum that stays."""
+    settings = weight.group.settings
+    betas = settings.get("betas")
+    kept = betas[0] if betas is not None and len(betas) == 2 else settings.get("momentum", 0.0)
+    return min(max(rules.number(kept) or 0.0, 0.0), 0.999)
+
+
+def _ratchet(w: Tensor, size: Tensor, dtype: torch.dtype, memory: float) -> float:
+    """By how much magnitudes fall, in sum, because updates remember each other.
+
+    Numbers below a power of two are twice as dense as those above. Noise moves a weight more easily down across it than up
+    again, and with a momentum goes on in its direction: rounding pulls weights to 0 where there is no decay at all. With f(u)
+    what of an update u arrives, each power of two takes half the difference, between its sides, of the sum over k >= 1 of
+    E[f(u_0) f(u_k)], times the density of weights there.
+    """
+    if memory == 0:
+        return 0.0
+    digits = {torch.bfloat16: 7, torch.float16: 10}[dtype]
+    fall = 0.0
+    for exponent in range(-14, 5):
+        power = 2.0**exponent
+        near = (w > power * 0.875) & (w < power * 1.125)
+        count = int(near.sum())
+        if not count:
+            continue
+        sigma = float((size[near] if size.numel() == w.numel() else size).square().mean().sqrt())
+        gap = power * 2.0**-digits
+        if 0.05 * gap < sigma < 20 * gap:
+            fall += count / (power / 4) * 0.5 * (_remembered(gap / 2, sigma, memory) - _remembered(gap, sigma, memory))
+    return fall
+
+
+def _remembered(gap: float, sigma: float, memory: float) -> float:
+    """Sum over k >= 1 of E[f(u_0) f(u_k)] for normal u of correlation memory^k, f rounding to multiples of the gap.
+
+    With the coefficients c_n of f in Hermite polynomials, E[f(u_0) f(u_k)] is the sum of c_n^2 memory^(k n) (Mehler).
+    """
+    if sigma > _WIDE * gap:
+        return sigma**2 * memory / (1 - memory)
+    steps = [(j + 0.5) * gap / sigma for j in range(8) if (j + 0.5) * gap / sigma < 12]
+    total, before, here = 0.0, [0.0] * len(steps), [1.0] * len(steps)  # He_{n-1}(t) / sqrt((n-1)!) at the edges t of f
+    for n in range(1, 80):
+        if n % 2:
+            edges = sum(math.exp(-t * t / 2) * h for t, h in zip(steps, here, strict=True))
+            coefficient = 2 * gap * edges / math.sqrt(2 * math.pi * n)
+            total += coefficient**2 * memory**n / (1 - memory**n)
+        after = [(t * h - math.sqrt(n - 1) * b) / math.sqrt(n) for t, h, b in zip(steps, here, before, strict=True)]
+        before, here = here, after
+    return total
 
 
 def _float32_share(w: Tensor, rate: float) -> float:

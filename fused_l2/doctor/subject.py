@@ -193,17 +193,16 @@ def _live() -> tuple[list[nn.Module], list[Any]]:
     """Modules and optimizers that are alive. By type(): an object's __class__ may be a property with effects."""
     modules: list[nn.Module] = []
     optimizers = []
-    kinds: dict[type, bool | None] = {}  # module, optimizer, neither
-    for thing in gc.get_objects():
-        kind = type(thing)
-        if kind not in kinds:
-            kinds[kind] = True if issubclass(kind, nn.Module) else False if issubclass(kind, Optimizer) else None
-        is_module = kinds[kind]
-        if is_module is None:
-            continue
-        if is_module and "_parameters" in thing.__dict__ and "_modules" in thing.__dict__:
-            modules.append(thing)
-        elif not is_module and "param_groups" in thing.__dict__:
+    things = gc.get_objects()
+    kinds = set(map(type, things))
+    module_kinds = {kind for kind in kinds if issubclass(kind, nn.Module)}
+    optimizer_kinds = {kind for kind in kinds if issubclass(kind, Optimizer)}
+    wanted = module_kinds | optimizer_kinds
+    for thing in [thing for thing in things if type(thing) in wanted]:
+        if type(thing) in module_kinds:
+            if "_parameters" in thing.__dict__ and "_modules" in thing.__dict__:
+                modules.append(thing)
+        elif "param_groups" in thing.__dict__:
             optimizers.append(thing)
     return modules, optimizers
 

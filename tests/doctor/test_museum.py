@@ -292,7 +292,7 @@ def decay_in_bfloat16() -> Made:
     """Nerogar/OneTrainer#996: weight decay applied in bfloat16 changes nothing."""
     torch.manual_seed(0)
     model = block(64).bfloat16()
-    return model, torch.optim.AdamW(fused_l2.weight_decay.param_groups(model, 0.01), lr=1e-4, fused=True), {}
+    return model, torch.optim.AdamW(fused_l2.weight_decay.param_groups(model, 0.01), lr=1e-5, fused=True), {}
 
 
 @exhibit("update-lost-in-rounding", "wrong", "0.weight", "1.weight")

@@ -86,12 +86,12 @@ def undecayed(subject: Subject) -> Iterator[Finding]:
         return
     # Whole groups of matrices without decay are a rule of somebody's: a head, an adapter, a decoder. Single ones, beside biases
     # and norms, are not.
-    kinds = {(type(w.uses[0][1]).__name__, w.name.rpartition(".")[2]) for w in decayed_matrices}
+    kinds = {(w.group.which, type(w.uses[0][1]).__name__) for w in decayed_matrices}
     thin = [w for w in subject.weights if w.role in ("bias", "norm", "vector") and w.group.weight_decay == 0]
     beside = {(w.group.which, w.group.index) for w in thin}
     found = [
         w for w in left_out
-        if (type(w.uses[0][1]).__name__, w.name.rpartition(".")[2]) in kinds and (w.group.which, w.group.index) in beside
+        if (w.group.which, type(w.uses[0][1]).__name__) in kinds and (w.group.which, w.group.index) in beside
     ]  # fmt: skip
     if found:
         yield Finding(

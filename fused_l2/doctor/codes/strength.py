@@ -21,7 +21,7 @@ def coupled(subject: Subject) -> Iterator[Finding]:
         groups = [g for g in _decaying(subject, which) if g.kind == rules.COUPLED and rules.is_adaptive(optimizer, g.settings)]
         if not groups:
             continue
-        name = rules.known_class(optimizer) or type(optimizer).__name__
+        name = rules.known_class(optimizer) or "This optimizer"
         if "decoupled_weight_decay" in groups[0].settings:
             fix = "; ".join(g.code("decoupled_weight_decay", "True") for g in groups)
         else:
@@ -108,12 +108,15 @@ def before_normalization(subject: Subject) -> Iterator[Finding]:
     found = [(w, norm) for w, norm in normalized(subject) if w.group.decays and not _corrected(w.group)]
     if found:
         first, norm = found[0]
+        which, fix = first.group.which, fixes.ours(subject, first.group.which, decay_rule="corrected")
+        if first.group.kind == rules.COUPLED and rules.is_adaptive(first.group.optimizer, first.group.settings):
+            fix = fixes.constructor(subject, "model.parameters()", which, "fused_l2.AdamW", decay_rule="corrected")
         yield Finding(
             "decay-before-normalization", NOTE, tuple(w.name for w, _ in found),
             f"{len(found)} decayed weights stand right before a normalization layer ({first.name} before {norm}).",
             "That layer removes their scale: decay there does not regularize, it holds |w| small and the effective learning "
             "rate lr / |w|^2 large.",
-            fixes.ours(subject, first.group.which, decay_rule="corrected"),
+            fix,
             "van Laarhoven 2017, 'L2 Regularization versus Batch and Weight Normalization'; Defazio 2025, arXiv 2506.02285",
         )  # fmt: skip
 
