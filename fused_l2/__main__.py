@@ -1,4 +1,4 @@
-"""``python -m fused_l2``: what a bug report needs to say about the environment; ``warmup`` and ``doctor`` are commands of it."""
+"""``python -m fused_l2``: what a bug report needs to say about the environment; ``warmup`` and ``doctor`` are its commands."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from common import OPTIMIZERS, SHAPES, against_single_process, full, laid_out, mesh_of, randoms, refused, same, scenario
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import fused_l2
@@ -261,3 +262,23 @@ def steps_leave_nothing_behind(world: int, folder: Path) -> None:
         # torch and Python fill caches in the first hundreds of steps. One object per parameter and step would be 2320.
         assert objects_now - objects <= 1500, found
         assert communicates or memory_now - memory <= 600_000, found
+
+
+@scenario
+def the_doctor_looks_at_shards_and_says_nothing_to_other_ranks(world: int, folder: Path) -> None:
+    import fused_l2.doctor
+
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    fully_shard(model, mesh=mesh_of(world))
+    optimizer = torch.optim.AdamW(fused_l2.weight_decay.param_groups(model, 0.1), lr=1e-3)
+    for _ in range(2):
+        if dist.get_rank() == 0:  # one rank alone: whatever communicated would wait for the others
+            before = [p.to_local().clone() for p in model.parameters()]
+            report = fused_l2.doctor.examine(optimizer, model)
+            assert report.codes("wrong") == report.codes("doubtful") == set(), str(report)
+            for p, row in zip((p for group in optimizer.param_groups for p in group["params"]), report.layers, strict=True):
+                assert row.shape == tuple(p.shape)
+                assert math.isclose(row.norm, float(p.to_local().norm()), rel_tol=1e-6)
+            assert all(torch.equal(p.to_local(), kept) for p, kept in zip(model.parameters(), before, strict=True))
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
