@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import churn, clip, compare, limit, machine, memory, precision, providers, statistics, step, train
+from . import churn, clip, compare, limit, machine, memory, precision, providers, statistics, step, timing, train
 from .cases import CASES, COLD, OPTIMIZERS
 from .topic import Job, Options
 
@@ -84,6 +84,9 @@ def parser() -> argparse.ArgumentParser:
         help="only this one besides ours (repeatable): " + ", ".join(providers.PROVIDERS),
     )  # fmt: skip
     made.add_argument("--seconds", type=float, help="time for each case and optimizer (default: each topic's own)")
+    made.add_argument(
+        "--even-if-busy", action="store_true", help="count samples that waited for a core, too; the report says that they do"
+    )
     made.add_argument("--json", type=Path, help="write the results to this file, too")
     made.add_argument(
         "--plot", type=Path, metavar="FOLDER", help="write a report with pictures: FOLDER/report.html, FOLDER/*.png"
@@ -107,10 +110,14 @@ def main(arguments: list[str] | None = None) -> int:
     print("providers: " + ", ".join(f"{name} {version}" for name, version in found["providers"].items()))
     print("x, ratio: seconds of the other / seconds of the row, median over rounds; above 1 the row is faster")
     chosen = topics(given.topic)
+    timing.disturbance = timing.Disturbance(counts=given.even_if_busy)
     stopped = measure(given, chosen, found)
     for name, results in found["results"].items():
         lines = chosen[name].summary(results) if hasattr(chosen[name], "summary") else []
         print("\n".join([f"\n{name}", *lines]) if lines else "", end="\n" if lines else "")
+    if timing.disturbance.samples:
+        found["disturbed samples"] = {"share": timing.disturbance.share, "count": timing.disturbance.counts}
+        print(f"\n{timing.disturbance}")
     if old is not None:
         print("\n" + compare.table(old, found))
     if given.json:
@@ -124,11 +131,12 @@ def main(arguments: list[str] | None = None) -> int:
     failed = [r for results in found["results"].values() for r in results if "failed" in r]
     for result in failed:
         print(f"FAILED: {result['case']}: {result['failed']}", file=sys.stderr)
-    return 130 if stopped else bool(failed)
+    return stopped or bool(failed)
 
 
-def measure(given: argparse.Namespace, chosen: dict[str, Any], found: dict[str, Any]) -> bool:
-    """Every job of the topics, its table printed when it is done. True where Ctrl-C ended it; what was measured is kept."""
+def measure(given: argparse.Namespace, chosen: dict[str, Any], found: dict[str, Any]) -> int:
+    """Every job of the topics, its table printed when it is done. The exit code, not 0 if Ctrl-C or a busy machine ended
+    it; what was measured is kept."""
     jobs: list[tuple[str, Any, Job, dict[str, Any]]] = [
         (name, topic, job, {}) for name, topic in chosen.items() for job in _jobs(given, name, topic)
     ]
@@ -145,6 +153,9 @@ def measure(given: argparse.Namespace, chosen: dict[str, Any], found: dict[str, 
                 bar.set_description(f"{name}: {job.label}")
                 try:
                     results[i] = job.run(so_far)
+                except timing.BusyMachine as error:
+                    bar.write(f"python -m bench: {error}", file=sys.stderr)
+                    return 3
                 except Exception as error:  # one case that fails does not take the others with it
                     bar.write(traceback.format_exc(), file=sys.stderr)
                     results[i] = {"case": job.label, "failed": f"{type(error).__name__}: {error}"}
@@ -155,8 +166,8 @@ def measure(given: argparse.Namespace, chosen: dict[str, Any], found: dict[str, 
                     bar.write(("\n" if len(topic.show(results[i]).splitlines()) > 1 else "") + topic.show(results[i]))
         except KeyboardInterrupt:
             print("\nstopped; what was measured is kept", file=sys.stderr)
-            return True
-    return False
+            return 130
+    return 0
 
 
 def _jobs(given: argparse.Namespace, name: str, topic: Any) -> Iterator[Job]:

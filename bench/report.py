@@ -210,6 +210,9 @@ SHOW |= {"memory": memory.show, "churn": churn.show, "precision": precision.show
 
 def _page(found: dict[str, Any], results: dict[str, Any], figures: list[tuple[str, str, str]]) -> str:
     parts = ["<h1>fused_l2: what this machine measured</h1>", _losses(results.get("step", []) + results.get("churn", []))]
+    if found.get("disturbed samples", {}).get("count"):
+        share = found["disturbed samples"]["share"]
+        parts.insert(1, f"<p><strong>Measured on a busy machine: {share:.0%} of the samples waited for a core.</strong></p>")
     for topic, title, svg in figures:
         parts.append(f"<h2>{topic}</h2><figure>{svg}<figcaption>{html.escape(title)}</figcaption></figure>")
         if topic == "step":

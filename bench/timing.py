@@ -25,6 +25,30 @@ FEWEST_ROUNDS = 7  # fewer say nothing with that confidence
 FEWEST_OF_A_VISIT = 4  # where there are two of them
 
 
+class BusyMachine(RuntimeError):
+    """So little was undisturbed that no ratio would mean anything."""
+
+
+@dataclass
+class Disturbance:
+    """How many samples were taken, and how many of them waited for a core: those are left out unless ``counts`` is true."""
+
+    counts: bool = False
+    samples: int = 0
+    disturbed: int = 0
+
+    @property
+    def share(self) -> float:
+        return self.disturbed / max(self.samples, 1)
+
+    def __str__(self) -> str:
+        what = f"{self.share:.0%} of the samples waited for a core for more than {MAX_WAIT:.0%} of their time"
+        return f"MEASURED ON A BUSY MACHINE: {what}, and count" if self.counts else f"{what}, and were left out"
+
+
+disturbance = Disturbance()  # of this run
+
+
 class Clock(Protocol):
     def now(self) -> float:
         """Seconds."""
@@ -151,9 +175,10 @@ def interleave(
     The first contestant is the one that the others are compared with.
 
     Raises:
-        RuntimeError: so little was undisturbed that no ratio of these would mean anything.
+        BusyMachine: so little was undisturbed that no ratio of these would mean anything.
     """
     clock = clock or SystemClock()
+    so_far = Disturbance(samples=disturbance.samples, disturbed=disturbance.disturbed)
     calls = {}
     for name, call in contestants.items():
         call()
@@ -174,15 +199,19 @@ def interleave(
                 call()
             elapsed = clock.now() - start
             undisturbed = clock.waited() - wait <= MAX_WAIT * elapsed
-            samples[name].seconds.append(elapsed / count if undisturbed else None)
+            disturbance.samples += 1
+            disturbance.disturbed += not undisturbed
+            samples[name].seconds.append(elapsed / count if undisturbed or disturbance.counts else None)
         pairs = min(len(ratios(samples[names[0]], s)) for s in samples.values())
         over = clock.now() - started > budget
         # On a busy machine up to four times the budget is spent on having enough that is undisturbed.
         if pairs >= rounds or (over and pairs >= fewest) or clock.now() - started > 4 * budget:
             break
     if pairs == 0:
-        raise RuntimeError(
-            f"every sample of one contestant waited for a core for more than {MAX_WAIT:.0%} of its time: the machine is "
-            "busy with something else. Stop that, or use fewer threads (OMP_NUM_THREADS)"
+        share = (disturbance.disturbed - so_far.disturbed) / (disturbance.samples - so_far.samples)
+        raise BusyMachine(
+            f"the machine is busy: {share:.0%} of the samples waited for a core for more than {MAX_WAIT:.0%} of their time; "
+            "stop what else runs, use fewer threads (OMP_NUM_THREADS), or measure all the same with --even-if-busy, and the "
+            "report will say so"
         )
     return samples

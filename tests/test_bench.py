@@ -41,7 +41,7 @@ def test_shapes_have_the_published_numbers_of_parameters(bench):
 def test_one_case_runs_and_writes_json(bench, tmp_path, capsys):
     out = tmp_path / "results.json"
     few = ["--provider", "torch fused", "--provider", "torch for-loop"]
-    assert bench("cli").main(["step", "--case", "one-64k", "--seconds", "0.2", *few, "--json", str(out)]) == 0
+    assert bench("cli").main(["step", "--case", "one-64k", "--seconds", "0.2", *few, "--even-if-busy", "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "torch fused" in printed
     assert "wrong" not in printed
@@ -58,7 +58,7 @@ def test_one_case_runs_and_writes_json(bench, tmp_path, capsys):
 def test_every_topic_runs(bench, topic, capsys, monkeypatch):
     monkeypatch.setattr(bench("limit"), "SIZES", (256, 1024))
     case = {"clip": ["--case", "one-64k"], "statistics": ["--case", "one-64k"], "train": ["--case", "mlp"]}.get(topic, [])
-    arguments = [topic, *case, "--provider", "torch fused", "--optimizer", "AdamW", "--seconds", "0.2"]
+    arguments = [topic, *case, "--provider", "torch fused", "--optimizer", "AdamW", "--seconds", "0.2", "--even-if-busy"]
     assert bench("cli").main(arguments) == 0
     assert "AdamW" in capsys.readouterr().out
 
@@ -136,9 +136,8 @@ def test_every_situation_between_steps_runs(bench, tmp_path, monkeypatch, capsys
     churn, tables = bench("churn"), bench("tables")
     monkeypatch.setattr(churn, "SITUATIONS", small(churn, run=2))
     monkeypatch.setattr(churn, "SAMPLE", 1e-3)
-    monkeypatch.setattr(churn.timing.SystemClock, "waited", lambda self: 0.0)  # no figure is looked at: the machine may be busy
     out, threads = tmp_path / "results.json", torch.get_num_threads()
-    assert bench("cli").main(["churn", "--seconds", "0.01", "--json", str(out)]) == 0
+    assert bench("cli").main(["churn", "--seconds", "0.01", "--even-if-busy", "--json", str(out)]) == 0
     assert torch.get_num_threads() == threads
     results = json.loads(out.read_text())["results"]["churn"]
     assert [r["case"] for r in results] == [s.name for s in churn.SITUATIONS]
@@ -408,8 +407,26 @@ def test_a_busy_neighbour_does_not_decide_a_ratio(bench):
 def test_a_machine_that_is_never_free_is_an_error(bench):
     timing = bench("timing")
     clock = CountedClock(0, busy=1.0)
-    with pytest.raises(RuntimeError, match="the machine is busy"):
+    with pytest.raises(timing.BusyMachine, match="the machine is busy: 100% of the samples"):
         timing.interleave({"a": clock.contestant(1e-3)}, 0.1, 31, 5e-3, clock)
+    timing.disturbance.counts = True
+    samples = timing.interleave({"a": clock.contestant(1e-3)}, 0.1, 31, 5e-3, clock)
+    assert samples["a"].kept == samples["a"].seconds
+
+
+@needs_library
+def test_a_busy_machine_is_refused_in_a_sentence_or_named_in_the_report(bench, monkeypatch, tmp_path, capsys):
+    timing, out = bench("timing"), tmp_path / "results.json"
+    monkeypatch.setattr(timing.SystemClock, "waited", timing.SystemClock.now)  # each second is one spent waiting
+    arguments = ["clip", "--case", "one-64k", "--optimizer", "SGD", "--seconds", "0.02", "--json", str(out)]
+    assert bench("cli").main(arguments) == 3
+    captured = capsys.readouterr()
+    assert captured.err.strip().splitlines() == [line for line in captured.err.splitlines() if "the machine is busy" in line]
+    assert "--even-if-busy" in captured.err
+    assert json.loads(out.read_text())["disturbed samples"] == {"share": 1.0, "count": False}
+    assert bench("cli").main([*arguments, "--even-if-busy"]) == 0
+    assert "MEASURED ON A BUSY MACHINE: 100% of the samples" in capsys.readouterr().out
+    assert json.loads(out.read_text())["disturbed samples"] == {"share": 1.0, "count": True}
 
 
 def test_comparison_names_what_became_slower(bench):
@@ -470,4 +487,7 @@ def test_the_report_is_one_page_with_its_pictures(bench, tmp_path):
     assert page.count("<svg") == 3
     assert "src=" not in page  # nothing from elsewhere
     assert "prefers-color-scheme: dark" in page
+    assert "busy machine" not in page
+    busy = bench("report").write({**found, "disturbed samples": {"share": 0.4, "count": True}}, tmp_path).read_text()
+    assert "Measured on a busy machine: 40% of the samples" in busy
     assert "#123456" not in page

@@ -314,6 +314,8 @@ class World:
 
     def hook(self, given: dict[str, Any]) -> None:
         """Halves the gradients of the next step."""
+        if self.scaler:  # which does not call step() of torch's where a step is skipped, and ours runs its hooks then
+            return
 
         done = []
 
