@@ -316,6 +316,8 @@ class World:
         """Halves the gradients of the next step."""
         if self.scaler:  # which does not call step() of torch's where a step is skipped, and ours runs its hooks then
             return
+        if self.scaler:  # which does not call step() of torch's where a step is skipped, and ours runs its hooks then
+            return
 
         done = []
 
