@@ -19,7 +19,7 @@ STAMP := $(ENVIRONMENT)/.fused_l2-installed
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations stress stress-asan bench gpu-report sanitize lint format wheels docs clean
+.PHONY: help demo test test-integrations test-matrix stress stress-asan bench gpu-report sanitize lint format wheels docs clean
 
 # Another checkout may have installed itself into the same environment since.
 INSTALLED := import importlib.util, os, sys; spec = importlib.util.find_spec('fused_l2'); \
@@ -39,6 +39,7 @@ help:
 	@echo "make demo               train on handwritten digits: what lambda does, and the bits of torch.optim (half a minute)"
 	@echo "make test               the tests"
 	@echo "make test-integrations  the tests in the trainers of others, which it installs"
+	@echo "make test-matrix        the tests with other versions of torch and triton, which it installs (8 GB)"
 	@echo "make lint, make format  ruff, mypy, clang-format"
 	@echo "make stress             random programs of training against torch's for-loop (ten minutes, or any time)"
 	@echo "make sanitize           the C++, alone and driven from Python, under AddressSanitizer, UBSan and ThreadSanitizer"
@@ -59,6 +60,10 @@ test-integrations: $(STAMP)
 	$(call install,accelerate lightning transformers) huggingface_hub pyyaml
 	$(PYTHON) -m pip install -q --no-deps 'timm>=1.0.12'
 	$(PYTHON) -m pytest tests/integrations tests/test_docs.py
+
+# With other torches and tritons, in environments of their own in build/matrix (8 GB); MATRIX="2.13.0+3.6.0" for one of them.
+test-matrix: $(STAMP)
+	$(PYTHON) tests/try_matrix.py $(MATRIX)
 
 # Random programs of training against torch's for-loop and the written definition, for any time; the first that differs is printed
 # at its shortest. To repeat: make stress STRESS="--seed N". stress-asan: the same with the C++ library under AddressSanitizer.
