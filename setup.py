@@ -5,6 +5,7 @@ library. Otherwise a failing compiler leaves an install that works, on plain PyT
 """
 
 import os
+import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,10 @@ GNU_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-
 # GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for uninitialized.
 GNU_FLAGS += ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 MSVC_FLAGS = ["/std:c++17", "/O2", "/fp:precise", "/EHsc"]
+
+
+# Built in, so that a library beside newer sources is refused.
+SOURCES = runpy.run_path(str(Path(__file__).parent / "fused_l2" / "_sources.py"))["fingerprint"](Path("csrc"))
 
 
 class BuildLibrary(build_ext):
@@ -59,6 +64,7 @@ library = Extension(
     sources=sorted(str(p) for p in Path("csrc").glob("*.cpp")),
     depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
     language="c++",
+    define_macros=[("FUSED_L2_SOURCES", str(SOURCES))],
     libraries=["dl"] if sys.platform == "linux" else [],
     optional=MODE != "require",
 )

@@ -22,6 +22,12 @@ using namespace fused_l2;
 // Names and order of every column, coefficient and flag: Python compares it with its own before the first call.
 FUSED_L2_EXPORT const char* fused_l2_layout() { return layout(); }
 
+// What it was built from, as fused_l2/_sources.py computes it; 0 if whoever compiled it did not say.
+#ifndef FUSED_L2_SOURCES
+#define FUSED_L2_SOURCES 0
+#endif
+FUSED_L2_EXPORT int64_t fused_l2_sources() { return FUSED_L2_SOURCES; }
+
 // Finds torch's functions in the library loaded from `path`. Returns which were found: 1 threads, 2 tensor accessors.
 FUSED_L2_EXPORT int64_t fused_l2_connect(const char* path) {
   const TorchAbi& abi = connect_torch_abi(path);

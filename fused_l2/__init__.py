@@ -19,6 +19,7 @@ import torch.optim
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from . import weight_decay
+from ._sources import find_kernels as _find_kernels
 from ._version import __version__
 from .adam import Adam, AdamW
 from .backward import step_in_backward
@@ -27,6 +28,8 @@ from .engines import capabilities
 from .sgd import SGD
 from .statistics import Statistics
 from .warmup import warmup
+
+_find_kernels()
 
 __all__ = [
     "SGD",

@@ -150,7 +150,6 @@ class AdamW(Adam):
             **options,
         )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group["decoupled_weight_decay"] = True  # also after loading a state dict of Adam
+    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
+        # Also after loading a state dict of Adam.
+        return {**super()._completed(group), "decoupled_weight_decay": True}

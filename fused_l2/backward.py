@@ -55,10 +55,11 @@ class _SingleStep:
     def __init__(self, optimizer: FusedOptimizer, index: int, position: int, number: int, stepped: set[int]) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._index, self._position, self._stepped = index, position, stepped
-        self._options = optimizer._stepper.options
-        self._stepper = Stepper(optimizer._rule, self._options.for_group(index), first=number)
+        options = optimizer._stepper.options
+        self._options: Options | None = options
+        self._stepper = Stepper(optimizer._rule, options.for_group(index), first=number)
 
-    def _finds(self, param: Tensor, groups: list[dict[str, Any]]) -> bool:
+    def _finds(self, param: Tensor, groups: list[dict[str, Any]], whole: Stepper) -> bool:
         """Whether the optimizer has the parameter, perhaps in another group than before."""
         try:
             if groups[self._index]["params"][self._position] is param:
@@ -68,8 +69,8 @@ class _SingleStep:
         for index, group in enumerate(groups):
             for position, p in enumerate(group["params"]):
                 if p is param:
-                    self._index, self._position = index, position
-                    self._stepper.set_options(self._options.for_group(index))
+                    whole.arrange(groups)
+                    self._index, self._position, self._options = index, position, None
                     return True
         return False
 
@@ -78,7 +79,7 @@ class _SingleStep:
 
     def step(self, param: Tensor) -> None:
         optimizer = self._optimizer()
-        if optimizer is None or not self._finds(param, optimizer.param_groups):
+        if optimizer is None or not self._finds(param, optimizer.param_groups, optimizer._stepper):
             return
         if id(param) in self._stepped:
             raise RuntimeError(
@@ -87,18 +88,17 @@ class _SingleStep:
                 "Call optimizer.step() after every backward(); to accumulate, remove() what step_in_backward returned."
             )
         stepper, whole = self._stepper, optimizer._stepper
-        if whole.options is not self._options:  # somebody has set one
+        if whole.options is not self._options:  # somebody has set one, or moved the group
             _refuse_what_needs_all_gradients(whole.options)
             stepper.set_options(whole.options.for_group(self._index))
             self._options = whole.options
         stepper.initial_lrs = {0: whole.initial_lrs.get(self._index, 0.0)}
-        stepper.waiting, stepper.has_warned = whole.waiting, whole.has_warned
+        stepper.waiting, stepper.warned = whole.waiting, whole.warned
         group = optimizer.param_groups[self._index]
         own = {**group, "params": [param]}
         if "param_names" in group:
             own["param_names"] = group["param_names"][self._position : self._position + 1]
         stepper.step([own], optimizer.state)
-        whole.has_warned = stepper.has_warned
         self._stepped.add(id(param))
         param.grad = None
 

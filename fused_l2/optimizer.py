@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -16,10 +17,11 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from .options import OptionAttributes, Options
+from . import state_dicts
+from .options import NAMES, OptionAttributes, Options, did_you_mean
 from .parameters import checks
 from .parameters.entry import scalar_dtype
-from .parameters.low_precision import narrowed, transferable, widened, with_kept_dtype
+from .parameters.low_precision import narrowed, widened
 from .parameters.shards import is_dtensor, like, local, why_refused
 from .statistics import Statistics
 from .step import scaler
@@ -27,7 +29,6 @@ from .step.hyperparameters import number
 from .step.rules import UpdateRule
 from .step.state import OptimizerState
 from .step.stepper import Stepper
-from .tables.modes import HALVES, STATE_NAMES, Mode
 
 _T = TypeVar("_T")
 _is_compiling = torch.compiler.is_compiling
@@ -117,9 +118,24 @@ class FusedOptimizer(OptionAttributes, Optimizer):
     @property
     def options(self) -> dict[str, Any]:
         """All options beyond torch.optim's arguments, by name, to be logged. They are set as attributes."""
+        self._stepper.arrange(self.param_groups)
         return self._stepper.options.as_dict()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name not in self.__dict__ and not hasattr(type(self), name):
+            hint = did_you_mean(name, NAMES)
+            if hint:
+                raise AttributeError(f"{type(self).__name__} has no option {name!r}{hint}")
+            if name in self.__dict__.get("defaults", ()):
+                warnings.warn(
+                    f"fused_l2: setting optimizer.{name} changes no step: hyperparameters are keys of the param groups, "
+                    f"optimizer.param_groups[i][{name!r}]",
+                    stacklevel=2,
+                )
+        super().__setattr__(name, value)
+
     def _get_option(self, name: str) -> Any:
+        self._stepper.arrange(self.param_groups)
         value = getattr(self._stepper.options, name)
         if name == "decay_rule" and not isinstance(value, str):
             return tuple(self._stepper.options.decay_rule_of(i).name.lower() for i in range(len(self.param_groups)))
@@ -127,6 +143,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
 
     def _set_option(self, name: str, value: Any) -> None:
         stepper = self._stepper
+        stepper.arrange(self.param_groups)
         options = stepper.options.replaced(name, value)
         options.check_groups(len(self.param_groups))
         for i, group in enumerate(self.param_groups):
@@ -186,6 +203,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         return self._stepper.was_skipped
 
     def __repr__(self) -> str:
+        self._stepper.arrange(self.param_groups)
         changed = self._stepper.options.changed()
         text = super().__repr__()
         if not changed:
@@ -251,6 +269,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group`` does, after checking its hyperparameters."""
         index = len(self.param_groups)
+        self._stepper.arrange(self.param_groups)
         initial_lrs = self._stepper.initial_lrs
         try:
             if isinstance(param_group, dict):
@@ -260,6 +279,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
                 if param_group.get("differentiable"):
                     raise ValueError(_NOT_DIFFERENTIABLE)
             super().add_param_group(param_group)
+            self._stepper.arrange(self.param_groups)
         except BaseException:
             initial_lrs.pop(index, None)
             raise
@@ -267,7 +287,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's state dict: plain dicts, torch's keys. ``torch.optim`` loads it, and this class loads torch's."""
-        convert = self.register_state_dict_post_hook(_packed, prepend=True)
+        convert = self.register_state_dict_post_hook(state_dicts.packed, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -282,12 +302,14 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         momentum have that dtype at once. Tensors are copied, so that two optimizers loaded from one dict do not step one state.
 
         Raises:
-            ValueError: if the param groups are not those of this optimizer, or the state was kept by another
-                ``low_precision``; nothing has changed then.
+            ValueError, TypeError: if param groups or states are not those of this optimizer's parameters, are damaged, or were
+                kept by another ``low_precision``; the message names what it is, and nothing has changed then.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"load_state_dict needs a dict, got {type(state_dict).__name__}")
         loaded: dict[str, Any] = {}
         capture = self.register_load_state_dict_pre_hook(lambda _, given: self._take_given(given, loaded))
-        restore = self.register_load_state_dict_post_hook(lambda _: self._own_state(loaded), prepend=True)
+        restore = self.register_load_state_dict_post_hook(lambda _: self._own(loaded), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -296,58 +318,26 @@ class FusedOptimizer(OptionAttributes, Optimizer):
 
     def _take_given(self, given: dict[str, Any], loaded: dict[str, Any]) -> None:
         """What is about to be loaded, after the pre-hooks of others, checked."""
+        self._stepper.arrange(self.param_groups)
+        state_dicts.check(given, self._stepper, self.param_groups, self._completed)
         loaded.update(given)
-        groups, own = given["param_groups"], self.param_groups
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in own]:
-            return  # torch refuses it in its own words
-        for i, p in zip((i for g in groups for i in g["params"]), self._all_params(), strict=True):
-            mode = self._stepper.options.precision.mode_of(p)
-            state = given["state"].get(i) or {}
-            for other in STATE_NAMES:
-                if other != mode.state_name and other in state:
-                    of = next(m for m in Mode if m.state_name == other).name.lower()
-                    raise ValueError(
-                        f"The state of parameter {i} holds {other!r}, which low_precision={of!r} has kept, and this optimizer "
-                        f"has low_precision={mode.name.lower()!r}. To change over, make it with the former, load, and set "
-                        f"optimizer.low_precision; to give up what is kept, delete {other!r} from the states."
-                    )
 
-    @torch.no_grad()
-    def _own_state(self, loaded: dict[str, Any]) -> None:
-        """After torch has cast and copied: the dtypes that torch does not keep, and memory of our own."""
-        precision, waiting = self._stepper.options.precision, self._stepper.waiting
-        waiting.clear()
-        ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        for i, param in zip(ids, self._all_params(), strict=True):
-            given = loaded["state"].get(i)
-            if not isinstance(given, Mapping) or param not in self.state:
-                continue
-            state = self.state[param]
-            wanted = precision.state_dtype_of(param)
-            for key, before in given.items():
-                value = state[key]
-                if not isinstance(value, Tensor) or not isinstance(before, Tensor):
-                    continue
-                is_moment = key != "step" and key not in STATE_NAMES
-                if is_moment and wanted is not None and before.is_floating_point() and before.shape == param.shape:
-                    if value.dtype is not wanted or _same_memory(value, before):
-                        state[key] = before.to(device=value.device, dtype=wanted, copy=True)
-                elif key in STATE_NAMES or (is_moment and before.dtype is torch.float32 and value.dtype in HALVES):
-                    state[key] = with_kept_dtype(key, before.to(device=value.device, copy=True))
-                elif _same_memory(value, before):
-                    state[key] = value.clone()
-            if state and all(key in STATE_NAMES for key in state):  # set before a first step
-                waiting[param] = dict(state)
-                del self.state[param]
+    def _own(self, loaded: dict[str, Any]) -> None:
+        state_dicts.own(loaded, self._stepper, self._all_params(), self.state)
+
+    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A param group with the keys that it lacks, as in checkpoints of old versions of torch."""
+        return {**self.defaults, **group}
 
     def __getstate__(self) -> dict[str, Any]:
         stepper = self._stepper
+        stepper.arrange(self.param_groups)
         return {
             **super().__getstate__(),
             "_options": stepper.options,
             "_initial_lrs": dict(stepper.initial_lrs),
             "_waiting": {param: dict(state) for param, state in stepper.waiting.items()},
-            "_has_warned": stepper.has_warned,
+            "_warned": set(stepper.warned),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -356,7 +346,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             stepper = self._stepper = Stepper(self._rule, given.pop("_options"))
             stepper.initial_lrs = given.pop("_initial_lrs")
             stepper.waiting = given.pop("_waiting")
-            stepper.has_warned = given.pop("_has_warned")
+            stepper.warned = given.pop("_warned")
         super().__setstate__(given)
         if type(self.state) is not OptimizerState:
             self.state = OptimizerState(self.state)
@@ -365,27 +355,9 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             if isinstance(own, dict) and isinstance(own.get("step"), (int, float)):
                 own["step"] = torch.tensor(float(own["step"]), dtype=scalar_dtype(), device="cpu")
         self.drop_plan()
+        self._stepper.arrange(self.param_groups)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-
-
-def _packed(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict as others know it: plain dicts, and remainders in a dtype that can be sent. What waits for a first step
-    is among the states."""
-    states = dict(state_dict["state"])
-    waiting = optimizer._stepper.waiting
-    if waiting:
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, param in zip(ids, optimizer._all_params(), strict=True):
-            if param in waiting and i not in states:
-                states[i] = waiting[param]
-    state_dict["state"] = {k: transferable(v) if isinstance(v, dict) else v for k, v in states.items()}
-    return state_dict
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and bool(local(a).data_ptr() == local(b).data_ptr())
+            group.update(self._completed(group))
 
 
 def _has_step_hooks(optimizer: Optimizer) -> bool:

@@ -7,11 +7,12 @@ An option is three edits in this file: its type in :class:`OptionArguments`, its
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypedDict, TypeVar
 
@@ -58,8 +59,9 @@ def _max_grad_norm(value: Any) -> float | None:
     if not _is_number(value):
         raise TypeError(f"max_grad_norm must be a number, got {value!r} of type {type(value).__name__}")
     limit = float(value)
-    if not limit >= 0:
-        raise ValueError(f"Invalid max_grad_norm: {value}; expected a number >= 0, or None")
+    if not limit > 0:
+        off = "; to leave the gradients as they are, pass None" if limit == 0 else ", or None"
+        raise ValueError(f"Invalid max_grad_norm: {value}; expected a number > 0{off}")
     return limit
 
 
@@ -138,6 +140,15 @@ def _one_process_group(value: Any) -> Any:
         f"norm_process_group must be 'replicated', 'world', a ProcessGroup or its name, a DeviceMesh, None, or a sequence with "
         f"one of them per param group, got {value!r}"
     )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question for the end of a message, if the name is nearly one of those."""
+    plain = {k.replace("_", "").lower(): k for k in known}
+    asked = name.replace("_", "").lower()
+    # A short name has many neighbours.
+    close = [asked] if asked in plain else difflib.get_close_matches(asked, [k for k in plain if len(k) > 5], 1, 0.8)
+    return f": did you mean {plain[close[0]]!r}?" if close else ""
 
 
 def _option(default: Any, check: Callable[[Any], Any], description: str) -> Any:
@@ -248,7 +259,8 @@ class Options:
         """
         for name in given:
             if name not in NAMES:
-                raise TypeError(f"{optimizer}.__init__() got an unexpected keyword argument {name!r}")
+                hint = did_you_mean(name, NAMES)
+                raise TypeError(f"{optimizer}.__init__() got an unexpected keyword argument {name!r}{hint}")
         made = cls(
             **{name: _FIELDS[name].metadata["check"](value) for name, value in given.items()},
             decoupled_weight_decay=decoupled_weight_decay,

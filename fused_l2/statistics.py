@@ -57,7 +57,7 @@ class Statistics:
 
     def by_tensor(self) -> dict[str, Statistics]:
         """The same figures of each tensor that had a gradient, by its name in the param group's ``param_names``, or else by the
-        numbers of group and position: ``"0.3"``."""
+        numbers of group and position: ``"0.3"``. A name that several have is followed by those: ``"weight (0.3)"``."""
         return {name: self._of([i]) for i, name in enumerate(self._measured.names)}
 
     def _of(self, tensors: list[int]) -> Statistics:

@@ -23,6 +23,7 @@ from .layout import (
     FULLY_DECOUPLED,
     KAHAN,
     NUMBERS,
+    RANDOM_STEPS,
     ROW_BETA2,
     ROW_BIAS_CORRECTION2_SQRT,
     ROW_DECAY,
@@ -51,7 +52,7 @@ from .sums import larger
 @triton.jit
 def fused_l2_coefficients(
     groups,  # int64 [COUNT]: the row of `numbers` of each tensor
-    counters,  # int64 [COUNT]: addresses of step counters, float32; 0 for a tensor without a gradient
+    counters,  # int64 [COUNT]: addresses of step counters, float32 or (random bits) float64; 0 without a gradient
     coefficients,  # opmath [COUNT][COEFFICIENT_WIDTH]
     COUNT,
     numbers,  # float64 [.][NUMBERS]: hyperparameters
@@ -70,19 +71,20 @@ def fused_l2_coefficients(
     if counts:
         address = tl.load(counters + tensor, mask=inside, other=0)
         is_made = inside & (address != 0)  # a tensor without a gradient counts nothing
-        counter = address.to(tl.pointer_type(tl.float32))
-        steps = tl.load(counter, mask=is_made, other=0.0)
-        put(out, STEP_COUNT, steps + 1, inside)
+        COUNTER: tl.constexpr = tl.float64 if BUCKET_FLAGS & (KAHAN | STOCHASTIC) else tl.float32
+        counter = address.to(tl.pointer_type(COUNTER))
+        steps = tl.load(counter, mask=is_made, other=0.0) + 1  # float32 stands still at 2^24, as torch's does
+        count = tl.minimum(steps, 1073741824.0).to(tl.int32)
+        put(out, STEP_COUNT, count & (RANDOM_STEPS - 1), inside)
         if BUCKET_FLAGS & SCALED:
             is_made = is_made & (tl.load(control + SKIP) == 0)
-        tl.store(counter, steps + 1, mask=is_made)
+        tl.store(counter, steps, mask=is_made)
     if RULE == ADAM:
         lr = number(numbers, sources, first + ADAM_LR, inside)
         beta1 = number(numbers, sources, first + ADAM_BETA1, inside)
         beta2 = number(numbers, sources, first + ADAM_BETA2, inside)
         eps = number(numbers, sources, first + ADAM_EPS, inside)
         weight_decay = number(numbers, sources, first + ADAM_WEIGHT_DECAY, inside)
-        count = steps.to(tl.int32) + 1
         bias_correction1 = 1 - power(beta1, count)
         bias_correction2 = 1 - power(beta2, count)
         max_lr = number(numbers, sources, first + ADAM_MAX_LR, inside)
@@ -145,7 +147,7 @@ def put(row, column: tl.constexpr, value, inside):
 
 @triton.jit
 def power(base, exponent):
-    """base^exponent for exponents below 2^24, by squaring, in pairs of float64 (Dekker 1971): what comes of it is rounded once,
+    """base^exponent for exponents up to 2^30, by squaring, in pairs of float64 (Dekker 1971): what comes of it is rounded once,
     as by a correctly rounded pow."""
     high = base * 0 + 1
     low = base * 0

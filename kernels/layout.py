@@ -14,7 +14,7 @@ NUMEL, COEFFICIENTS, FLAGS = tl.constexpr(table.NUMEL), tl.constexpr(table.COEFF
 KEPT, KEY = tl.constexpr(table.KEPT), tl.constexpr(table.KEY)
 WIDTH, LANES = tl.constexpr(table.WIDTH), tl.constexpr(table.LANES)
 COEFFICIENT_WIDTH, NUMBERS = tl.constexpr(coefficients.WIDTH), tl.constexpr(coefficients.NUMBERS)
-STEP_COUNT = tl.constexpr(coefficients.STEP_COUNT)
+STEP_COUNT, RANDOM_STEPS = tl.constexpr(coefficients.STEP_COUNT), tl.constexpr(coefficients.RANDOM_STEPS)
 FACTOR, SKIP = tl.constexpr(control.FACTOR), tl.constexpr(control.SKIP)
 NORM, INV_SCALE = tl.constexpr(control.NORM), tl.constexpr(control.INV_SCALE)
 

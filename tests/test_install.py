@@ -73,7 +73,7 @@ def test_no_top_level_kernels_is_installed():
 
 # From the ground up. A module may import what stands on a lower line, or beside it.
 FLOORS = [
-    {"_version", "tables.coefficients", "parameters.shards"},
+    {"_sources", "_version", "tables.coefficients", "parameters.shards"},
     {"tables.tensor_table", "parameters.ranks"},
     {"tables.modes", "tables.control", "statistics", "reference", "kernels.layout"},
     {"parameters.low_precision", "parameters.memory"},
@@ -92,6 +92,7 @@ FLOORS = [
     {"step.rules"},
     {"step.plan"},
     {"step.stepper"},
+    {"state_dicts"},
     {"optimizer"},
     {"adam", "sgd", "backward", "checkpoint", "warmup"},
     {"weight_decay.conversion", "weight_decay.normalization", "weight_decay.param_groups", "weight_decay.penalty"},

@@ -418,7 +418,7 @@ def test_errors():
     made = fused_l2.AdamW([q], low_precision="master")
     made.step()
     other = fused_l2.AdamW([q], low_precision="kahan")
-    with pytest.raises(ValueError, match=r"state of parameter 0 holds 'master_param'.*has low_precision='kahan'"):
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 .*holds 'master_param'.*has low_precision='kahan'"):
         other.load_state_dict(made.state_dict())
     assert not other.state
     other.state[q].update({key: value.clone() for key, value in made.state[q].items()})

@@ -489,7 +489,7 @@ def test_a_long_run_holds_what_a_short_one_holds(name: str) -> None:
     # Step counts of single parameters part in time, and each has coefficients of its own, at most one row for each entry. Their
     # tables are doubled when they are too small: twice as many rows.
     rows = 2 * len(world.params)
-    by_count = {"Bucket.groups": 1, "Bucket._members": 1, "Bucket._known": 1, "TensorTable.steps": 1}
+    by_count = {"Bucket.groups": 1, "Bucket._members": 1, "Bucket._are_wide": 1, "Bucket._known": 1, "TensorTable.steps": 1}
     by_count["TensorTable.scalars"] = coefficients.WIDTH
     for key, width in by_count.items():
         key = next((k for k in long if k.endswith(key)), None)

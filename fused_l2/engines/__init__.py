@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..parameters.entry import Entry
-from ..parameters.memory import has_memory, is_dense, is_plain
+from ..parameters.memory import has_memory, has_plain_type, is_dense, is_plain
 from ..parameters.ranks import Sharing
 from ..parameters.shards import local
 from ..tables.tensor_table import DTYPES, Rule
@@ -77,7 +77,11 @@ def capabilities() -> Capabilities:
             pool = "one thread, because this torch lacks torch_parallel_for (torch >= 2.10 has it)"
         on_cpu = Capability("cpu", f"C++ ({library.capability})", f"{available}; {pool}")
     others = Capability("other devices", "plain PyTorch", "there is no engine for them")
-    return Capabilities((on_cpu, _on_cuda(), others))
+    try:
+        on_cuda = _on_cuda()
+    except Exception as error:  # of torch, of a driver, of triton
+        on_cuda = Capability("cuda", "none", f"it cannot be asked: {type(error).__name__}: {error}")
+    return Capabilities((on_cpu, on_cuda, others))
 
 
 def _on_cuda() -> Capability:
@@ -117,6 +121,13 @@ def has_engine(entry: Entry, rule: Rule) -> bool:
     a whole device lacks an engine is told once per process.
     """
     if not (entry.is_regular and entry.local.dtype in DTYPES):
+        kind = type(entry.local)
+        if not has_plain_type(entry.local) and kind.__module__.partition(".")[0] != "torch":
+            _warn_once(
+                f"fused_l2 steps tensors of the subclass {kind.__module__}.{kind.__qualname__} with plain PyTorch operations, "
+                f"because it has a __torch_function__ or __torch_dispatch__ of its own: the results are right, the speed is "
+                f"that of torch.optim's functions."
+            )
         return False
     device = device_of(entry.local)
     if device.type == "cpu":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,19 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _sources
 from ..tables.tensor_table import int64_array, layout
 
 CAPABILITY_VARIABLE = "FUSED_L2_CPU_CAPABILITY"
 _FILE = {"win32": "fused_l2.dll", "darwin": "libfused_l2.dylib"}.get(sys.platform, "libfused_l2.so")
 _TORCH_FILE = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
-_REMEDY = (
-    "Install a C++17 compiler (g++ or clang++) and run `pip install --force-reinstall --no-deps --no-cache-dir fused_l2` "
-    "(in a checkout: `pip install -e .`)."
-)
+_REMEDY = "Install a C++17 compiler (g++ or clang++) and run `pip install --force-reinstall --no-deps --no-cache-dir fused_l2`."
 
 _POINTER, _INTEGER, _NUMBER, _TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_char_p
 # The functions of csrc/library.cpp, in its order: result and arguments. fused_l2_layout is asked before these are known to fit.
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "sources": (_INTEGER, ()),
     "connect": (_INTEGER, (_TEXT,)),
     "thread_count": (_INTEGER, ()),
     "capability_name": (_TEXT, (_INTEGER,)),
@@ -62,17 +62,20 @@ class Library:
         self._short: Any = ctypes.PyDLL(str(path))
         self._short.fused_l2_layout.restype = _TEXT
         if self._short.fused_l2_layout().decode() != layout():
-            raise OSError(f"{path.name} was built from other sources than this Python code")
+            raise OSError(f"{path} was built from other sources than this Python code")
         for name, (result, arguments) in _FUNCTIONS.items():
             for library in (self._long, self._short):
                 function = getattr(library, f"fused_l2_{name}")
                 function.restype, function.argtypes = result, arguments
+        root, built_from = _sources.checkout(), self._short.fused_l2_sources()
+        if root is not None and built_from not in (0, _sources.fingerprint(root / "csrc")):
+            raise OSError(f"{path} was built from other sources than those in {root / 'csrc'}")
         names: list[str] = []
         while name := self._short.fused_l2_capability_name(len(names)):
             names.append(name.decode())
         self._names = names
         self.available = [n for i, n in enumerate(names) if self._short.fused_l2_capability_supported(i)]
-        self.forced = CAPABILITY_VARIABLE in os.environ
+        self.forced = bool(os.environ.get(CAPABILITY_VARIABLE))
         if self.forced:
             self.select(os.environ[CAPABILITY_VARIABLE])
 
@@ -125,15 +128,42 @@ class Library:
         return list(out)
 
 
+def _is_cut_off(path: Path) -> bool:
+    """Whether an ELF file ends before what is to be loaded of it does. Reading that would end the process with a bus error;
+    what is wrong with other kinds of files the loader says itself."""
+    with path.open("rb") as file:
+        head = file.read(64)
+        if len(head) < 64 or head[:5] != b"\x7fELF\2":
+            return False
+        order = "<" if head[5] == 1 else ">"
+        (at,), (size, count) = struct.unpack_from(f"{order}Q", head, 32), struct.unpack_from(f"{order}HH", head, 54)
+        file.seek(at)
+        headers = file.read(size * count)
+    if len(headers) < size * count:
+        return True
+    for i in range(count):
+        kind, _, begin = struct.unpack_from(f"{order}IIQ", headers, i * size)
+        (length,) = struct.unpack_from(f"{order}Q", headers, i * size + 32)
+        if kind == 1 and begin + length > path.stat().st_size:
+            return True
+    return False
+
+
 @functools.cache
 def _load() -> tuple[Library | None, str]:
-    path = Path(__file__).parent.parent / _FILE
-    if not path.exists():
-        return None, f"fused_l2 was installed without its C++ library ({_FILE} is missing). {_REMEDY}"
-    try:
-        return Library(path), ""
-    except (OSError, AttributeError) as error:  # AttributeError: a function that an older library lacks
-        return None, f"the C++ library could not be loaded: {error}. {_REMEDY}"
+    root = _sources.checkout()
+    remedy = _REMEDY if root is None else f"Run `pip install -e .` in {root}; it needs a C++17 compiler (g++ or clang++)."
+    why = f"fused_l2 was installed without its C++ library ({_FILE} is missing). {remedy}"
+    if root is not None:
+        why = f"{root} is a source checkout whose C++ library was not compiled, and it is what Python imports here. {remedy}"
+    for path in _sources.libraries(_FILE):
+        try:
+            if _is_cut_off(path):
+                raise OSError(f"{path} is only the beginning of a library")
+            return Library(path), ""
+        except (OSError, AttributeError) as error:  # AttributeError: a function that an older library lacks
+            why = f"the C++ library could not be loaded: {error}. {remedy}"
+    return None, why
 
 
 def library() -> Library | None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch import Tensor
 from ..tables.tensor_table import Rule
 
 OLDEST_TRITON = (3, 6)
+_T = TypeVar("_T")
 
 
 class Kernel(Protocol):
@@ -168,17 +171,68 @@ def device(of: torch.device) -> Device:
     return Device(of)
 
 
+TRITON_VARIABLE = "FUSED_L2_TRITON"
+_ATTEMPTS = 3
+
+
+def attempted(make: Callable[[], _T]) -> _T:
+    """Do this again if it fails: what compiles and loads may meet a file that another process is writing, or a network disk
+    that is away for a moment."""
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            return make()
+        except Exception as error:
+            lasting = isinstance(error, ImportError) or type(error).__name__ == "Refused"  # the compiler's own refusal
+            if lasting or not left or _is_out_of_memory(error):
+                raise
+            time.sleep(0.1)
+    raise AssertionError
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return "out of memory" in str(error).lower()  # says nothing about the next time
+
+
+def compiled(on: Device, kind: Any, *signature: Any) -> Kernel:
+    """A kernel. Raises what the compiler raises where it does so again and again."""
+    return attempted(lambda: on.compile(kind, *signature))
+
+
 @functools.cache
 def why_unavailable() -> str:
-    """Why there is no engine for any CUDA device, or nothing."""
+    """Why there is no engine for any CUDA device, or nothing. Raises where other processes may have one, see _failed()."""
+    if os.environ.get(TRITON_VARIABLE) == "0":
+        return f"{TRITON_VARIABLE}=0"
     try:
         import triton
+
+        found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+        if found < OLDEST_TRITON:
+            return f"triton {triton.__version__} is older than 3.6. Update torch, which brings its own triton"
+        attempted(_launch)
     except ImportError as error:
         return f"triton cannot be imported ({error}). Install it: pip install 'triton>=3.6'"
-    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if found < OLDEST_TRITON:
-        return f"triton {triton.__version__} is older than 3.6. Update torch, which brings its own triton"
+    except Exception as error:
+        return _failed("triton cannot be imported", error)
     return ""
+
+
+def _failed(what: str, error: Exception) -> str:
+    """Why plain PyTorch steps the tensors instead.
+
+    Raises:
+        RuntimeError: where several processes train together. The others may not have failed, and replicas that are stepped by
+            different engines come apart by rounding.
+    """
+    reason = f"{what}: {type(error).__name__}: {error}"
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            f"fused_l2, rank {distributed.get_rank()}: {reason}. Other processes may have their kernels, and plain PyTorch in "
+            f"this one alone would let replicas come apart; nothing was changed. If it happens in all of them, set "
+            f"{TRITON_VARIABLE}=0 in all of them, and plain PyTorch steps CUDA tensors."
+        ) from error
+    return reason
 
 
 def triton_version() -> str:
@@ -211,13 +265,13 @@ def _make_kernel(signature: Signature) -> tuple[Kernel | None, str]:
     launch, (of, *rest) = _launch(), signature
     found: tuple[Kernel | None, str]
     try:
-        found = _kernels[signature] = device(of).compile("step", *rest), ""
+        found = _kernels[signature] = compiled(device(of), "step", *rest), ""
         return found
     except launch.Refused as error:
         found = _kernels[signature] = None, str(error)
         return found
     except Exception as error:  # Triton needs a C compiler, Python's headers, a writable cache, ...
-        if "out of memory" in str(error).lower():  # of the device: says nothing about the next time
+        if _is_out_of_memory(error):
             raise
-        found = _failures[signature] = None, f"Triton could not compile or load a kernel: {type(error).__name__}: {error}"
+        found = _failures[signature] = None, _failed("Triton could not compile or load a kernel", error)
         return found

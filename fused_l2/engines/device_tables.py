@@ -18,7 +18,7 @@ from torch import Tensor
 from ..tables import coefficients
 from ..tables.control import Control, Prologue
 from ..tables.tensor_table import GRAD, STATISTICS, WIDTH, Flag, Rule, TensorTable, chunk_map, norm_chunk
-from .cuda import Device, Kernel, UploadRing
+from .cuda import Device, Kernel, UploadRing, compiled
 
 ROWS = 128  # coefficient rows that one program computes
 # How many words one launch carries as its arguments: almost the 4 KB that every driver takes. A kernel of so many takes seconds
@@ -92,13 +92,13 @@ class DeviceTable:
             self._launch = kernel.launcher(len(chunks), at.chunk_map, at.table, chunk, self.partials.data_ptr())
         self._compute: Callable[[int, int, int, int], None] | None = None
         if rows is not None:
-            compute = device.compile("coefficients", rule, flags, kernel.opmath, ROWS)
+            compute = compiled(device, "coefficients", rule, flags, kernel.opmath, ROWS)
             self._compute = compute.launcher(-(-table.count // ROWS), at.groups, at.counters, at.rows, table.count)
         # For a capture, within which nothing can be compiled. Adam with steps counted on the host cannot be captured.
         self._write: Callable[[int, int, int, tuple[int, ...]], None] | None = None
         self._words = words_of_a_launch(at.grads - at.head, table.count)
         if rows is not None or rule is Rule.SGD:
-            self._write = device.compile("write", self._words).launcher(1)
+            self._write = compiled(device, "write", self._words).launcher(1)
 
     def _place(self, itemsize: int, chunks: array[int], rows: Rows | None) -> Sections:
         """Make the memory and write what does not change. Returns addresses."""
@@ -194,13 +194,13 @@ class Measurer:
             self._measures[largest], first = [], 0
             for table, words, of in zip(self._tables, self._chunk_maps, self._dtypes, strict=True):
                 if words:
-                    kernel = self._device.compile("measure", of, largest)
+                    kernel = compiled(self._device, "measure", of, largest)
                     at, out = self._maps.data_ptr(), self._partials.data_ptr()
                     launch = kernel.launcher(len(words), at, table.table_address, out, self._chunk, first)
                     self._measures[largest].append((table, launch))
                     first += len(words)
         if (largest, dtype) not in self._controls:
-            kernel = self._device.compile("control", largest, dtype)
+            kernel = compiled(self._device, "control", largest, dtype)
             self._controls[largest, dtype] = kernel.launcher(1, self._partials.data_ptr())
 
     def control(self, stream: int, prologue: Prologue, dtype: torch.dtype) -> Tensor:

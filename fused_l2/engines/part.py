@@ -3,6 +3,7 @@ something is measured), in *buckets* of entries that one kernel steps: same upda
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from ..parameters.checks import is_count
 from ..parameters.entry import Entry
 from ..statistics import Record
 from ..tables import coefficients
@@ -35,7 +37,7 @@ from . import cpu
 
 _slot = attrgetter("slot")
 _EMPTY_ROW = bytes(8 * WIDTH)
-_LAST_COUNT = 2.0**24  # where a float32 step counter stands still
+_EXACT_COUNTS = 2.0**24  # up to here a float32 step counter counts every step; there torch's stands still
 
 Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameter, gradient and states
 # The coefficient row of a group's numbers at a step count, given the bucket's flags.
@@ -63,7 +65,8 @@ class Bucket:
         # By coefficient row.
         self.groups: list[int] = []
         self._members: list[int] = []
-        self._known: dict[tuple[int, float], int] | None = None
+        self._are_wide: list[bool] = []  # whether its step counters are float64
+        self._known: dict[tuple[int, float, bool], int] | None = None
 
     # Entries that come, go and change. Rows are brought up to date by settle(); the look writes the addresses to them.
 
@@ -123,12 +126,13 @@ class Bucket:
             rows[start + NUMEL] = e.numel
             if not self.on_device:
                 counter = e.counter
+                is_wide = counter is not None and counter.dtype is torch.float64
                 if e.group != group:
-                    group = e.group
-                    k = self._coefficient_row(group, 0.0 if counter is None else float(counter))
+                    group, count = e.group, 0.0 if counter is None else float(counter)
+                    # What is no count is not expected, and then refused by name.
+                    k = self._coefficient_row(group, count if is_count(count) else 0.0, is_wide)
                 if counter is not None:
-                    # The lowest bit says float64.
-                    rows[start + STEP] = counter.data_ptr() | (counter.dtype is torch.float64)
+                    rows[start + STEP] = counter.data_ptr() | is_wide  # the lowest bit says float64
                 rows[start + COEFFICIENTS] = k
                 self._members[k] += 1
             if e.first_step:
@@ -182,25 +186,33 @@ class Bucket:
                 self.table.rows[WIDTH * e.row + COEFFICIENTS] = e.row
         self._activate([e for e in entries if e.active])
 
-    def _coefficient_row(self, group: int, count: float) -> int:
+    def _coefficient_row(self, group: int, count: float, is_wide: bool) -> int:
         steps = self.table.steps
         if self._known is None:
-            self._known = {(g, steps[k]): k for k, g in enumerate(self.groups) if self._members[k]}
-        k = self._known.get((group, count), -1)
+            self._known = {(g, steps[k], self._are_wide[k]): k for k, g in enumerate(self.groups) if self._members[k]}
+        k = self._known.get((group, count, is_wide), -1)
         if k >= 0:
             return k
         for k, members in enumerate(self._members):
             if not members:
-                self.groups[k] = group
+                self.groups[k], self._are_wide[k] = group, is_wide
                 break
         else:
             k = len(self.groups)
             self.groups.append(group)
             self._members.append(0)
+            self._are_wide.append(is_wide)
             self.table.reserve(k + 1)
         self.table.steps[k] = count
-        self._known[group, count] = k
+        self._known[group, count, is_wide] = k
         return k
+
+    def _next_count(self, k: int) -> float:
+        """What the step counters of a coefficient row hold after the coming step."""
+        count: float = self.table.steps[k]
+        if count < _EXACT_COUNTS or self._are_wide[k]:
+            return count + 1
+        return ctypes.c_float(count + 1).value
 
     # Steps.
 
@@ -208,23 +220,22 @@ class Bucket:
         """Compute the coefficient rows of the coming step."""
         if self.on_device:
             return
-        flags, steps, members = self.flags, self.table.steps, self._members
+        flags, members = self.flags, self._members
         unused = (0.0,) * coefficients.STEP_COUNT
         scalars: list[float] = []
         for k, group in enumerate(self.groups):
-            step = steps[k] + 1
+            step = self._next_count(k)
             row = row_of(numbers[group], flags, step) if members[k] else unused
             scalars += row
             scalars += unused[len(row) :]
-            scalars.append(step)
+            scalars.append(step % coefficients.RANDOM_STEPS)
         self.table.scalars[: len(scalars)] = array("d", scalars)
 
     def stepped(self) -> None:
         """A step was made: what the next one expects to find."""
         steps = self.table.steps
         for k in range(len(self.groups)):
-            if steps[k] < _LAST_COUNT:
-                steps[k] += 1
+            steps[k] = self._next_count(k)
         self._known = None
         if self.first_steps:
             for e in self.first_steps:

@@ -19,6 +19,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+from ..parameters.checks import is_count
 from ..parameters.entry import Entry
 from ..parameters.low_precision import narrowed, random_bits, widened
 from ..statistics import GivenRows, row_of
@@ -75,7 +76,7 @@ class TorchPart(Part):
 
     def unexpected(self) -> list[Entry]:
         counters = [(e, e.counter) for e in self.entries() if e.counter is not None and e.counter.device.type == "cpu"]
-        return [e for e, counter in counters if bool(counter.isnan().any())]
+        return [e for e, counter in counters if not is_count(float(counter))]
 
     def prepare(self, row_of: RowOf, numbers: Sequence[Any], sources: Sequence[Sequence[int]]) -> None:
         self._numbers = numbers

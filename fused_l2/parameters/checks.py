@@ -19,7 +19,7 @@ from .shards import is_dtensor, local, why_refused
 
 Name = Callable[[], str]
 
-_KNOWN = ("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+KNOWN = ("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -43,6 +43,10 @@ def check_param(param: Any, name: Name) -> None:
     if is_expanded(param):
         raise RuntimeError(
             f"{name()}: it is an expanded tensor, whose elements share memory. Optimize the tensor it was made from."
+        )
+    if param.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name()}: it was made in inference mode, and torch allows no change of it outside of that mode. Clone it."
         )
     if is_dtensor(param) and any(placement.is_partial() for placement in param.placements):
         raise RuntimeError(
@@ -131,9 +135,9 @@ def check_whole(state: Mapping[str, Any], missing: list[str], name: Name) -> Non
     the others would make the first updates hundreds of times too large."""
     if not missing:
         return
-    found = [key for key in _KNOWN if state.get(key) is not None]
+    found = [key for key in KNOWN if state.get(key) is not None]
     foreign = [
-        key for key, value in state.items() if key not in (*_KNOWN, *STATE_NAMES) and isinstance(value, Tensor) and value.dim()
+        key for key, value in state.items() if key not in (*KNOWN, *STATE_NAMES) and isinstance(value, Tensor) and value.dim()
     ]
     if found or foreign:
         raise RuntimeError(
@@ -145,8 +149,13 @@ def check_whole(state: Mapping[str, Any], missing: list[str], name: Name) -> Non
 def check_counter(value: Tensor, name: Name) -> None:
     if not has_memory(value):
         raise RuntimeError(f"{name()}: the storage of its state 'step' was freed. Restore it before step().")
-    if math.isnan(float(value)):
-        raise RuntimeError(f"{name()}: its state 'step' is NaN. Set it to the number of steps made.")
+    if not is_count(float(value)):
+        raise RuntimeError(f"{name()}: its state 'step' is {float(value):g}. Set it to the number of steps made.")
+
+
+def is_count(steps: float) -> bool:
+    """Whether this many steps can have been made."""
+    return 0 <= steps < math.inf
 
 
 def refuse_counter(value: Any, name: Name) -> RuntimeError:

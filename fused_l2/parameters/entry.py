@@ -271,7 +271,7 @@ def make_entry(
     e.counter = None
     if kind.counts:
         value = found.get("step")
-        counter = as_counter(value, param, on_device, name)
+        counter = as_counter(value, param, on_device, mode.is_random, name)
         if not on_device and value is not None:
             checks.check_counter(counter, name)
         if counter is not value:
@@ -329,29 +329,30 @@ def _kept(e: Entry, found: Mapping[str, Any], name: Name) -> Tensor | None:
     return kept
 
 
-def as_counter(value: Any, param: Tensor, on_device: bool, name: Name) -> Tensor:
+def as_counter(value: Any, param: Tensor, on_device: bool, counts_all: bool, name: Name) -> Tensor:
     """A step counter as torch has it: a 0-dim tensor of torch's scalar dtype, on the CPU or (capturable, fused) on the
-    parameter's device, where it is float32.
+    parameter's device, where it is float32. With ``counts_all`` it is float64: float32 stands still at 2^24, and random bits of
+    one count are the same.
 
     ``value`` itself is returned if it can be counted in: one float32 (on the CPU also float64) number of any shape.
     Checkpoints hold counters of other kinds, too: Python numbers, 16-bit ones, ones on another device.
     """
     device = param.device if on_device else torch.device("cpu")
+    dtype = torch.float64 if counts_all else torch.float32 if on_device else scalar_dtype()
     if value is None:
         value = 0.0
     if is_dtensor(value):
         value = value.full_tensor()
     if isinstance(value, Tensor) and value.numel() == 1:
-        dtypes = (torch.float32,) if on_device else (torch.float32, torch.float64)
+        dtypes = (dtype,) if on_device or counts_all else _COUNTERS
         if value.dtype in dtypes and value.device == device and value.layout is torch.strided and has_plain_type(value):
             return value
         if value.is_meta and device.type != "meta":
             raise checks.refuse_counter(value, name)
+        if not counts_all:
+            dtype = torch.float32
         if value.device.type != "cpu":
-            return value.detach().reshape(()).to(device=device, dtype=torch.float32, copy=True)
-        dtype = torch.float32
-    else:
-        dtype = torch.float32 if on_device else scalar_dtype()
+            return value.detach().reshape(()).to(device=device, dtype=dtype, copy=True)
     try:
         # Filled on the device: a copy of four bytes would wait for it, for each parameter.
         return torch.full((), float(value), dtype=dtype, device=device)

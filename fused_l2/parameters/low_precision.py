@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tables.coefficients import RANDOM_STEPS
 from ..tables.modes import HALVES, STATE_NAMES, Mode
 from .shards import is_dtensor, like, local
 
@@ -59,9 +60,9 @@ def parameter_key(seed: int, position: int) -> int:
 def random_bits(key: int, step: int, numel: int, offset: int = 0) -> Tensor:
     """32 random bits for each element of a parameter at the step with this count, as int64.
 
-    Elements count from ``offset``, modulo 2^32, in the order of memory.
+    Elements count from ``offset``, modulo 2^32, in the order of memory; steps modulo ``RANDOM_STEPS``.
     """
-    step_key = _mix(key ^ _mix(step & _MASK))
+    step_key = _mix(key ^ _mix(step % RANDOM_STEPS))
     element = torch.arange(offset, offset + numel, dtype=torch.int64, device="cpu") & _MASK
     bits: Tensor = _mix((_mix(element ^ step_key) + step_key) & _MASK)
     return bits

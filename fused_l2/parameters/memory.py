@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLAIN_TYPES = {Tensor, torch.nn.Parameter, torch.nn.Buffer}  # of which memory holds the values
+PLAIN_TYPES: set[type] = {Tensor, torch.nn.Parameter, torch.nn.Buffer}  # of which memory holds the values
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -18,8 +18,26 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def has_plain_type(tensor: Tensor) -> bool:
-    """Whether a tensor is of torch's own types, not of a subclass that may wrap others."""
-    return type(tensor) in PLAIN_TYPES
+    """Whether a tensor is of torch's own types or of a subclass that changes nothing, not of one that may wrap others."""
+    kind = type(tensor)
+    return kind in PLAIN_TYPES or _is_plain_type(kind)
+
+
+def _is_plain_type(kind: type) -> bool:
+    """Whether a subclass only adds attributes or methods: all that torch does with it, it does with its memory."""
+    function, dispatch = (_function_of(kind, name) for name in ("__torch_function__", "__torch_dispatch__"))
+    plain = function in _PLAIN_FUNCTIONS and dispatch is _function_of(Tensor, "__torch_dispatch__")
+    if plain:
+        PLAIN_TYPES.add(kind)
+    return plain
+
+
+def _function_of(kind: type, name: str) -> Any:
+    method = getattr(kind, name)
+    return getattr(method, "__func__", method)
+
+
+_PLAIN_FUNCTIONS = tuple(_function_of(kind, "__torch_function__") for kind in (Tensor, torch.nn.Parameter))
 
 
 def is_dense(tensor: Tensor) -> bool:

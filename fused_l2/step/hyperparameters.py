@@ -80,7 +80,7 @@ def number(value: Any, argument: str, where: str = "") -> float:
 
     Raises:
         TypeError: if it is not a number or a tensor of one element.
-        ValueError: if it is NaN or a tensor of several elements.
+        ValueError: if it is NaN, infinite, or a tensor of several elements.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -88,8 +88,8 @@ def number(value: Any, argument: str, where: str = "") -> float:
     elif isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(f"{argument} must be a number{where}, got {value!r} of type {type(value).__name__}")
     result = float(value)
-    if math.isnan(result):
-        raise ValueError(f"Invalid {argument}{where}: {value}; expected a number that is not NaN")
+    if not math.isfinite(result):
+        raise ValueError(f"Invalid {argument}{where}: {value}; expected a finite number")
     return result
 
 

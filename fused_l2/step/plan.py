@@ -9,6 +9,7 @@ raised is thrown away by its owner, so that nothing half-seen stays.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any
@@ -30,8 +31,10 @@ from ..parameters.memory import Ranges
 from ..parameters.ranks import Ranks, Sharing
 from ..parameters.shards import LocalGradients, Shards, gradients_of, is_dtensor, local
 from ..statistics import GivenRows, Record, Recorded, chosen_rows, rows_of, with_penalty
+from ..tables import coefficients
 from ..tables.control import Control, Prologue
 from ..tables.modes import HALVES, STATE_NAMES, Mode
+from ..tables.tensor_table import Flag
 from .hyperparameters import DeviceValues, is_on_device
 from .rules import UpdateRule
 from .state import OptimizerState, ParamState
@@ -58,10 +61,11 @@ class Plan:
         gradients: LocalGradients,
         initial_lrs: Mapping[int, float],
         waiting: Mapping[Tensor, Mapping[str, Any]],
+        warned: set[str],
         first: int,
     ) -> None:
         self._rule, self._options, self._gradients = rule, options, gradients
-        self._initial_lrs, self._waiting, self._first = initial_lrs, waiting, first
+        self._initial_lrs, self._waiting, self._warned, self._first = initial_lrs, waiting, warned, first
         self._read, self._decay_at = rule.read, rule.Values._fields.index("weight_decay")
         self._flight = Flight()
         self._counts = rule.counts or options.precision.mode.is_random
@@ -144,6 +148,8 @@ class Plan:
                 regrouped |= len(params) != self._ends[i]
         else:
             regrouped = True
+        if (regrouped or changed) and self._are_moved(groups):
+            return False  # what is known of a group goes with it
         if regrouped:
             changed = [*range(len(groups))]
             params = [p for group in groups for p in group["params"]]
@@ -156,6 +162,8 @@ class Plan:
 
         found, grads = self._look_at(params) if not regrouped else (None, [])
         if found is None:
+            if self._are_moved(groups):
+                return False
             self._list(groups, params)
             found, grads = self._look_at(params)
             assert found is not None
@@ -180,6 +188,17 @@ class Plan:
                     e.slot for e in self._entries if e is not None and is_dtensor(e.param) and local(e.param) is not e.local
                 }
         return self._look.changes(params, grads), grads
+
+    def _are_moved(self, groups: Groups) -> bool:
+        """Whether groups are not where they were, and something besides their keys is known of each."""
+        if not (self._groups and options_by_group(self._options)):
+            return False
+        if len(groups) < len(self._groups):
+            return True
+        for begin, end, group in zip([0, *self._ends], self._ends, groups, strict=False):
+            if begin < end and next(iter(group["params"]), None) is not self._params[begin]:
+                return True
+        return False
 
     def _adopt(self, groups: Groups, changed: Iterable[int]) -> bool:
         """Take over hyperparameters that changed. False if they change who counts steps and computes coefficients."""
@@ -207,6 +226,10 @@ class Plan:
             return False
         self._on_device, self._has_sources = on_device, has_sources
         for i, group in new.items():
+            rate = coefficients.rate_of(group.numbers, bool(group.needs.flags & Flag.DECOUPLED))
+            if rate > 1 and "excess decay" not in self._warned:
+                self._warned.add("excess decay")
+                warnings.warn(_EXCESS.format(i, group.numbers.lr, group.numbers.weight_decay, rate), stacklevel=6)
             old = self._groups[i] if i < len(self._groups) else None
             if old is None or old.needs != group.needs:
                 self._stale |= {e.slot for e in self._entries if e is not None and e.group == i}
@@ -615,14 +638,14 @@ class Plan:
         """What the last step left of its tensors."""
         if self._measured is None:
             slots = [e.slot for part in self.parts for e in part.entries()]
-            self._measured = slots, [self._group_of[slot] for slot in slots], [self._label(groups, slot) for slot in slots]
+            self._measured = slots, [self._group_of[slot] for slot in slots], self._labels(groups, slots)
         slots, of_group, names = self._measured
         records: list[Record] = [part.record for part in self.parts if part.record is not None]
         if not self.is_shared:
             return Recorded(records, of_group, names, weight_decays, inv_scale)
         # Now, because somebody may ask for them in one process only.
         slots, rows = self._rows_over_ranks(slots, rows_of(records))
-        of_group, names = [self._group_of[slot] for slot in slots], [self._label(groups, slot) for slot in slots]
+        of_group, names = [self._group_of[slot] for slot in slots], self._labels(groups, slots)
         whole, parts = self._totals_over_ranks(slots, rows, weight_decays)
         return Recorded([GivenRows(rows)], of_group, names, weight_decays, inv_scale, whole, parts)
 
@@ -661,12 +684,13 @@ class Plan:
         nothing = torch.zeros_like(next(iter(terms.values())))
         return sharing.reduced({(): nothing, **terms}), list(map(bool, beyonds))
 
-    def _label(self, groups: Groups, slot: int) -> str:
-        index = self._group_of[slot]
-        group = groups[index]
-        position = slot - (self._ends[index] - len(group["params"]))
-        names = group.get("param_names") or ()
-        return str(names[position]) if position < len(names) else f"{index}.{position}"
+    def _labels(self, groups: Groups, slots: list[int]) -> list[str]:
+        """What statistics call these parameters. No two have one name."""
+        places = [(i, position) for i, group in enumerate(groups) for position in range(len(group["params"]))]
+        given = [groups[i].get("param_names") or () for i in range(len(groups))]
+        names = [str(given[i][position]) if position < len(given[i]) else f"{i}.{position}" for i, position in places]
+        counts = Counter(names)
+        return [names[s] if counts[names[s]] == 1 else f"{names[s]} ({'.'.join(map(str, places[s]))})" for s in slots]
 
     def lost_decay(self) -> str | None:
         """A warning, if rounding will leave nothing of the weight decay of some parameter."""
@@ -727,6 +751,20 @@ class Plan:
 _OTHER_STATES = {mode: frozenset(STATE_NAMES) - {mode.state_name} for mode in Mode}
 _CPU = torch.device("cpu")
 _FIRST_STEP = "Make one step() before, with the same parameters having gradients."
+
+
+_EXCESS = (
+    "fused_l2: param group {} has lr {:g} and weight_decay {:g}: decoupled decay takes {:g} times each weight per step, so "
+    "that it changes the sign of all of them. weight_decay is multiplied by lr, and is lambda / n, not lambda: see "
+    "fused_l2.weight_decay.from_lambda."
+)
+
+
+def options_by_group(options: Options) -> bool:
+    """Whether groups are stepped by something that is known of each besides its keys."""
+    if isinstance(options.norm_process_group, tuple):
+        return True
+    return options.decay_rule != "plain" and (options.max_lr is None or not isinstance(options.decay_rule, str))
 
 
 def _capture_refused(reason: str) -> str:

@@ -34,7 +34,8 @@ class Stepper:
         self.rule, self._first = rule, first
         self.initial_lrs: dict[int, float] = {}  # by param group: its lr when it was added
         self.waiting: dict[Tensor, dict[str, Any]] = {}  # states set before the first step, by parameter
-        self.has_warned = False  # of decay that rounding loses
+        self._known: list[tuple[dict[str, Any], Any]] = []  # the param groups as they stood last, and their first parameters
+        self.warned: set[str] = set()  # what this optimizer has warned of
         self.singles: list[Any] = []  # what step_in_backward steps with
         self.tell_scaler: Callable[[Tensor], None] | None = None  # takes what was found in all processes
         self._gradients = LocalGradients()
@@ -83,7 +84,8 @@ class Stepper:
             self._plan = plan
 
     def _make_plan(self, groups: Groups, state: Any) -> Plan:
-        plan = Plan(self.rule, self.options, self._gradients, self.initial_lrs, self.waiting, self._first)
+        self.arrange(groups)
+        plan = Plan(self.rule, self.options, self._gradients, self.initial_lrs, self.waiting, self.warned, self._first)
         if not plan.refresh(groups, state):
             raise RuntimeError(
                 "fused_l2: tensors changed while step() was looking at them. Is another thread using this optimizer's "
@@ -106,9 +108,38 @@ class Stepper:
             self._control = None
         self.drop_plan()
 
+    def arrange(self, groups: Groups) -> None:
+        """What is known of a param group goes with it, where others were removed or groups changed places.
+
+        A group is known by its dict. One that somebody made anew, as loading does, is known by its first parameter.
+        """
+        known = self._known
+        if len(known) == len(groups) and all(g is k for g, (k, _) in zip(groups, known, strict=True)):
+            return
+        self._known = [(g, next(iter(g["params"]), None)) for g in groups]
+        if not known:
+            return
+        by_dict = {id(k): i for i, (k, _) in enumerate(known)}
+        by_first = {id(first): i for i, (_, first) in enumerate(known) if first is not None}
+        was = [by_dict.get(id(g), by_first.get(id(first), -1)) for g, first in self._known]
+        for i, position in enumerate(was):  # what nobody knows took the place of what is gone, or is new
+            if position < 0 and i not in was:
+                was[i] = i
+        if was == [*range(len(was))]:
+            return
+        lrs = {i: self.initial_lrs[position] for i, position in enumerate(was) if position in self.initial_lrs}
+        self.initial_lrs.clear()
+        self.initial_lrs.update(lrs)
+        if not isinstance(self.options.decay_rule, str):
+            rules = [self.options.decay_rule_of(i).name.lower() if i >= 0 else "plain" for i in was]
+            self.options, self._plan = self.options.replaced("decay_rule", rules), None
+        if isinstance(self.options.norm_process_group, tuple):
+            processes = tuple(self.options.process_group_of(i) if i >= 0 else None for i in was)
+            self.options, self._plan = self.options.replaced("norm_process_group", processes), None
+
     def _warn_of_lost_decay(self, plan: Plan) -> None:
-        if not self.has_warned and (message := plan.lost_decay()):
-            self.has_warned = True
+        if "lost decay" not in self.warned and (message := plan.lost_decay()):
+            self.warned.add("lost decay")
             warnings.warn(message, stacklevel=5)
 
     def _decide(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:

@@ -22,6 +22,8 @@ ADAM = (
     "neg_step_size",
 )
 STEP_COUNT = max(len(SGD), len(ADAM))  # where a row has the step's count, for random bits
+# There it is modulo this: devices have rows in float32, which tells larger counts no more apart.
+RANDOM_STEPS = 1 << 24
 WIDTH = STEP_COUNT + 1  # float64 numbers from one row to the next
 NUMBERS = 8  # room for the hyperparameters of a group that rows are made of: Adam has 7
 
@@ -83,6 +85,11 @@ def decay(numbers: SgdNumbers | AdamNumbers, decoupled: bool) -> tuple[float, fl
     if rule == _CORRECTED:
         weight_decay = lr / numbers.max_lr * weight_decay  # the step multiplies by the other lr
     return weight_decay, 1.0
+
+
+def rate_of(numbers: SgdNumbers | AdamNumbers, decoupled: bool) -> float:
+    """The share of each weight that decoupled decay takes per step."""
+    return decay_rate(numbers.lr, numbers.max_lr, numbers.decay_rule) * numbers.weight_decay if decoupled else 0.0
 
 
 def sgd(numbers: SgdNumbers, decoupled: bool) -> tuple[float, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+import warnings
+from typing import Any, Literal
 
 Reduction = Literal["mean", "sum"]
 
@@ -27,9 +28,19 @@ def from_lambda(lam: float, n: int, reduction: Reduction = "mean") -> float:
         0.0001
 
     Raises:
-        ValueError: if ``lam`` is negative or not finite, ``n`` is not positive, or ``reduction`` is unknown.
+        ValueError, TypeError: if ``lam`` is negative or not finite, ``n`` is no positive whole number, or ``reduction`` is
+            unknown.
+
+    Warns where ``lam`` is larger than ``n``: they may have been exchanged.
     """
-    return _checked(lam, "lam") / _divisor(n, reduction)
+    strength, divisor = _checked(lam, "lam"), _divisor(n, reduction)
+    if reduction == "mean" and strength > divisor:
+        warnings.warn(
+            f"fused_l2: from_lambda got lam={lam}, which is larger than n={n}, the number of training examples: a step would "
+            f"take more than lr times each weight. Were they exchanged? The call is from_lambda(lam, n).",
+            stacklevel=2,
+        )
+    return strength / divisor
 
 
 def to_lambda(weight_decay: float, n: int, reduction: Reduction = "mean") -> float:
@@ -41,7 +52,8 @@ def to_lambda(weight_decay: float, n: int, reduction: Reduction = "mean") -> flo
         5.0
 
     Raises:
-        ValueError: if ``weight_decay`` is negative or not finite, ``n`` is not positive, or ``reduction`` is unknown.
+        ValueError, TypeError: if ``weight_decay`` is negative or not finite, ``n`` is no positive whole number, or
+            ``reduction`` is unknown.
     """
     return _checked(weight_decay, "weight_decay") * _divisor(n, reduction)
 
@@ -131,22 +143,31 @@ def _steps_per_epoch(batch_size: float | None, n: float | None) -> float:
 
 
 def _positive(value: float, argument: str) -> float:
-    if not (math.isfinite(value) and value > 0):
+    result = _number(value, argument)
+    if not (math.isfinite(result) and result > 0):
         raise ValueError(f"{argument} must be a finite number > 0, got {value}")
-    return float(value)
+    return result
 
 
 def _checked(value: float, argument: str) -> float:
-    if not (math.isfinite(value) and value >= 0):
+    result = _number(value, argument)
+    if not (math.isfinite(result) and result >= 0):
         raise ValueError(f"{argument} must be a finite number >= 0, got {value}")
+    return result
+
+
+def _number(value: Any, argument: str) -> float:
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{argument} must be a number, got {value!r} of type {type(value).__name__}")
     return float(value)
 
 
 def _divisor(n: int, reduction: str) -> float:
-    if not (math.isfinite(n) and n > 0):
-        raise ValueError(f"n, the number of training examples, must be positive, got {n}")
-    if reduction == "mean":
-        return float(n)
-    if reduction == "sum":
-        return 1.0
-    raise ValueError(f"reduction must be 'mean' or 'sum', as the loss reduces its data terms, got {reduction!r}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', as the loss reduces its data terms, got {reduction!r}")
+    count = _number(n, "n, the number of training examples,")
+    if not (math.isfinite(count) and count >= 1 and count == int(count)):
+        raise ValueError(
+            f"n, the number of training examples, must be a whole number >= 1, got {n}: were lambda and n exchanged?"
+        )
+    return count if reduction == "mean" else 1.0

@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
+
+from ..options import NAMES, did_you_mean
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-Rules = str | type[nn.Module]
+Rules = str | type[nn.Module] | nn.Module
+
+# Keys that optimizers and schedulers of torch know, besides what users make up.
+_KEYS = (
+    *("lr", "betas", "eps", "momentum", "dampening", "nesterov", "amsgrad", "maximize", "foreach", "fused", "capturable"),
+    *("differentiable", "decoupled_weight_decay", "alpha", "rho", "initial_lr", "max_lr", "min_lr", "base_momentum"),
+    *("max_momentum", "swa_lr"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,20 +60,25 @@ def param_groups(
     *,
     decay: Iterable[Rules] = (),
     no_decay: Iterable[Rules] = (),
+    prefix: str = "",
     **options: Any,
 ) -> ParamGroups:
     """Split a model's trainable parameters into a decayed group and one with ``weight_decay=0``.
 
     Left out of the decay are biases and other vectors and scalars (by shape), all parameters of normalization layers and
     embeddings (by module type: torch.nn's, and modules whose class name contains "Norm" or "Embedding"). A parameter that
-    several modules share is listed once, under its first name, and left out if any of its uses says so. Frozen
-    parameters (``requires_grad=False``) are in neither group. Both groups carry ``param_names``, as torch.optim's do.
+    several modules share is listed once, under its first name, and left out if any of its uses says so. A parametrized
+    tensor (``torch.nn.utils.parametrizations``) is judged by the module that has it. Frozen parameters
+    (``requires_grad=False``) are in neither group. Both groups carry ``param_names``, as torch.optim's do.
 
     Args:
         model: any module.
         weight_decay: for the decayed group; see :func:`from_lambda`.
         decay, no_decay: rules that win over the above. A string is matched against a parameter's full name, with ``*`` and
-            ``?`` as wildcards; a module type covers the parameters that such modules own. A name wins over a type.
+            ``?`` as wildcards; a module type covers the parameters that such modules own; a module of this model those of
+            it and of all within it. A name wins over a module, and a module over a type.
+        prefix: what stands before all names, as in ``named_parameters``: where ``model`` is a part of another one, its name
+            there, so that names are those of the whole.
         options: more keys for both groups, such as ``lr``.
 
     Returns:
@@ -85,17 +100,26 @@ def param_groups(
         not decayed: 26 parameters in 4 tensors
 
     Raises:
-        TypeError: if ``model`` is no module or a rule is neither a string nor a module type.
+        TypeError: if ``model`` is no module, a rule is neither a string nor a module nor a type of modules, or a keyword is
+            nearly one that is known.
         ValueError: if a rule matches nothing, or one parameter is named by both ``decay`` and ``no_decay``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs a torch.nn.Module, got {type(model).__name__}")
+    for keyword in options:
+        if keyword in NAMES and keyword not in _KEYS:
+            raise TypeError(f"param_groups: {keyword} is an option of the whole optimizer. Pass it there")
+        if keyword not in _KEYS and (hint := did_you_mean(keyword, (*_ARGUMENTS, *_KEYS))):
+            raise TypeError(f"param_groups() got an unexpected keyword argument {keyword!r}{hint}")
     chosen = _UserRules(decay=list(_one_or_many(decay)), no_decay=list(_one_or_many(no_decay)))
 
-    uses: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
-    for prefix, module in model.named_modules():
+    uses: dict[nn.Parameter, list[_Use]] = {}
+    for path, module in model.named_modules():
+        at, owners = _owners(model, path, module)
         for own_name, param in module.named_parameters(recurse=False):
-            uses.setdefault(param, []).append((f"{prefix}.{own_name}" if prefix else own_name, module))
+            name = ".".join(filter(None, (prefix, path, own_name)))
+            tensor = at or own_name  # what a parametrization computes from it
+            uses.setdefault(param, []).append(_Use(name, tensor, module, owners))
 
     groups: dict[bool, dict[str, Any]] = {
         True: {"params": [], "param_names": [], "weight_decay": weight_decay, **options},
@@ -103,10 +127,10 @@ def param_groups(
     }
     rules = []
     for param, where in uses.items():
-        name, shape = where[0][0], tuple(param.shape)
+        name, shape = where[0].name, tuple(param.shape)
         decayed, reason = chosen.decide(where) or _decide(shape, where)
         if len(where) > 1:
-            reason += f", shared with {', '.join(other for other, _ in where[1:])}"
+            reason += f", shared with {', '.join(use.name for use in where[1:])}"
         if param.requires_grad:
             groups[decayed]["params"].append(param)
             groups[decayed]["param_names"].append(name)
@@ -117,45 +141,83 @@ def param_groups(
     return ParamGroups([group for group in groups.values() if group["params"]], rules)
 
 
-def _decide(shape: tuple[int, ...], where: list[tuple[str, nn.Module]]) -> tuple[bool, str]:
-    for _, module in where:
-        kind = type(module).__name__
+class _Use(NamedTuple):
+    """Where a parameter is used: by the module that has it or, through a parametrization, by the one that has what is computed
+    from it."""
+
+    name: str
+    tensor: str  # the name of what it is there
+    module: nn.Module
+    owners: tuple[nn.Module, ...]  # the module that it belongs to first
+
+
+def _owners(model: nn.Module, path: str, module: nn.Module) -> tuple[str, tuple[nn.Module, ...]]:
+    """The name of the tensor that a module computes, if it is a parametrization or part of one, and whose
+    its parameters are."""
+    parts = path.split(".")
+    if "parametrizations" in parts[:-1]:
+        at = parts.index("parametrizations")
+        outer = model.get_submodule(".".join(parts[:at]))
+        if parametrize.is_parametrized(outer, parts[at + 1]):
+            own = () if isinstance(module, parametrize.ParametrizationList) else (module,)
+            return parts[at + 1], (outer, *own)
+    return "", (module,)
+
+
+def _kind(module: nn.Module) -> str:
+    kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
+    return kind.__name__
+
+
+def _decide(shape: tuple[int, ...], where: list[_Use]) -> tuple[bool, str]:
+    for module in (owner for use in where for owner in use.owners):
+        kind = _kind(module)
         if isinstance(module, NORMS) or "Norm" in kind:
             return False, f"normalization ({kind})"
         if isinstance(module, EMBEDDINGS) or "Embedding" in kind:
             return False, f"embedding ({kind})"
-    name, module = where[0]
-    own_name, kind = name.rpartition(".")[2], type(module).__name__
-    if "bias" in own_name:
+    use = where[0]
+    kind = _kind(use.owners[0])
+    if "bias" in use.tensor:
         return False, f"bias of {kind}"
     if sum(size > 1 for size in shape) <= 1:
         return False, f"vector or scalar of {kind}"
-    return True, f"{own_name} of {kind}"
+    return True, f"{use.tensor} of {kind}"
 
 
 class _UserRules:
     def __init__(self, **rules: list[Rules]) -> None:
         self._rules = [(argument == "decay", argument, rule) for argument, given in rules.items() for rule in given]
         self._used: set[int] = set()
-        for _, argument, rule in self._rules:
-            if not isinstance(rule, str) and not (isinstance(rule, type) and issubclass(rule, nn.Module)):
-                raise TypeError(f"{argument}: expected parameter names or module types, got {rule!r}")
+        self._within: dict[int, set[nn.Module]] = {}
+        for i, (_, argument, rule) in enumerate(self._rules):
+            if isinstance(rule, nn.Module):
+                self._within[i] = set(rule.modules())
+            elif not isinstance(rule, str) and not (isinstance(rule, type) and issubclass(rule, nn.Module)):
+                raise TypeError(f"{argument}: expected parameter names, modules or module types, got {rule!r}")
 
-    def decide(self, where: list[tuple[str, nn.Module]]) -> tuple[bool, str] | None:
+    def decide(self, where: list[_Use]) -> tuple[bool, str] | None:
         by_name: dict[bool, str] = {}
+        by_module: dict[bool, str] = {}
         by_type: dict[bool, str] = {}
         for i, (decayed, argument, rule) in enumerate(self._rules):
-            for name, module in where:
-                if isinstance(rule, str) and fnmatchcase(name, rule):
+            for use in where:
+                if isinstance(rule, str):
+                    if not fnmatchcase(use.name, rule):
+                        continue
                     by_name[decayed] = f"{argument}={rule!r}"
-                elif not isinstance(rule, str) and isinstance(module, rule):
+                elif isinstance(rule, nn.Module):
+                    if use.module not in self._within[i]:
+                        continue
+                    by_module[decayed] = f"{argument}=this {_kind(rule)}"
+                elif any(isinstance(owner, rule) for owner in use.owners):
                     by_type[decayed] = f"{argument}={rule.__name__}"
                 else:
                     continue
                 self._used.add(i)
-        found = by_name or by_type
+        found = by_name or by_module or by_type
         if len(found) == 2:
-            raise ValueError(f"{where[0][0]} is matched by both {found[True]} and {found[False]}; narrow one of them")
+            raise ValueError(f"{where[0].name} is matched by both {found[True]} and {found[False]}; narrow one of them")
         for decayed, reason in found.items():
             return decayed, reason
         return None
@@ -163,11 +225,15 @@ class _UserRules:
     def check_all_used(self) -> None:
         for i, (_, argument, rule) in enumerate(self._rules):
             if i not in self._used:
-                raise ValueError(f"{argument}: {rule!r} matches no parameter of the model; remove it or correct its name")
+                shown = f"this {_kind(rule)}" if isinstance(rule, nn.Module) else repr(rule)
+                raise ValueError(f"{argument}: {shown} matches no parameter of the model; remove it or correct it")
 
 
 def _one_or_many(rules: Any) -> Iterable[Rules]:
-    return (rules,) if isinstance(rules, (str, type)) else rules
+    return (rules,) if isinstance(rules, (str, type, nn.Module)) else rules
+
+
+_ARGUMENTS = ("weight_decay", "decay", "no_decay", "prefix")
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -1,0 +1,201 @@
+"""State dicts: torch.optim's, what of them is refused, and what torch does not keep of them.
+
+A state dict comes from a file or from another process, and may be damaged. Whatever is wrong with it is told before anything of
+the optimizer has changed, and named.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .parameters import checks
+from .parameters.low_precision import transferable, with_kept_dtype
+from .parameters.memory import has_memory
+from .parameters.shards import is_dtensor, local, why_refused
+from .step.hyperparameters import number
+from .step.stepper import Stepper
+from .tables.modes import HALVES, STATE_NAMES, Mode
+
+Groups = list[dict[str, Any]]
+Namer = Callable[[], str]
+
+
+def packed(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict as others know it: plain dicts, and remainders in a dtype that can be sent. What waits for a first step
+    is among the states."""
+    states = dict(state_dict["state"])
+    waiting = optimizer._stepper.waiting
+    if waiting:
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, param in zip(ids, optimizer._all_params(), strict=True):
+            if param in waiting and i not in states:
+                states[i] = waiting[param]
+    state_dict["state"] = {k: transferable(v) if isinstance(v, dict) else v for k, v in states.items()}
+    return state_dict
+
+
+def check(given: Any, stepper: Stepper, groups: Groups, completed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Refuse a state dict that these param groups cannot go on from. ``completed`` gives a group the keys that it lacks.
+
+    Raises:
+        ValueError, TypeError: naming what is wrong.
+    """
+    states, saved = _parts(given)
+    sizes, own = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
+    if len(sizes) != len(own):
+        raise _refused(f"it has {len(sizes)} param groups, this optimizer {len(own)}: a different number of parameter groups")
+    for i, (size, expected) in enumerate(zip(sizes, own, strict=True)):
+        if size != expected:
+            raise _refused(
+                f"its param group {i} has {size} parameters, this optimizer's {expected}: a parameter group that doesn't match "
+                f"the size of optimizer's group"
+            )
+    owner: dict[Any, Tensor] = {}
+    for i, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
+        whole = completed(saved_group)
+        if whole.get("differentiable"):
+            raise _refused(f"its param group {i} has differentiable=True, which is not supported")
+        values = stepper.rule.Values._make(stepper.rule.read(whole))
+        initial_lr = stepper.initial_lrs.get(i, 0.0) or number(values.lr, "learning rate", f" of param group {i}")
+        stepper.rule.numbers(values, stepper.options, i, initial_lr)
+        flags = stepper.rule.flags(values, stepper.options)
+        for position, (param, key) in enumerate(zip(group["params"], saved_group["params"], strict=True)):
+            name = functools.partial(checks.describe, group, i, position)
+            if not isinstance(key, Hashable):
+                raise _refused(f"the index of {name()} is {key!r}")
+            if owner.setdefault(key, param) is not param:
+                raise _refused(f"{name()} has the index {key!r} of another parameter, so that both would step one state")
+            state = states.get(key)
+            if state is None:
+                continue
+            if not isinstance(state, Mapping):
+                raise _refused(f"{name()}: its state is {state!r:.80}, not a dict")
+            _check_state(state, param, stepper, flags, name)
+    for key in states:
+        if isinstance(key, int) and key not in owner:
+            raise _refused(f"it has a state of parameter {key}, which is in none of its param groups")
+
+
+def _refused(reason: str) -> ValueError:
+    return ValueError(f"load_state_dict: {reason}; nothing was loaded. Load a state dict of this model's optimizer")
+
+
+def _parts(given: Any) -> tuple[Mapping[Any, Any], list[dict[str, Any]]]:
+    for key, kind in (("state", Mapping), ("param_groups", (list, tuple))):
+        if not isinstance(given, Mapping) or key not in given:
+            raise _refused(f"there is no {key!r} in it")
+        if not isinstance(given[key], kind):
+            raise _refused(f"its {key!r} is {given[key]!r:.80}")
+    for i, group in enumerate(given["param_groups"]):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
+            raise _refused(f"its param group {i} is {group!r:.80}, not a dict with a list of 'params'")
+    return given["state"], given["param_groups"]
+
+
+def _check_state(state: Mapping[str, Any], param: Tensor, stepper: Stepper, flags: int, name: Namer) -> None:
+    rule, mode = stepper.rule, stepper.options.precision.mode_of(param)
+    for other in STATE_NAMES:
+        if other != mode.state_name and other in state:
+            of = next(m for m in Mode if m.state_name == other).name.lower()
+            raise _refused(
+                f"{name()}: its state holds {other!r}, which low_precision={of!r} has kept, and this optimizer "
+                f"has low_precision={mode.name.lower()!r}. To change over, make it with the former, load, and set "
+                f"optimizer.low_precision; to give up what is kept, delete {other!r} from the states"
+            )
+    names = rule.state_names(flags)
+    missing = [key for key in names if state.get(key) is None and not rule.may_start_at_zero(key)]
+    if rule.counts and state.get("step") is None:
+        missing.append("step")
+    try:
+        checks.check_whole(state, missing, name)
+    except RuntimeError as error:
+        raise _refused(str(error)) from None
+    for key, value in state.items():
+        if key in checks.KNOWN and key != "step" and value is not None:
+            _check_tensor(key, value, param, name)
+            if value.is_complex() or not value.is_floating_point():
+                raise _refused(f"{name()}: its state {key!r} has dtype {value.dtype}")
+            if key.endswith("_sq") and value.numel() and not value.is_meta and bool((local(value) < 0).any()):
+                raise _refused(f"{name()}: its state {key!r} has negative elements, and is an average of squares")
+        elif key == mode.state_name:
+            _check_tensor(key, value, param, name)
+            assert mode.state_dtype is not None
+            if value.dtype not in {mode.state_dtype, torch.bfloat16 if mode is Mode.REMAINDER else mode.state_dtype}:
+                raise _refused(f"{name()}: its state {key!r} has dtype {value.dtype}, expected {mode.state_dtype}")
+    if state.get("step") is not None:
+        _check_counter(state["step"], name)
+
+
+def _check_tensor(key: str, value: Any, param: Tensor, name: Namer) -> None:
+    if not isinstance(value, Tensor):
+        raise _refused(f"{name()}: its state {key!r} is {value!r:.80}, not a tensor")
+    if value.shape != param.shape:
+        raise _refused(f"{name()}: its state {key!r} has shape {tuple(value.shape)}")
+    if value.layout is not torch.strided:
+        raise _refused(f"{name()}: its state {key!r} is sparse (layout {value.layout})")
+    if value.is_meta and not param.is_meta:
+        raise _refused(f"{name()}: its state {key!r} is on the meta device, and has no values")
+    if is_dtensor(param) and (reason := why_refused(value, param)):
+        raise _refused(
+            f"{name()}: its state {key!r} cannot be used: {reason}. set_optimizer_state_dict of "
+            f"torch.distributed.checkpoint.state_dict shards states as the parameters are"
+        )
+    if not has_memory(local(value)):
+        raise _refused(f"{name()}: the storage of its state {key!r} holds fewer elements than its shape says")
+
+
+def _check_counter(value: Any, name: Namer) -> None:
+    if isinstance(value, Tensor):
+        # Before anything of it is read, or printed.
+        if value.is_meta or value.layout is not torch.strided or not has_memory(local(value)):
+            raise _refused(f"{name()}: its state 'step' is a tensor without a value: {value.layout}, on {value.device}")
+        if value.numel() != 1 or value.is_complex():
+            raise _refused(f"{name()}: its state 'step' has shape {tuple(value.shape)} and dtype {value.dtype}")
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        steps = float(value)
+    except (TypeError, ValueError):
+        raise _refused(f"{name()}: its state 'step' is {value!r:.80}, not a number") from None
+    if not checks.is_count(steps):
+        raise _refused(f"{name()}: its state 'step' is {steps:g}, not a number of steps")
+
+
+@torch.no_grad()
+def own(loaded: Mapping[str, Any], stepper: Stepper, params: list[Tensor], states: dict[Any, Any]) -> None:
+    """After torch has cast and copied: the dtypes that torch does not keep, and memory of our own."""
+    precision, waiting = stepper.options.precision, stepper.waiting
+    waiting.clear()
+    ids = [i for group in loaded["param_groups"] for i in group["params"]]
+    for i, param in zip(ids, params, strict=True):
+        given = loaded["state"].get(i)
+        if not isinstance(given, Mapping) or param not in states:
+            continue
+        state = states[param]
+        wanted = precision.state_dtype_of(param)
+        for key, before in given.items():
+            value = state[key]
+            if not isinstance(value, Tensor) or not isinstance(before, Tensor):
+                continue
+            is_moment = key != "step" and key not in STATE_NAMES
+            if is_moment and wanted is not None and before.is_floating_point() and before.shape == param.shape:
+                if value.dtype is not wanted or _same_memory(value, before):
+                    state[key] = before.to(device=value.device, dtype=wanted, copy=True)
+            elif key in STATE_NAMES or (is_moment and before.dtype is torch.float32 and value.dtype in HALVES):
+                state[key] = with_kept_dtype(key, before.to(device=value.device, copy=True))
+            elif key == "step" and before.dtype is torch.float64 and value.dtype is torch.float32:
+                state[key] = before.to(device=value.device, copy=True)
+            elif _same_memory(value, before):
+                state[key] = value.clone()
+        if state and all(key in STATE_NAMES for key in state):  # set before a first step
+            waiting[param] = dict(state)
+            del states[param]
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and bool(local(a).data_ptr() == local(b).data_ptr())

@@ -1,0 +1,184 @@
+"""Every fault of a state dict is refused by load_state_dict, by name, before anything of the optimizer has changed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from comparing import make_params, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fused_l2
+
+MAKE: dict[str, Callable[..., Any]] = {
+    "SGD": lambda ps: fused_l2.SGD(groups(ps), lr=0.1, momentum=0.9, weight_decay=0.1),
+    "AdamW": lambda ps: fused_l2.AdamW(groups(ps), lr=0.1, amsgrad=True),
+    "AdamW master": lambda ps: fused_l2.AdamW(groups(ps), lr=0.1, low_precision="master"),
+    "AdamW remainder": lambda ps: fused_l2.AdamW(groups(ps), lr=0.1, low_precision="remainder"),
+}
+
+
+def groups(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    return [{"params": params[:1]}, {"params": params[1:]}]
+
+
+def saved(name: str) -> tuple[Any, dict[str, Any]]:
+    params = make_params((5, 7), torch.bfloat16 if " " in name else torch.float32)
+    optimizer = run(MAKE[name], params, 2)
+    return optimizer, copy.deepcopy(optimizer.state_dict())
+
+
+def everything(optimizer: Any) -> Any:
+    """All that a step reads, tensors as their values."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return str(x.dtype), tuple(x.shape), x.tolist(), id(x)
+        if isinstance(x, dict):
+            return {k if not isinstance(k, torch.Tensor) else id(k): plain(v) for k, v in x.items()}
+        return [plain(v) for v in x] if isinstance(x, (list, tuple)) else x
+
+    return plain([optimizer.state, optimizer.param_groups, optimizer.options, dict(optimizer._stepper.waiting)])
+
+
+MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param", "remainder")
+NO_TENSORS = ("x", 3.0, [1.0, 2.0], object(), {"a": 1})
+NO_COUNTS = (math.nan, -1, -5.0, math.inf, "3", torch.tensor(-1.0), torch.tensor([1.0, 2.0]), torch.tensor(1.0, device="meta"))
+
+
+def freed(t: torch.Tensor) -> torch.Tensor:
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def is_readable(t: torch.Tensor) -> bool:
+    return not t.is_meta and t.untyped_storage().nbytes() > 0
+
+
+# Each takes a tensor of the state, and gives what cannot stand in its place.
+TENSOR_FAULTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "shape": lambda t: torch.zeros(t.numel() + 1, dtype=t.dtype),
+    "dimension": lambda t: t.reshape(1, -1),
+    "sparse": lambda t: t.to_sparse(),
+    "complex": lambda t: t.to(torch.complex64),
+    "integers": lambda t: t.to(torch.int64),
+    "meta": lambda t: t.to("meta"),
+    "freed": freed,
+}
+# Each damages a whole dict, in place.
+GROUP_FAULTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no state": lambda d: d.pop("state"),
+    "no groups": lambda d: d.pop("param_groups"),
+    "state is a list": lambda d: d.update(state=[]),
+    "groups are a dict": lambda d: d.update(param_groups={}),
+    "group is a list": lambda d: d["param_groups"].__setitem__(0, []),
+    "group without params": lambda d: d["param_groups"][0].pop("params"),
+    "params are a number": lambda d: d["param_groups"][0].update(params=3),
+    "a group too few": lambda d: d["param_groups"].pop(),
+    "a group too many": lambda d: d["param_groups"].append(copy.deepcopy(d["param_groups"][0])),
+    "a parameter too many": lambda d: d["param_groups"][0]["params"].append(9),
+    "one index for two": lambda d: d["param_groups"][1].update(params=[0]),
+    "an index that is a list": lambda d: d["param_groups"][1].update(params=[[1]]),
+    "a state of nobody": lambda d: d["state"].update({7: {"step": torch.tensor(1.0)}}),
+    "a state that is a number": lambda d: d["state"].update({1: 4}),
+    "lr NaN": lambda d: d["param_groups"][1].update(lr=math.nan),
+    "lr negative": lambda d: d["param_groups"][1].update(lr=-0.1),
+    "lr infinite": lambda d: d["param_groups"][0].update(lr=math.inf),
+    "lr text": lambda d: d["param_groups"][0].update(lr="0.1"),
+    "weight_decay None": lambda d: d["param_groups"][0].update(weight_decay=None),
+    "differentiable": lambda d: d["param_groups"][0].update(differentiable=True),
+}
+
+
+def assert_refused(optimizer: Any, damaged: Any, what: str = ".") -> None:
+    before = everything(optimizer)
+    with pytest.raises((ValueError, TypeError), match=what):
+        optimizer.load_state_dict(damaged)
+    assert everything(optimizer) == before
+
+
+@pytest.mark.parametrize("fault", GROUP_FAULTS)
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_damaged_groups_are_refused(name: str, fault: str) -> None:
+    optimizer, state_dict = saved(name)
+    GROUP_FAULTS[fault](state_dict)
+    assert_refused(optimizer, state_dict)
+
+
+@pytest.mark.parametrize("fault", TENSOR_FAULTS)
+@pytest.mark.parametrize("name", MAKE)
+def test_damaged_tensors_are_refused_by_name(name: str, fault: str) -> None:
+    optimizer, state_dict = saved(name)
+    for key in [key for key in state_dict["state"][1] if key != "step"]:
+        damaged = copy.deepcopy(state_dict)
+        damaged["state"][1][key] = TENSOR_FAULTS[fault](damaged["state"][1][key])
+        assert_refused(optimizer, damaged, rf"parameter 0 of group 1 .*'{key}'")
+
+
+@pytest.mark.parametrize("count", NO_COUNTS, ids=repr)
+def test_counters_that_count_nothing_are_refused(count: Any) -> None:
+    optimizer, state_dict = saved("AdamW")
+    state_dict["state"][0]["step"] = count
+    assert_refused(optimizer, state_dict, r"parameter 0 of group 0 .*'step'")
+
+
+def test_half_a_state_and_another_optimizer_s_are_refused() -> None:
+    optimizer, state_dict = saved("AdamW")
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        damaged = copy.deepcopy(state_dict)
+        del damaged["state"][1][key]
+        assert_refused(optimizer, damaged, f"no '{key}'")
+    _, of_sgd = saved("SGD")
+    assert_refused(optimizer, of_sgd, "'momentum_buffer', but no 'exp_avg'")
+    negative = copy.deepcopy(state_dict)
+    negative["state"][0]["exp_avg_sq"][2] = -1e-3
+    assert_refused(optimizer, negative, "'exp_avg_sq' has negative elements")
+    assert_refused(optimizer, [state_dict], "needs a dict, got list")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_dict_is_loaded_whole_or_not_at_all(data: st.DataObject) -> None:
+    """Several faults at once, in any place, and what is no fault: whatever is accepted makes a finite step."""
+    optimizer, state_dict = saved(data.draw(st.sampled_from(sorted(MAKE))))
+    for _ in range(data.draw(st.integers(0, 3))):
+        if data.draw(st.booleans()):
+            fault = GROUP_FAULTS[data.draw(st.sampled_from(sorted(GROUP_FAULTS)))]
+            # An earlier fault may have taken what this one damages.
+            with contextlib.suppress(KeyError, IndexError, AttributeError, TypeError):
+                fault(state_dict)
+            continue
+        state = state_dict.get("state")
+        state = state.get(data.draw(st.integers(0, 1))) if isinstance(state, dict) else None
+        if not isinstance(state, dict) or not state:
+            continue
+        key = data.draw(st.sampled_from(sorted(state)))
+        how = data.draw(st.sampled_from(["gone", "None", "no tensor", "no count", "zeros", *TENSOR_FAULTS]))
+        value = state[key]
+        if how == "gone":
+            del state[key]
+        elif how == "None":
+            state[key] = None
+        elif how == "no tensor":
+            state[key] = data.draw(st.sampled_from(NO_TENSORS))
+        elif how == "no count":
+            state["step"] = data.draw(st.sampled_from(NO_COUNTS))
+        elif isinstance(value, torch.Tensor) and value.layout is torch.strided and is_readable(value):
+            state[key] = torch.zeros_like(value) if how == "zeros" else TENSOR_FAULTS[how](value)
+    before = everything(optimizer)
+    try:
+        optimizer.load_state_dict(state_dict)
+    except (ValueError, TypeError):
+        assert everything(optimizer) == before
+        return
+    for p in optimizer._all_params():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in optimizer._all_params())

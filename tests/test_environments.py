@@ -1,0 +1,239 @@
+"""Installs that are damaged, stale or unusual, and what meets a failure that goes away."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, needs_library
+
+import fused_l2
+from fused_l2 import _sources
+from fused_l2.engines import cpu, cuda
+from fused_l2.tables.tensor_table import Rule
+
+PACKAGE = Path(fused_l2.__file__).resolve().parent
+LIBRARY = PACKAGE / cpu._FILE
+TRAIN = """
+import torch, fused_l2
+p = torch.nn.Parameter(torch.ones(100))
+optimizer = fused_l2.AdamW([p], lr=0.1)
+for _ in range(3):
+    p.grad = torch.ones(100)
+    optimizer.step()
+import fused_l2.kernels
+cpu = fused_l2.capabilities()["cpu"]
+print(f"{p[0].item():.4f}|{cpu.engine}|{cpu.reason}|{fused_l2.kernels.__file__}")
+"""
+
+
+def copy_of_the_package(folder: Path) -> Path:
+    """As an installed one: kernels inside, no sources beside it."""
+    ignored = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(PACKAGE, folder / "fused_l2", ignore=ignored)
+    kernels = importlib.util.find_spec("fused_l2.kernels")
+    assert kernels is not None
+    shutil.copytree(
+        Path(kernels.origin or "").parent, folder / "fused_l2" / "kernels", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    return folder / "fused_l2"
+
+
+def checkout(folder: Path) -> Path:
+    """The source tree without a library."""
+    folder.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.dylib", "*.dll", "kernels", "results")
+    for name in ("fused_l2", "csrc", "bench"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "setup.py", folder)
+    return folder
+
+
+def run(*paths: Path, code: str = TRAIN, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    elsewhere = "[p for p in sys.path if not os.path.exists(os.path.join(p, 'fused_l2'))]"
+    setup = f"import os, sys; sys.path[:] = {[str(p) for p in paths]} + {elsewhere}\n"
+    known = {k: v for k, v in os.environ.items() if not k.startswith("FUSED_L2")}
+    return subprocess.run(
+        [sys.executable, "-P", "-c", setup + code], env={**known, **environment}, cwd=cwd, capture_output=True, text=True
+    )
+
+
+def trained(*paths: Path, **how: Any) -> list[str]:
+    done = run(*paths, **how)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    value, *told = done.stdout.strip().split("|")
+    assert float(value) == pytest.approx(0.7 * 0.999**3, abs=1e-3)
+    return told
+
+
+@needs_library
+@pytest.mark.parametrize("share", [0.003, 0.25, 0.9, 0.99])
+def test_a_library_that_was_cut_off_is_the_fallback(tmp_path: Path, share: float) -> None:
+    """Loading it would end the process with a bus error."""
+    package = copy_of_the_package(tmp_path)
+    whole = LIBRARY.read_bytes()
+    (package / cpu._FILE).write_bytes(whole[: int(len(whole) * share)])
+    engine, reason, _ = trained(tmp_path)
+    assert engine == "plain PyTorch"
+    assert "could not be loaded" in reason
+
+
+@needs_library
+def test_an_empty_capability_is_none(tmp_path: Path) -> None:
+    code = "import fused_l2; print(fused_l2.capabilities()['cpu'].reason)"
+    done = run(PACKAGE.parent, code=code, FUSED_L2_CPU_CAPABILITY="")
+    assert done.returncode == 0, done.stderr
+    assert "forced" not in done.stdout
+    assert "is not available" in run(PACKAGE.parent, code=code, FUSED_L2_CPU_CAPABILITY="none").stderr
+
+
+def test_the_fingerprint_is_of_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "a.h").write_text("1")
+    (tmp_path / "b.cpp").write_text("2")
+    seen = {_sources.fingerprint(tmp_path)}
+    (tmp_path / "b.cpp").write_text("3")
+    seen.add(_sources.fingerprint(tmp_path))
+    (tmp_path / "b.cpp").rename(tmp_path / "c.cpp")
+    seen.add(_sources.fingerprint(tmp_path))
+    (tmp_path / "notes.txt").write_text("")
+    assert len(seen | {_sources.fingerprint(tmp_path)}) == 3
+    assert 0 not in seen
+
+
+@needs_library
+def test_an_uncompiled_checkout_takes_the_library_that_was_installed(tmp_path: Path) -> None:
+    """`pip install .`, then `python train.py` in the checkout, which Python imports from there. But not a library of other
+    sources, and without one it says what to do; `fused_l2.kernels` is found beside the package each time."""
+    source, site = checkout(tmp_path / "checkout"), tmp_path / "site"
+    copy_of_the_package(site)
+    built = cpu.library()
+    assert built is not None
+    if built._short.fused_l2_sources() == 0:
+        pytest.skip("this library was compiled by hand, without the fingerprint of its sources")
+    engine, _, kernels = trained(source, site)
+    assert engine.startswith("C++")
+    assert kernels == str(source / "kernels" / "__init__.py")
+
+    shutil.rmtree(site)
+    engine, reason, _ = trained(source)
+    assert engine == "plain PyTorch"
+    assert f"{source} is a source checkout" in reason
+    assert f"Run `pip install -e .` in {source}" in reason
+
+    copy_of_the_package(site)
+    with (source / "csrc" / "table.h").open("a") as file:
+        file.write("// newer\n")
+    engine, reason, _ = trained(source, site)
+    assert engine == "plain PyTorch"
+    assert "was built from other sources than those in" in reason
+    # The same of an editable install that was not built again.
+    shutil.copy(LIBRARY, source / "fused_l2")
+    engine, reason, _ = trained(source)
+    assert engine == "plain PyTorch"
+    assert "was built from other sources than those in" in reason
+
+
+@pytest.mark.parametrize(
+    "error", ["OSError(116, 'Stale file handle')", "RuntimeError('x')", "AttributeError('x')", "ImportError('x')"]
+)
+def test_a_triton_that_raises_anything_is_the_documented_fallback(error: str) -> None:
+    code = f"""
+    import sys, warnings, torch
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "triton": raise {error}
+    sys.meta_path.insert(0, Finder())
+    sys.modules.pop("triton", None)
+    import fused_l2
+    from fused_l2.engines import cuda
+    print(cuda.why_unavailable())
+    torch.cuda.is_available = lambda: True
+    print(fused_l2.capabilities()["cuda"].engine)
+    """
+    done = run(PACKAGE.parent, code=textwrap.dedent(code))
+    assert done.returncode == 0, done.stderr
+    why, engine = done.stdout.splitlines()
+    assert "triton cannot be imported" in why
+    assert engine == "plain PyTorch"
+
+
+def test_capabilities_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> bool:
+        raise OSError("a driver")
+
+    monkeypatch.setattr(torch.cuda, "is_available", broken)
+    assert "it cannot be asked: OSError: a driver" in fused_l2.capabilities()["cuda"].reason
+
+
+class Compiler:
+    """A device whose compiler fails some times."""
+
+    def __init__(self, failures: int) -> None:
+        self.left, self.asked = failures, 0
+
+    def compile(self, *which: Any) -> Any:
+        self.asked += 1
+        if self.left:
+            self.left -= 1
+            raise FileNotFoundError(2, "No such file or directory", "~/.triton/cache/ab12/fused_l2.json")
+        return which
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    made = Compiler(0)
+    monkeypatch.setattr(cuda, "_kernels", {})
+    monkeypatch.setattr(cuda, "_failures", {})
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: "")
+    monkeypatch.setattr(cuda, "device", lambda of: made)
+    monkeypatch.setattr(cuda.time, "sleep", lambda seconds: None)
+    return made
+
+
+SIGNATURE: Any = (torch.device("cuda:0"), Rule.SGD, 0, torch.float32, torch.float32, torch.float32)
+
+
+def test_a_failure_of_the_compiler_that_goes_away_is_none(compiler: Compiler) -> None:
+    compiler.left = 2
+    kernel, reason = cuda.find_kernel(*SIGNATURE)
+    assert kernel is not None
+    assert not reason
+    assert compiler.asked == 3
+
+
+def test_a_failure_of_the_compiler_is_remembered_by_its_plan_alone(compiler: Compiler) -> None:
+    compiler.left = 3
+    for _ in range(5):  # parameters of one plan
+        kernel, reason = cuda.find_kernel(*SIGNATURE)
+        assert kernel is None
+        assert "Triton could not compile or load a kernel: FileNotFoundError" in reason
+    assert compiler.asked == 3
+    cuda.forget_failures()
+    assert cuda.find_kernel(*SIGNATURE)[0] is not None
+
+
+def test_one_of_several_processes_does_not_fall_back_alone(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("is_initialized", True), ("get_world_size", 4), ("get_rank", 3)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    compiler.left = 3
+    with pytest.raises(RuntimeError, match=r"rank 3: Triton could not compile.*replicas come apart.*FUSED_L2_TRITON=0"):
+        cuda.find_kernel(*SIGNATURE)
+    assert cuda.find_kernel(*SIGNATURE)[0] is not None  # and the next step tries again
+
+
+def test_triton_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_L2_TRITON", "0")
+    cuda.why_unavailable.cache_clear()
+    try:
+        assert cuda.why_unavailable() == "FUSED_L2_TRITON=0"
+    finally:
+        cuda.why_unavailable.cache_clear()
