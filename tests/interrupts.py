@@ -1,13 +1,14 @@
 """Steps that are ended at some moment, and what has to hold afterwards: whatever ends a step, and when, what follows is what
 follows a step that was made, or one that was not.
 
-Parameters that the C++ library steps change in one call, so a step that was ended was made as a whole or not at all. Those that
-plain PyTorch steps may be half stepped, as in torch.optim; what follows is then what torch.optim makes of the same parameters and
-states.
+Parameters that the C++ library steps change in one call, so a step that was ended was made as a whole or not at all. Those
+that plain PyTorch steps may be half stepped, as in torch.optim; what follows is then what torch.optim makes of the same
+parameters and states.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import sys
@@ -190,7 +191,8 @@ class Sweep:
         self.made = [self._twin(True, more) for more in range(3)]  # after the step, and after one and two more
         self.left_out = [self._twin(False, more) for more in range(3)]
 
-    def _at(self) -> Scenario:
+    def before(self) -> Scenario:
+        """A run whose next call is the step that is ended."""
         run = self.make()
         for _ in range(self.at):
             run.make()
@@ -198,7 +200,7 @@ class Sweep:
         return run
 
     def _twin(self, is_made: bool, more: int) -> dict[str, Any]:
-        run = self._at()
+        run = self.before()
         if is_made:
             run.optimizer.step()
         for _ in range(more):
@@ -206,21 +208,19 @@ class Sweep:
         return run.bits()
 
     def locations(self, all_of_them: bool = False) -> Iterator[tuple[Location, int]]:
-        """The lines that the step runs through: each one's first and last time, or every time."""
+        """The lines that the step runs through: each one's last time, or every time."""
         tracer = Tracer()
-        tracer.run(self._at().optimizer.step)
+        tracer.run(self.before().optimizer.step)
         for where, count in tracer.seen.items():
-            yield from ((where, k) for k in (range(1, count + 1) if all_of_them else sorted({1, count})))
+            yield from ((where, k) for k in (range(1, count + 1) if all_of_them else (count,)))
 
     def end_at(self, where: tuple[Location, int]) -> bool:
         """End the step there and check what follows. False if the step did not come there."""
-        run = self._at()
+        run = self.before()
         versions = run.bits()["versions"]
         tracer = Tracer(where, self.error)
-        try:
+        with contextlib.suppress(self.error):
             tracer.run(run.optimizer.step)
-        except self.error:
-            pass
         if not tracer.has_raised:
             return False
         self.check(run, versions, str(where))

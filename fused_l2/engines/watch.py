@@ -259,7 +259,7 @@ def _found_keys(library: Library) -> int:
         # What is found outlives the caller's modes, so it is found outside of them.
         with (
             torch._C.DisableTorchFunction(),
-            temporarily_clear_interpreter_stack(),  # type: ignore[no-untyped-call]
+            temporarily_clear_interpreter_stack(),
             torch.utils._python_dispatch._disable_current_modes(),
             torch.inference_mode(False),
             torch.no_grad(),

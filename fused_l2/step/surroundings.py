@@ -15,7 +15,7 @@ import torch
 from ..parameters.memory import PLAIN_TYPES
 
 # None, and 0, almost always.
-functorch_level: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
+functorch_level: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
@@ -31,11 +31,11 @@ def refuse_modes(groups: list[dict[str, Any]]) -> None:
     """
     is_transformed = functorch_level() is not None
     if is_transformed:
-        levels = [level.key().name for level in torch._C._functorch.get_interpreter_stack()]  # type: ignore[attr-defined]
+        levels = [level.key().name for level in torch._C._functorch.get_interpreter_stack()]
         if any(name in _DIFFERENTIATES for name in levels):
             raise RuntimeError(
-                "fused_l2: step() within torch.func.grad, vjp or jvp would change parameters in place that are not arguments of "
-                "the function, which these transforms do not allow. Step outside of the function."
+                "fused_l2: step() within torch.func.grad, vjp or jvp would change parameters in place that are not arguments "
+                "of the function, which these transforms do not allow. Step outside of the function."
             )
     is_fake = bool(dispatch_modes()) and torch._C._get_dispatch_mode(_FAKE) is not None
     for index, group in enumerate(groups):
@@ -45,10 +45,10 @@ def refuse_modes(groups: list[dict[str, Any]]) -> None:
                 continue
             if is_fake and type(param) in PLAIN_TYPES:
                 raise RuntimeError(
-                    f"fused_l2: parameter {position} of group {index} is a real tensor, and FakeTensorMode is on, in which nothing "
-                    f"is computed. Make model and optimizer within the mode, or step outside of it."
+                    f"fused_l2: parameter {position} of group {index} is a real tensor, and FakeTensorMode is on, in which "
+                    f"nothing is computed. Make model and optimizer within the mode, or step outside of it."
                 )
-            if is_transformed and torch._C._functorch.is_functorch_wrapped_tensor(grad):  # type: ignore[attr-defined]
+            if is_transformed and torch._C._functorch.is_functorch_wrapped_tensor(grad):
                 raise RuntimeError(
                     f"fused_l2: the gradient of parameter {position} of group {index} belongs to the function transform "
                     f"(torch.func) that step() is called in. Return gradients from the function, and step outside of it."
