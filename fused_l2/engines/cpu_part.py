@@ -59,8 +59,7 @@ class CpuPart(TablePart):
     def has_changed(self, entry: Entry, key: str) -> bool:
         return bool(self._begun[0])
 
-    def release(self) -> None:
-        super().release()
+    def begin(self) -> None:
         self._begun[0] = 0
 
     def _step(self) -> bool:

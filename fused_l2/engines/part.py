@@ -342,6 +342,9 @@ class Part(ABC):
     def measure_skipped(self) -> None:
         """Make the statistics of a step that is skipped."""
 
+    def begin(self) -> None:  # noqa: B027
+        """States are about to be made visible for the step under way, which has changed nothing yet."""
+
     @abstractmethod
     def has_changed(self, entry: Entry, key: str) -> bool:
         """Whether the step under way, which was ended, may have written to this state of the entry. Where it has not, what was
@@ -498,5 +501,4 @@ class TablePart(Part):
         """False if the step was not made but recorded."""
 
     def release(self) -> None:
-        super().release()
         self._copies = []

@@ -22,6 +22,7 @@ from torch.optim.sgd import sgd
 from ..parameters.checks import is_count
 from ..parameters.entry import Entry
 from ..parameters.low_precision import narrowed, random_bits, widened
+from ..parameters.memory import has_plain_type
 from ..statistics import GivenRows, row_of
 from ..tables import coefficients
 from ..tables.coefficients import AdamNumbers, SgdNumbers
@@ -76,8 +77,9 @@ class TorchPart(Part):
         return False
 
     def unexpected(self) -> list[Entry]:
-        counters = [(e, e.counter) for e in self.entries() if e.counter is not None and e.counter.device.type == "cpu"]
-        return [e for e, counter in counters if not is_count(float(counter))]
+        # Fake ones have no values.
+        counters = [(e, e.counter) for e in self.entries() if e.counter is not None and has_plain_type(e.counter)]
+        return [e for e, counter in counters if counter.device.type == "cpu" and not is_count(float(counter))]
 
     def prepare(self, row_of: RowOf, numbers: Sequence[Any], sources: Sequence[Sequence[int]]) -> None:
         self._numbers = numbers

@@ -587,6 +587,8 @@ class Plan:
 
     def commit(self, state: Any) -> None:
         """Every check has passed: all of a parameter's new state becomes visible at once."""
+        for part in self.parts:
+            part.begin()
         active: dict[int, list[Entry]] = {}  # by parameter: one that is listed twice has two entries
         for e in self.uncommitted.values():
             if e.active:

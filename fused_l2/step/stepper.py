@@ -48,15 +48,20 @@ class Stepper:
         self._recorded: Recorded | None = None  # what the last step's statistics are made of
         self.set_options(options)
 
-    def step(self, groups: Groups, state: Any, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        """Step every parameter that has a gradient. ``grad_scale`` and ``found_inf`` are what a GradScaler says."""
-        if functorch_level() is not None or dispatch_modes():
+    def step(
+        self,
+        groups: Groups,
+        state: Any,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        is_outside: bool = False,
+    ) -> None:
+        """Step every parameter that has a gradient. ``grad_scale`` and ``found_inf`` are what a GradScaler says.
+        ``is_outside``: the caller's modes were looked at and left."""
+        if not is_outside and (functorch_level() is not None or dispatch_modes()):
             refuse_modes(groups)
             with outside_transforms():
-                return self._step(groups, state, grad_scale, found_inf)
-        return self._step(groups, state, grad_scale, found_inf)
-
-    def _step(self, groups: Groups, state: Any, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+                return self.step(groups, state, grad_scale, found_inf, is_outside=True)
         # While a step is under way there is no plan: whatever ends it early, an interrupt as well, the next one looks anew;
         # and a second thread does not use this one's tables.
         plan, self._plan = self._plan, None
@@ -155,7 +160,7 @@ class Stepper:
     def _warn_of_lost_decay(self, plan: Plan) -> None:
         if "lost decay" not in self.warned and (message := plan.lost_decay()):
             self.warned.add("lost decay")
-            warnings.warn(message, stacklevel=6)
+            warnings.warn(message, stacklevel=5)
 
     def _decide(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Measure this step's gradients and ask the GradScaler. False if the host knows that the step is to be skipped."""
