@@ -1,8 +1,10 @@
 // The C interface that fused_l2/engines/cpu.py loads with ctypes. No header of torch or Python is needed to build it:
 // what is used of libtorch is looked up by name in the copy that the process has loaded.
 #include <cstdint>
+#include <new>
 
 #include "capability.h"
+#include "float_mode.h"
 #include "look.h"
 #include "norms.h"
 #include "parallel.h"
@@ -19,8 +21,29 @@
 
 using namespace fused_l2;
 
+namespace {
+// What a call that may fail returns: Python raises the error (fused_l2/engines/cpu.py). A C++ exception that leaves a C
+// function ends the process.
+enum Status : int64_t { ok, no_memory, failed };
+
+// f(), in the default floating-point mode.
+template <class F> int64_t guarded(F&& f) noexcept {
+  try {
+    const DefaultFloatMode mode;
+    f();
+    return ok;
+  } catch (const std::bad_alloc&) { return no_memory; } catch (...) {
+    return failed;
+  }
+}
+}  // namespace
+
 // Names and order of every column, coefficient and flag: Python compares it with its own before the first call.
-FUSED_L2_EXPORT const char* fused_l2_layout() { return layout(); }
+FUSED_L2_EXPORT const char* fused_l2_layout() {
+  const char* spelled = "";
+  guarded([&] { spelled = layout(); });
+  return spelled;
+}
 
 // What it was built from, as fused_l2/_sources.py computes it; 0 if whoever compiled it did not say.
 #ifndef FUSED_L2_SOURCES
@@ -78,17 +101,23 @@ FUSED_L2_EXPORT int64_t fused_l2_words_hold(const int64_t* addresses, const int6
 FUSED_L2_EXPORT int64_t fused_l2_unexpected_counts(const Bucket* buckets, int64_t count, int64_t* positions) {
   return unexpected_counts(buckets, count, positions);
 }
-FUSED_L2_EXPORT void fused_l2_count(const Bucket* buckets, int64_t count) { count_steps(buckets, count); }
-FUSED_L2_EXPORT void fused_l2_step(const Bucket* buckets, int64_t count) { step(buckets, count); }
-FUSED_L2_EXPORT void fused_l2_step_measured(const Bucket* buckets, int64_t count, int64_t chunk, int64_t skip,
-                                            double* out) {
-  step_measured(buckets, count, chunk, skip != 0, out);
+FUSED_L2_EXPORT int64_t fused_l2_count(const Bucket* buckets, int64_t count) {
+  return guarded([&] { count_steps(buckets, count); });
+}
+// `begun` is set once the step has begun to change tensors: nothing fails after that.
+FUSED_L2_EXPORT int64_t fused_l2_step(const Bucket* buckets, int64_t count, int64_t* begun) {
+  return guarded([&] { step(buckets, count, begun); });
+}
+FUSED_L2_EXPORT int64_t fused_l2_step_measured(const Bucket* buckets, int64_t count, int64_t chunk, int64_t skip,
+                                               double* out, int64_t* begun) {
+  return guarded([&] { step_measured(buckets, count, chunk, skip != 0, out, begun); });
 }
 
-FUSED_L2_EXPORT void fused_l2_sums_of_squares(const int64_t* addresses, const int64_t* dtypes, const int64_t* numels,
-                                              int64_t count, double* out) {
-  sums_of_squares(addresses, dtypes, numels, count, out);
+FUSED_L2_EXPORT int64_t fused_l2_sums_of_squares(const int64_t* addresses, const int64_t* dtypes, const int64_t* numels,
+                                                 int64_t count, double* out) {
+  return guarded([&] { sums_of_squares(addresses, dtypes, numels, count, out); });
 }
-FUSED_L2_EXPORT double fused_l2_measure_grads(const Bucket* buckets, int64_t count, int64_t chunk, int64_t largest) {
-  return measure_grads(buckets, count, chunk, largest != 0);
+FUSED_L2_EXPORT int64_t fused_l2_measure_grads(const Bucket* buckets, int64_t count, int64_t chunk, int64_t largest,
+                                               double* out) {
+  return guarded([&] { *out = measure_grads(buckets, count, chunk, largest != 0); });
 }

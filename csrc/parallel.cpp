@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include "capability.h"
+#include "float_mode.h"
 
 #include <algorithm>
 #include <atomic>
@@ -97,12 +98,13 @@ struct Shares {
   }
 };
 
-// f(index) for what is left of 0 <= index < count, by all of torch's threads.
-template <class F> void share_out(int64_t count, F&& f) {
+// f(index) for what is left of 0 <= index < count, by all of torch's threads. Nothing is allocated once *begun is set.
+template <class F> void share_out(int64_t count, F&& f, int64_t* begun) {
   struct Work {
     Shares shares;
     F& f;
   } work{Shares(count, thread_count()), f};
+  *begun = 1;
   const auto run = [](void* opaque, int64_t thread) {
     Work& w = *static_cast<Work*>(opaque);
     int64_t taken;
@@ -138,24 +140,28 @@ void for_each_index(int64_t count, void (*f)(void*, int64_t), void* context) {
   IndexedCall call{f, context};
   const auto range = [](int64_t begin, int64_t end, void* opaque) {
     const auto* c = static_cast<IndexedCall*>(opaque);
+    const DefaultFloatMode mode;  // each thread has its own
     for (int64_t i = begin; i < end; ++i) c->f(c->context, i);
   };
   // An error leaves some indices undone: f has to bear being called again for those that were done.
   if (torch_threads.parallel_for(0, count, 1, range, &call) != 0) serial(0);
 }
 
-void for_each_once(int64_t count, void (*f)(void*, int64_t), void* context) {
-  share_out(count, [&](int64_t i) { f(context, i); });
+void for_each_once(int64_t count, void (*f)(void*, int64_t), void* context, int64_t* begun) {
+  share_out(count, [&](int64_t i) { f(context, i); }, begun);
 }
 
-void for_each_piece(const Bucket* buckets, int64_t count, PieceFunction f) {
+void for_each_piece(const Bucket* buckets, int64_t count, PieceFunction f, int64_t* begun) {
   const Line line(buckets, count);
   const int64_t threads = thread_count();
-  if (threads == 1 || line.size() < kSerialElements) return line.visit(0, line.size(), f);
+  if (threads == 1 || line.size() < kSerialElements) {
+    *begun = 1;
+    return line.visit(0, line.size(), f);
+  }
   // 32 bits hold the chunk numbers of a share: a larger line gets larger chunks.
   const int64_t chunk = std::max(kChunk, (line.size() / (int64_t(1) << 31) + 1) * kCut);
   share_out((line.size() + chunk - 1) / chunk,
-            [&](int64_t i) { line.visit(line.cut(i * chunk), line.cut((i + 1) * chunk), f); });
+            [&](int64_t i) { line.visit(line.cut(i * chunk), line.cut((i + 1) * chunk), f); }, begun);
 }
 
 }  // namespace fused_l2

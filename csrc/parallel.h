@@ -24,14 +24,15 @@ struct Piece {
 
 using PieceFunction = void (*)(const Piece&);
 
-// Calls f on pieces that cover every element of every row exactly once, on torch's threads.
-void for_each_piece(const Bucket* buckets, int64_t count, PieceFunction f);
+// Calls f on pieces that cover every element of every row exactly once, on torch's threads. Sets *begun before the
+// first call: what is thrown (std::bad_alloc) is thrown before.
+void for_each_piece(const Bucket* buckets, int64_t count, PieceFunction f, int64_t* begun);
 
 // Calls f(context, index) for 0 <= index < count on torch's threads; if torch fails, for all of them once more.
 void for_each_index(int64_t count, void (*f)(void* context, int64_t index), void* context);
 
-// The same for an f that must not be called twice, with indices shared out as pieces are.
-void for_each_once(int64_t count, void (*f)(void* context, int64_t index), void* context);
+// The same for an f that must not be called twice, with indices shared out as pieces are, and *begun set as there.
+void for_each_once(int64_t count, void (*f)(void* context, int64_t index), void* context, int64_t* begun);
 
 // Torch's thread pool, as C functions of its stable ABI (torch/csrc/stable/c/shim.h, since torch 2.10).
 struct TorchThreads {

@@ -18,7 +18,7 @@ const PerCapability<StepChunk> step_chunk_kernels = FUSED_L2_PER_CAPABILITY(step
 
 }  // namespace
 
-void step_measured(const Bucket* buckets, int64_t count, int64_t chunk, bool skip, double* out) {
+void step_measured(const Bucket* buckets, int64_t count, int64_t chunk, bool skip, double* out, int64_t* begun) {
   struct Context {
     std::vector<Piece> pieces;
     bool skip;
@@ -38,9 +38,12 @@ void step_measured(const Bucket* buckets, int64_t count, int64_t chunk, bool ski
     step_chunk_kernels.get()(piece, c.skip ? nullptr : kernel_of(piece), c.out + i * statistic::count);
   };
   const int64_t pieces = static_cast<int64_t>(context.pieces.size());
-  if (elements < kSerialElements)
+  if (elements < kSerialElements) {
+    *begun = 1;
     for (int64_t i = 0; i < pieces; ++i) one(&context, i);
-  else for_each_once(pieces, one, &context);
+  } else {
+    for_each_once(pieces, one, &context, begun);
+  }
   if (!skip) count_steps(buckets, count);
 }
 

@@ -51,8 +51,8 @@ void count_steps(const Bucket* buckets, int64_t count) {
     }
 }
 
-void step(const Bucket* buckets, int64_t count) {
-  for_each_piece(buckets, count, [](const Piece& piece) { kernel_of(piece)(piece); });
+void step(const Bucket* buckets, int64_t count, int64_t* begun) {
+  for_each_piece(buckets, count, [](const Piece& piece) { kernel_of(piece)(piece); }, begun);
   count_steps(buckets, count);
 }
 

@@ -13,7 +13,8 @@ int64_t unexpected_counts(const Bucket* buckets, int64_t count, int64_t* positio
 // Adds one to every tensor's step counter.
 void count_steps(const Bucket* buckets, int64_t count);
 
-// One step of every tensor of every bucket, then its step counter.
-void step(const Bucket* buckets, int64_t count);
+// One step of every tensor of every bucket, then its step counter. Sets *begun before it changes the first one; what is
+// thrown (std::bad_alloc) is thrown before.
+void step(const Bucket* buckets, int64_t count, int64_t* begun);
 
 }  // namespace fused_l2

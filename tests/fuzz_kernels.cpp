@@ -133,15 +133,16 @@ struct Fuzz {
     Bucket bucket{rule,    flags,         param_type,   grad_type, state_type,
                   singles, single.data(), coefficients, nullptr,   &factor};
     threads = 1;
+    int64_t begun = 0;
     activate(Capability::baseline);
-    for_each_piece(&bucket, 1, update);
+    for_each_piece(&bucket, 1, update, &begun);
 
     do activate(static_cast<Capability>(below(static_cast<int64_t>(Capability::count))));
     while (!is_supported(active_capability()));
     threads = static_cast<unsigned>(1 + below(8));
     bucket.rows = tensors;
     bucket.table = table.data();
-    for_each_piece(&bucket, 1, update);
+    for_each_piece(&bucket, 1, update, &begun);
 
     for (int64_t t = 0; t < tensors; ++t)
       for (size_t k = 0; k < all[t].size(); ++k)

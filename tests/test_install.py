@@ -88,7 +88,7 @@ FLOORS = [
     {"engines.device_tables", "engines.watch", "engines.part"},
     {"engines.cpu_part", "engines.cuda_part", "engines.torch_ops"},
     {"engines"},
-    {"step.hyperparameters", "step.state", "step.scaler"},
+    {"step.hyperparameters", "step.state", "step.scaler", "step.surroundings"},
     {"step.rules"},
     {"step.plan"},
     {"step.stepper"},

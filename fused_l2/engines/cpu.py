@@ -26,7 +26,7 @@ _FILE = {"win32": "fused_l2.dll", "darwin": "libfused_l2.dylib"}.get(sys.platfor
 _TORCH_FILE = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
 _REMEDY = "Install a C++17 compiler (g++ or clang++) and run `pip install --force-reinstall --no-deps --no-cache-dir fused_l2`."
 
-_POINTER, _INTEGER, _NUMBER, _TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_char_p
+_POINTER, _INTEGER, _TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
 # The functions of csrc/library.cpp, in its order: result and arguments. fused_l2_layout is asked before these are known to fit.
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "sources": (_INTEGER, ()),
@@ -45,12 +45,14 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "exchange": (None, (_POINTER, _POINTER, _POINTER, _POINTER, _INTEGER)),
     "words_hold": (_INTEGER, (_POINTER, _POINTER, _INTEGER)),
     "unexpected_counts": (_INTEGER, (_POINTER, _INTEGER, _POINTER)),
-    "count": (None, (_POINTER, _INTEGER)),
-    "step": (None, (_POINTER, _INTEGER)),
-    "step_measured": (None, (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER)),
-    "sums_of_squares": (None, (_POINTER, _POINTER, _POINTER, _INTEGER, _POINTER)),
-    "measure_grads": (_NUMBER, (_POINTER, _INTEGER, _INTEGER, _INTEGER)),
+    # From here on the result is a status, see failure().
+    "count": (_INTEGER, (_POINTER, _INTEGER)),
+    "step": (_INTEGER, (_POINTER, _INTEGER, _POINTER)),
+    "step_measured": (_INTEGER, (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _POINTER)),
+    "sums_of_squares": (_INTEGER, (_POINTER, _POINTER, _POINTER, _INTEGER, _POINTER)),
+    "measure_grads": (_INTEGER, (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER)),
 }
+_NO_MEMORY = 1  # csrc/library.cpp
 
 
 class Library:
@@ -118,13 +120,15 @@ class Library:
     def sums_of_squares(self, tensors: Sequence[Tensor], dtypes: Sequence[int]) -> list[float]:
         """Sum of x^2 per tensor, in float64; the same bits for any number of threads."""
         out = (ctypes.c_double * len(tensors))()
-        self._long.fused_l2_sums_of_squares(
+        status = self._long.fused_l2_sums_of_squares(
             int64_array([t.data_ptr() for t in tensors]),
             int64_array(dtypes),
             int64_array([t.numel() for t in tensors]),
             len(tensors),
             out,
         )
+        if status:
+            raise failure(status)
         return list(out)
 
 
@@ -147,6 +151,13 @@ def _is_cut_off(path: Path) -> bool:
         if kind == 1 and begin + length > path.stat().st_size:
             return True
     return False
+
+
+def failure(status: int) -> Exception:
+    """What a C++ exception was that ended a call of the library, which had changed nothing."""
+    if status == _NO_MEMORY:
+        return MemoryError("fused_l2: there is no memory to share the work out over tensors and threads")
+    return RuntimeError("fused_l2: the C++ library ended a call with an exception that it does not know")
 
 
 @functools.cache

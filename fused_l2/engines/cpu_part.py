@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..parameters.entry import Entry
 from ..statistics import Record
 from ..tables.control import FACTOR, Control, Prologue, on_host
-from ..tables.tensor_table import STATISTICS, Flag, Rule, norm_chunk, statistics_chunk
+from ..tables.tensor_table import STATISTICS, Flag, Rule, address_of, norm_chunk, statistics_chunk
+from .cpu import failure
 from .part import TablePart
 
 
@@ -22,6 +25,9 @@ class CpuPart(TablePart):
         super().__init__(rule, ranks)
         self._statistics = bool(flags & Flag.STATISTICS)
         self._measures = bool(flags & (Flag.STATISTICS | Flag.SCALED))
+        # Written by the library: an interrupt comes before a call or after it, and nothing else tells which.
+        self._begun = array("q", [0])
+        self._begun_at = address_of(self._begun)
 
     def _resettled(self) -> None:
         if not self._measures:
@@ -36,7 +42,10 @@ class CpuPart(TablePart):
 
     def _measured(self, largest: bool) -> float:
         assert self._library is not None
-        return float(self._library.measure_grads(self._address, self._count, self._chunk, largest))
+        found = array("d", [0.0])
+        if status := self._library.measure_grads(self._address, self._count, self._chunk, largest, address_of(found)):
+            raise failure(status)
+        return found[0]
 
     def measure(self, largest: bool) -> list[Tensor]:
         return [torch.tensor(self._measured(largest), dtype=torch.float64, device="cpu")]
@@ -47,18 +56,27 @@ class CpuPart(TablePart):
     def use(self, control: Tensor | Control) -> None:
         self._factor[0] = float(control[FACTOR])
 
+    def has_changed(self, entry: Entry, key: str) -> bool:
+        return bool(self._begun[0])
+
+    def begin(self) -> None:
+        self._begun[0] = 0
+
     def _step(self) -> bool:
         assert self._library is not None  # else plain PyTorch steps CPU tensors
-        self.has_begun = True
         if self._statistics:
             self._step_measured(skip=False)
-        else:
-            self._library.step(self._address, self._count)
+        elif status := self._library.step(self._address, self._count, self._begun_at):
+            raise failure(status)
         return True
 
     def _step_measured(self, skip: bool) -> None:
         assert self._library is not None
-        self._library.step_measured(self._address, self._count, self._statistics_chunk, skip, self._partials.data_ptr())
+        partials = self._partials.data_ptr()
+        if status := self._library.step_measured(
+            self._address, self._count, self._statistics_chunk, skip, partials, self._begun_at
+        ):
+            raise failure(status)
 
     def measure_skipped(self) -> None:
         self._step_measured(skip=True)

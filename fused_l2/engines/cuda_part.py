@@ -13,7 +13,7 @@ from ..statistics import Record
 from ..tables import coefficients
 from ..tables.control import Control, Prologue
 from ..tables.tensor_table import Flag, Rule
-from . import cuda
+from . import cpu, cuda
 from .device_tables import DeviceTable, Measurer, Numbers, Rows
 from .part import Bucket, RowOf, TablePart
 
@@ -33,6 +33,7 @@ class CudaPart(TablePart):
         self._prepared: tuple[bool, bool, torch.dtype] | None = None
         self._control: Tensor | None = None
         self._is_uploaded = False
+        self._begun: list[Bucket] = []  # what the step under way has launched
         self._in_graphs: set[DeviceTable] = set()  # tables that CUDA graphs read stay as they are
 
     def moved(self, entry: Entry) -> None:
@@ -143,26 +144,36 @@ class CudaPart(TablePart):
         control = 0 if self._control is None else self._control.data_ptr()
         with self._device.current():
             stream = self._upload()
-            self.has_begun = True
-            for table in self._tables.values():
+            for bucket, table in self._tables.items():
+                self._begun.append(bucket)
                 table.step(stream, control)
         self._control = None
 
+    def has_changed(self, entry: Entry, key: str) -> bool:
+        return entry.bucket in self._begun
+
     def _step(self) -> bool:
-        self._launch_tables()
-        if self._device.is_capturing():
-            return False
+        is_recorded = self._device.is_capturing()
+        try:
+            self._launch_tables()
+        finally:  # whatever ends this: what was launched is counted
+            if not is_recorded:
+                self._count_steps()
+        return not is_recorded
+
+    def _count_steps(self) -> None:
         if self._library is not None:
-            self._library.count(self._address, self._count)
+            if status := self._library.count(self._address, len(self._begun)):  # buckets are launched in their order
+                raise cpu.failure(status)
         elif not self._on_device:
-            counters = [e.counter for bucket in self.buckets for e in bucket.active_entries() if e.counter is not None]
+            counters = [e.counter for bucket in self._begun for e in bucket.active_entries() if e.counter is not None]
             if counters:
                 torch._foreach_add_(counters, 1.0)
-        return True
 
     def release(self) -> None:
         super().release()
         self._control = None
+        self._begun = []
 
     def captured(self) -> list[Any] | None:
         if not self._device.is_capturing():

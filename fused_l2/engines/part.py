@@ -262,7 +262,6 @@ class Part(ABC):
 
     buckets: Sequence[Bucket] = ()  # those with active rows, in the order of their first one
     record: Record | None = None  # with statistics
-    has_begun = False  # whether the step under way has begun to change tensors
     on_host = False  # whether the host has to know if a step is made
 
     def __init__(self, ranks: tuple[Any, ...] = ()) -> None:
@@ -343,9 +342,16 @@ class Part(ABC):
     def measure_skipped(self) -> None:
         """Make the statistics of a step that is skipped."""
 
-    def release(self) -> None:
+    def begin(self) -> None:  # noqa: B027
+        """States are about to be made visible for the step under way, which has changed nothing yet."""
+
+    @abstractmethod
+    def has_changed(self, entry: Entry, key: str) -> bool:
+        """Whether the step under way, which was ended, may have written to this state of the entry. Where it has not, what was
+        made for it is taken back."""
+
+    def release(self) -> None:  # noqa: B027
         """The step is over: let go of what belongs to others."""
-        self.has_begun = False
 
     def captured(self) -> list[Any] | None:
         """What a CUDA graph that is being captured reads, to be kept alive; None if none is."""
@@ -484,16 +490,15 @@ class TablePart(Part):
 
     def launch(self) -> None:
         """Step all active entries."""
+        # Autograd sees the write, as after torch's own step; before it, so that no interrupt comes in between.
+        increment_version(self._params)
         if self._step():
             for bucket in self.buckets:
                 bucket.stepped()
-        # Autograd then sees the write, as after torch's own step.
-        increment_version(self._params)
 
     @abstractmethod
     def _step(self) -> bool:
         """False if the step was not made but recorded."""
 
     def release(self) -> None:
-        super().release()
         self._copies = []

@@ -22,6 +22,7 @@ from torch.optim.sgd import sgd
 from ..parameters.checks import is_count
 from ..parameters.entry import Entry
 from ..parameters.low_precision import narrowed, random_bits, widened
+from ..parameters.memory import has_plain_type
 from ..statistics import GivenRows, row_of
 from ..tables import coefficients
 from ..tables.coefficients import AdamNumbers, SgdNumbers
@@ -44,6 +45,7 @@ class TorchPart(Part):
         self._entries: list[Entry] = []
         self._numbers: Sequence[Any] = ()
         self._factor: Tensor | float | None = None
+        self._begun: set[Entry] = set()  # what the step under way has begun to change
 
     def add(self, entry: Entry) -> None:
         insort(self._entries, entry, key=attrgetter("slot"))
@@ -75,8 +77,9 @@ class TorchPart(Part):
         return False
 
     def unexpected(self) -> list[Entry]:
-        counters = [(e, e.counter) for e in self.entries() if e.counter is not None and e.counter.device.type == "cpu"]
-        return [e for e, counter in counters if not is_count(float(counter))]
+        # Fake ones have no values.
+        counters = [(e, e.counter) for e in self.entries() if e.counter is not None and has_plain_type(e.counter)]
+        return [e for e, counter in counters if counter.device.type == "cpu" and not is_count(float(counter))]
 
     def prepare(self, row_of: RowOf, numbers: Sequence[Any], sources: Sequence[Sequence[int]]) -> None:
         self._numbers = numbers
@@ -101,6 +104,7 @@ class TorchPart(Part):
     def launch(self) -> None:
         entries = self.entries()
         before = [e.weights().clone() for e in entries] if self._statistics else []
+        increment_version([e.param for e in entries if e.local is not e.param])
 
         # Neighbours that share a param group are stepped in one call; but not those that may share memory and would not see
         # what the one before them wrote: 16-bit ones, which are widened first, and what foreach steps together.
@@ -112,14 +116,13 @@ class TorchPart(Part):
             self._step(alike)
             for e in alike:
                 e.first_step = False
-        increment_version([e.param for e in entries if e.local is not e.param])
         if self._statistics:
             rows = [row_of(e.grad, b, e.weights()) for e, b in zip(entries, before, strict=True)]
             self.record = GivenRows(torch.stack(rows))
 
     def _step(self, entries: list[Entry]) -> None:
         first = entries[0]
-        self.has_begun = True
+        self._begun.update(entries)
         step(
             self._rule,
             first.flags,
@@ -134,9 +137,14 @@ class TorchPart(Part):
             keys=[e.key for e in entries],
         )
 
+    def has_changed(self, entry: Entry, key: str) -> bool:
+        # A first momentum is made from the gradient, and is none before the whole step is done: torch.optim's is not either.
+        return entry in self._begun and not (key == "momentum_buffer" and entry.first_step)
+
     def release(self) -> None:
         super().release()
         self._factor = None
+        self._begun = set()
 
 
 def _measured(grad: Tensor, largest: bool) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..parameters.entry import Entry, Flight
 from ..parameters.memory import PLAIN_TYPES, facts_of, has_memory, kind_of
@@ -241,16 +242,35 @@ def make_look() -> Look:
     return Look()
 
 
-@functools.cache
+_verdicts: dict[Library, int] = {}
+
+
 def _plain_keys(library: Library) -> int:
     """The dispatch keys of a plain CPU tensor; 0 if the library cannot look at tensors of this torch."""
+    if library not in _verdicts:
+        _verdicts[library] = _found_keys(library)
+    return _verdicts[library]
+
+
+def _found_keys(library: Library) -> int:
     if sys.implementation.name != "cpython" or not library.has_tensors:
         return 0
-    try:
-        with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-            return _find_offsets(library)
-    except Exception:  # not public API: whatever goes wrong, the plain way remains
-        return 0
+    for _ in range(3):  # chance may leave the same word in several places
+        # What is found outlives the caller's modes, so it is found outside of them.
+        with (
+            torch._C.DisableTorchFunction(),
+            temporarily_clear_interpreter_stack(),
+            torch.utils._python_dispatch._disable_current_modes(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
+            try:
+                if keys := _find_offsets(library):
+                    return keys
+            # Not public API: whatever goes wrong, the plain way remains. What a signal's handler raises goes on its way.
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+                pass
+    return 0
 
 
 def _find_offsets(library: Library) -> int:
@@ -268,9 +288,9 @@ def _find_offsets(library: Library) -> int:
     ]
     different = [
         torch._neg_view(plain(2, 3)),
-        torch._efficientzerotensor(2, 3, device="cpu"),
+        torch._efficientzerotensor(2, 3, dtype=torch.float32, device="cpu"),
         plain(2, 3).to_sparse(),
-        torch.zeros(2, 3, device="meta"),
+        torch.zeros(2, 3, dtype=torch.float32, device="meta"),
     ]
     with torch.inference_mode():
         different.append(plain(2, 3))
@@ -319,7 +339,7 @@ def _passes_test(library: Library, keys: int) -> bool:
     """Whether the library sees what it has to see."""
 
     def plain() -> Tensor:
-        return torch.zeros(2, 3, device="cpu")
+        return torch.zeros(2, 3, dtype=torch.float32, device="cpu")
 
     def entry(slot: int, param: Tensor, state: Tensor) -> Entry:
         e = Entry()

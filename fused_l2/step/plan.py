@@ -106,7 +106,7 @@ class Plan:
         self._grads: list[Any] = []  # alive until the step is done, whatever other threads do
         self.norm_dtype = torch.float32
         self._measured: tuple[list[int], list[int], list[str]] | None = None  # slots, groups, names: what is measured
-        self.committed: list[tuple[Tensor, list[str], Part]] = []  # what this step added to the state, and who uses it
+        self.committed: list[tuple[Entry, list[str]]] = []  # what this step added to the state
 
     def __del__(self) -> None:
         # Entries know where they are stepped, and parts know their entries: let all of it go now, not when the collector comes.
@@ -319,8 +319,15 @@ class Plan:
 
     # Mending.
 
-    @torch.no_grad()
     def _mend(self, groups: Groups, params: list[Tensor], found: list[int]) -> None:
+        if torch.is_inference_mode_enabled():  # a state that is made in it could not be written to outside of it
+            with torch.inference_mode(False):
+                self._mend_all(groups, params, found)
+        else:
+            self._mend_all(groups, params, found)
+
+    @torch.no_grad()
+    def _mend_all(self, groups: Groups, params: list[Tensor], found: list[int]) -> None:
         for slot, change in zip(found[::2], found[1::2], strict=True):
             if change & OTHER:
                 self._stale.add(slot)
@@ -431,7 +438,7 @@ class Plan:
                     number=self._first + slot,
                     group=index,
                     state=self._state.get(param),
-                    pending=new.get(id(param)) or self._waiting.get(param) or {},
+                    pending=new.get(id(param)) or ({} if self._state.get(param) else self._waiting.get(param)) or {},
                     kind=kind,
                     gradients=self._gradients,
                     flight=self._flight,
@@ -580,6 +587,8 @@ class Plan:
 
     def commit(self, state: Any) -> None:
         """Every check has passed: all of a parameter's new state becomes visible at once."""
+        for part in self.parts:
+            part.begin()
         active: dict[int, list[Entry]] = {}  # by parameter: one that is listed twice has two entries
         for e in self.uncommitted.values():
             if e.active:
@@ -587,7 +596,7 @@ class Plan:
         for entries in active.values():
             for e in entries:
                 own = state.get(e.param)
-                self.committed.append((e.param, [key for key in e.new if own is None or own.get(key) is None], e.place))
+                self.committed.append((e, [key for key in e.new if own is None or own.get(key) is None]))
                 if own is None:
                     own = state[e.param] = ParamState(e.new)
                 elif type(own) is ParamState:
@@ -600,14 +609,16 @@ class Plan:
         self._state_changes = getattr(state, "changes", 0)
 
     def take_back(self, state: Any) -> None:
-        """The step was ended: remove the state that it had made for tensors that it had not begun to change."""
-        for param, keys, part in self.committed:
-            own = state.get(param)
-            if own is not None and not part.has_begun:
-                for key in keys:
+        """The step was ended: remove the state that it had made and had not begun to change."""
+        for e, keys in self.committed:
+            own = state.get(e.param)
+            if own is None:
+                continue
+            for key in keys:
+                if not e.place.has_changed(e, key):
                     own.pop(key, None)
-                if not own:
-                    del state[param]
+            if not own:
+                del state[e.param]
 
     def _watch_state(self, e: Entry) -> None:
         if type(e.state) is ParamState:

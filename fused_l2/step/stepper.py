@@ -21,6 +21,7 @@ from ..statistics import Recorded, Statistics
 from ..tables.control import INV_SCALE, NORM, SKIP, Control, Prologue
 from .plan import Groups, Plan
 from .rules import UpdateRule
+from .surroundings import dispatch_modes, functorch_level, outside_transforms, refuse_modes
 
 
 class Stepper:
@@ -47,8 +48,20 @@ class Stepper:
         self._recorded: Recorded | None = None  # what the last step's statistics are made of
         self.set_options(options)
 
-    def step(self, groups: Groups, state: Any, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        """Step every parameter that has a gradient. ``grad_scale`` and ``found_inf`` are what a GradScaler says."""
+    def step(
+        self,
+        groups: Groups,
+        state: Any,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        is_outside: bool = False,
+    ) -> None:
+        """Step every parameter that has a gradient. ``grad_scale`` and ``found_inf`` are what a GradScaler says.
+        ``is_outside``: the caller's modes were looked at and left."""
+        if not is_outside and (functorch_level() is not None or dispatch_modes()):
+            refuse_modes(groups)
+            with outside_transforms():
+                return self.step(groups, state, grad_scale, found_inf, is_outside=True)
         # While a step is under way there is no plan: whatever ends it early, an interrupt as well, the next one looks anew;
         # and a second thread does not use this one's tables.
         plan, self._plan = self._plan, None
@@ -57,14 +70,13 @@ class Stepper:
             if plan is None or not plan.refresh(groups, state):
                 plan = self._make_plan(groups, state)
             plan.prepare()
-            if not self._decides or self._decide(plan, grad_scale, found_inf):
+            is_made = not self._decides or self._decide(plan, grad_scale, found_inf)
+            if self._measures:
+                self._recorded = None  # what it is made of is about to be written to
+            if is_made:
                 if plan.uncommitted:
                     self._warn_of_lost_decay(plan)
                     plan.commit(state)
-                    for group in groups if self.waiting else ():
-                        for param in group["params"]:
-                            if param in state:
-                                self.waiting.pop(param, None)
                 plan.launch()
                 if plan.cuda_parts:
                     self._captured += plan.captured()
@@ -72,6 +84,8 @@ class Stepper:
                 plan.skip()
             if self._measures:
                 self._remember(plan, groups)
+            if self.waiting:
+                self._forget_waiting(state)
         except BaseException:
             if plan is not None and plan.committed:
                 plan.take_back(state)
@@ -84,6 +98,7 @@ class Stepper:
             self._plan = plan
 
     def _make_plan(self, groups: Groups, state: Any) -> Plan:
+        self._gradients.clear()  # an interrupt may have left some
         self.arrange(groups)
         plan = Plan(self.rule, self.options, self._gradients, self.initial_lrs, self.waiting, self.warned, self._first)
         if not plan.refresh(groups, state):
@@ -92,6 +107,11 @@ class Stepper:
                 "parameters or state?"
             )
         return plan
+
+    def _forget_waiting(self, state: Any) -> None:
+        """A state that is there counts, and what waited for it no longer."""
+        for param in [p for p in self.waiting if state.get(p)]:
+            del self.waiting[param]
 
     def drop_plan(self) -> None:
         """Forget what was prepared for the next step; it will be prepared again."""
