@@ -92,6 +92,7 @@ FLOORS = [
     {"step.rules"},
     {"step.plan"},
     {"step.stepper"},
+    {"backward_pass", "ddp"},
     {"optimizer"},
     {"adam", "sgd", "backward", "checkpoint", "warmup"},
 ]
