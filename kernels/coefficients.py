@@ -21,8 +21,8 @@ from .layout import (
     CORRECTED,
     DECOUPLED,
     FULLY_DECOUPLED,
-    KAHAN,
     NUMBERS,
+    RANDOM,
     RANDOM_STEPS,
     ROW_BETA2,
     ROW_BIAS_CORRECTION2_SQRT,
@@ -44,7 +44,6 @@ from .layout import (
     SGD_WEIGHT_DECAY,
     SKIP,
     STEP_COUNT,
-    STOCHASTIC,
 )
 from .sums import larger
 
@@ -67,7 +66,7 @@ def fused_l2_coefficients(
     inside = tensor < COUNT
     first = tl.load(groups + tensor, mask=inside, other=0) * NUMBERS
     out = coefficients + tensor * COEFFICIENT_WIDTH
-    counts: tl.constexpr = RULE == ADAM or BUCKET_FLAGS & (KAHAN | STOCHASTIC)
+    counts: tl.constexpr = RULE == ADAM or BUCKET_FLAGS & RANDOM
     if counts:
         address = tl.load(counters + tensor, mask=inside, other=0)
         is_made = inside & (address != 0)  # a tensor without a gradient counts nothing
