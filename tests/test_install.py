@@ -82,7 +82,7 @@ FLOORS = [
     {"parameters.checks"},
     {"parameters.entry"},
     {"options"},
-    {"kernels.sums", "kernels.turns", "kernels.update_rules", "kernels.low_precision"},
+    {"kernels.sums", "kernels.turns", "kernels.update_rules", "kernels.low_precision", "kernels.eight_bits"},
     {"kernels.multi_tensor", "kernels.norms", "kernels.write"},
     {"kernels.control", "kernels.coefficients"},
     {"kernels.launch"},
