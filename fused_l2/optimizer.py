@@ -334,7 +334,8 @@ class FusedOptimizer(OptionAttributes, Optimizer):
 
         Raises:
             ValueError, TypeError: if param groups or states are not those of this optimizer's parameters, are damaged, or were
-                kept by another ``low_precision`` or with ``state_dtype="8bit"``; the message names what it is, and nothing has changed then.
+                kept by another ``low_precision`` or with ``state_dtype="8bit"``; the message names what it is, and nothing has
+                changed then.
         """
         if not isinstance(state_dict, dict):
             raise TypeError(f"load_state_dict needs a dict, got {type(state_dict).__name__}")

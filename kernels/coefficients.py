@@ -70,7 +70,7 @@ def fused_l2_coefficients(
     if counts:
         address = tl.load(counters + tensor, mask=inside, other=0)
         is_made = inside & (address != 0)  # a tensor without a gradient counts nothing
-        COUNTER: tl.constexpr = tl.float64 if BUCKET_FLAGS & (KAHAN | STOCHASTIC) else tl.float32
+        COUNTER: tl.constexpr = tl.float64 if BUCKET_FLAGS & RANDOM else tl.float32
         counter = address.to(tl.pointer_type(COUNTER))
         steps = tl.load(counter, mask=is_made, other=0.0) + 1  # float32 stands still at 2^24, as torch's does
         count = tl.minimum(steps, 1073741824.0).to(tl.int32)

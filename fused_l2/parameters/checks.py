@@ -144,11 +144,8 @@ def check_whole(state: Mapping[str, Any], missing: list[str], name: Name) -> Non
     if not missing:
         return
     found = [key for key in (*KNOWN, *EIGHT_BIT_NAMES) if state.get(key) is not None]
-    foreign = [
-        key
-        for key, value in state.items()
-        if key not in (*KNOWN, *EIGHT_BIT_NAMES, *STATE_NAMES) and isinstance(value, Tensor) and value.dim()
-    ]
+    known = (*KNOWN, *EIGHT_BIT_NAMES, *STATE_NAMES)
+    foreign = [key for key, value in state.items() if key not in known and isinstance(value, Tensor) and value.dim()]
     if found or foreign:
         raise RuntimeError(
             f"{name()}: its state has {', '.join(map(repr, [*found, *foreign]))}, but no {missing[0]!r}. Load a whole "

@@ -292,7 +292,7 @@ def make_entry(
     e.counter = None
     if kind.counts:
         value = found.get("step")
-        counter = as_counter(value, param, on_device, mode.is_random, name)
+        counter = as_counter(value, param, on_device, bool(kind.flags & RANDOM), name)
         if not on_device and value is not None:
             checks.check_counter(counter, name)
         if counter is not value:
