@@ -119,7 +119,7 @@ def _check_state(state: Mapping[str, Any], param: Tensor, stepper: Stepper, flag
     names = rule.state_names(flags)
     missing = []
     for key in names:
-        pair = (CODES.get(key), SCALES.get(key))
+        pair = [CODES[key], SCALES[key]] if key in CODES else []
         if any(k in state for k in pair):
             missing += [k for k in pair if state.get(k) is None]
         elif state.get(key) is None and not rule.may_start_at_zero(key):

@@ -496,7 +496,9 @@ def test_refusals():
     params, made = build("AdamW")
     train(made, params, range(1))
     plain = fused_l2.AdamW([torch.nn.Parameter(p.detach().clone()) for p in params])
-    with pytest.raises(ValueError, match=r"parameter 0 of group 0 .*holds 'exp_avg_8bit'.*state_dtype=None.*float32_state_dict\(\)"):
+    with pytest.raises(
+        ValueError, match=r"parameter 0 of group 0 .*holds 'exp_avg_8bit'.*state_dtype=None.*float32_state_dict\(\)"
+    ):
         plain.load_state_dict(made.state_dict())
     assert not plain.state
     plain.load_state_dict(made.float32_state_dict())

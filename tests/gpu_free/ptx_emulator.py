@@ -524,7 +524,7 @@ def _convert(emulator: Emulator, i: Instruction) -> Any:
         return value.astype("f4")
     if to in ("f32", "f64") and modifiers == ["rn"] and source in ("u32", "s32"):
         return value.astype(_TYPES[to])
-    if (to, source, modifiers) == ("s32", "f32", ["rzi"]):
+    if to == "s32" and source in ("f32", "f64") and modifiers == ["rzi"]:
         return np.trunc(np.clip(np.nan_to_num(value.astype("f8"), nan=0.0), -(2.0**31), 2.0**31 - 1)).astype("i4")
     if to[0] in "us" and source[0] in "us" and not modifiers:
         return value.astype(_TYPES[to])
