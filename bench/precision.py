@@ -1,7 +1,8 @@
 """``python -m bench precision``: what is left of weight decay and of training in bfloat16, and what keeping it costs.
 
-Three kinds of results: ``decay``, how much of it arrives over 8000 steps; ``training``, a small transformer on the text of the
-standard library; ``speed``, bytes and time of a step. Not part of ``python -m bench all``.
+Four kinds of results: ``decay``, how much of it arrives over 8000 steps; ``moments``, how much of the decay of second moments
+does; ``training``, a small transformer on the text of the standard library; ``speed``, bytes and time of a step. Not part of
+``python -m bench all``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .providers import PROVIDERS
 from .topic import Job, Options, spread
 from .train import Block
 
-MODES = ("round", "remainder", "master", "kahan", "stochastic")
+MODES = ("round", "remainder", "master", "kahan", "stochastic", "remainder8")
 PEERS = ("torch for-loop", "torch foreach", "torch fused", "optimi")
 STEPS, ELEMENTS, WEIGHT_DECAY = 8000, 1 << 16, 0.1
 TRAINING_STEPS, CONTEXT, BATCH = 500, 64, 8
@@ -31,6 +32,8 @@ def jobs(options: Options) -> Iterator[Job]:
     for lr in (3e-4, 3e-5):
         for noise in (False, True):
             yield Job(f"decay lr {lr:g}{' noise' * noise}", lambda _, lr=lr, n=noise: decay(lr, n, options))
+    for share in (1.0, 0.25):
+        yield Job(f"moments {share:g}", lambda _, share=share: moments(share))
     yield Job("training", lambda _: training())
     yield Job("speed", lambda _: speed(options.seconds))
 
@@ -78,6 +81,37 @@ def decay(lr: float, noise: bool, options: Options) -> dict[str, Any]:
     }  # fmt: skip
 
 
+FORMATS: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit"}
+
+
+def moments(share: float) -> dict[str, Any]:
+    """AdamW's second moments without gradients, 1000 steps at beta2 0.999: of all elements, or of this share of them, evenly
+    among others whose gradients go on. What is left of them, as the geometric mean of v / v_0, and the share of ln(v)'s decay
+    that arrived."""
+    generator = torch.Generator().manual_seed(0)
+    level = torch.exp(0.75 * torch.randn(128, 128, generator=generator))
+    resting = (torch.arange(level.numel()) % round(1 / share) == 0).view(level.shape)
+    contestants = {}
+    for name, dtype in FORMATS.items():
+        p = torch.nn.Parameter(torch.zeros_like(level))
+        contestants[name] = p, fused_l2.AdamW([p], lr=0.0, weight_decay=0.0, state_dtype=dtype)
+    left: dict[str, list[float]] = {name: [] for name in contestants}
+    before = {}
+    for step in range(4001):
+        noise = level * torch.randn(level.shape, generator=generator)
+        for name, (p, optimizer) in contestants.items():
+            p.grad = noise if step <= 3000 else torch.where(resting, 0.0, noise)
+            optimizer.step()
+            if step >= 3000 and step % 50 == 0:
+                v = optimizer.float32_state_dict()["state"][0]["exp_avg_sq"].double()[resting].log().mean()
+                left[name].append(float((v - before.setdefault(name, v)).exp()))
+    arrived = {name: math.log(curve[-1]) / (1000 * math.log(0.999)) for name, curve in left.items()}
+    return {
+        "case": f"moments-{share:g}", "kind": "moments", "share": share, "steps": [50 * i for i in range(21)], "left": left,
+        "arrived": arrived,
+    }  # fmt: skip
+
+
 def text() -> torch.Tensor:
     """The sources of some modules of the standard library, as bytes."""
     folder = Path(sysconfig.get_path("stdlib"))
@@ -100,6 +134,10 @@ def training() -> dict[str, Any]:
             )
             for mode in MODES
         },
+        "fused_l2 8bit": (
+            torch.bfloat16,
+            lambda ps: fused_l2.AdamW(ps, lr=1e-3, weight_decay=0.5, low_precision="remainder8", state_dtype="8bit"),
+        ),
         "torch foreach": (torch.bfloat16, lambda ps: torch.optim.AdamW(ps, lr=1e-3, weight_decay=0.5, foreach=True)),
     }
     losses: dict[str, list[float]] = {}
@@ -148,8 +186,11 @@ def speed(seconds: float) -> dict[str, Any]:
         "float32, bfloat16 states": (torch.float32, {"state_dtype": torch.bfloat16}),
         "round, bfloat16 states": (torch.bfloat16, {}),
         **{mode: (torch.bfloat16, {"low_precision": mode, "state_dtype": torch.float32}) for mode in MODES},
+        "float32, 8-bit states": (torch.float32, {"state_dtype": "8bit"}),
+        "remainder8, 8-bit states": (torch.bfloat16, {"low_precision": "remainder8", "state_dtype": "8bit"}),
     }
-    params = {d: torch.nn.Parameter(torch.randn(numel).to(d)) for d in (torch.float32, torch.bfloat16)}
+    # In slices that 8-bit states fit.
+    params = {d: torch.nn.Parameter(torch.randn(numel // 4000, 4000).to(d)) for d in (torch.float32, torch.bfloat16)}
     for p in params.values():
         p.grad = torch.randn_like(p)
     for name, (dtype, options) in variants.items():
@@ -181,6 +222,9 @@ def show(result: dict[str, Any]) -> str:
         head = f"share of the decay that arrived, lr {result['lr']:g}, weight_decay {result['weight_decay']}, "
         lines = [head + ("normal gradients" if result["noise"] else "no gradients") + f", {STEPS} steps"]
         return "\n".join([*lines, *(f"  {name:22}{100 * curve[-1]:>8.1f} %" for name, curve in result["shares"].items())])
+    if result["kind"] == "moments":
+        lines = [f"share of the decay of second moments that arrived, {100 * result['share']:g} % of the elements at rest"]
+        return "\n".join([*lines, *(f"  {name:22}{100 * share:>8.1f} %" for name, share in result["arrived"].items())])
     if result["kind"] == "training":
         lines = [
             f"transformer in bfloat16, {TRAINING_STEPS} steps",
@@ -196,5 +240,5 @@ def show(result: dict[str, Any]) -> str:
     for name, row in result["rows"].items():
         ratio, quartiles = spread(row["GB/s, of float32's"])
         timed = f"{1e3 * row['seconds'][1]:>8.1f}{row['GB/s']:>8.1f}{ratio:>12} ({quartiles})"
-        lines.append(f"  {name:26}{row['states']:>8.0f}{row['moved']:>8.0f}{timed}")
+        lines.append(f"  {name:26}{row['states']:>8.2f}{row['moved']:>8.1f}{timed}")
     return "\n".join(lines)

@@ -181,6 +181,16 @@ def decay(results: list[dict[str, Any]]) -> str:
     return _markdown(columns, [[name, *(f"{100 * r['shares'][name][-1]:.1f} %" for r in of)] for name in names])
 
 
+def moments(results: list[dict[str, Any]]) -> str:
+    """The share of the decay of second moments that arrived."""
+    of = [r for r in results if r.get("kind") == "moments"]
+    columns = [
+        "AdamW's second moments",
+        *("all at rest" if r["share"] == 1 else f"one of {1 / r['share']:g} at rest" for r in of),
+    ]
+    return _markdown(columns, [[name, *(f"{100 * r['arrived'][name]:.1f} %" for r in of)] for name in of[0]["arrived"]])
+
+
 def training(results: list[dict[str, Any]]) -> str:
     """How far a training in bfloat16 is from the one in float32."""
     r = next(r for r in results if r.get("kind") == "training")
@@ -196,7 +206,7 @@ def speed(results: list[dict[str, Any]]) -> str:
     """What the modes hold, move and take."""
     r = next(r for r in results if r.get("kind") == "speed")
     rows = [
-        [name, f"{row['parameter, gradient']} + {row['states']:.0f}", f"{row['moved']:.0f}", f"{1e3 * row['seconds'][1]:.1f}",
+        [name, f"{row['parameter, gradient']} + {row['states']:.3g}", f"{row['moved']:.3g}", f"{1e3 * row['seconds'][1]:.1f}",
          f"{row['GB/s']:.0f}", _spread(row["GB/s, of float32's"])]
         for name, row in r["rows"].items()
     ]  # fmt: skip
@@ -210,7 +220,8 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "clip": ("clip", clip), "statistics": ("statistics", statistics), "churn": ("churn", churn), "train": ("train", train),
     "memory": ("memory", memory),
     "host": ("host", host), "dtensor": ("dtensor", dtensor),
-    "decay": ("precision", decay), "training": ("precision", training), "speed": ("precision", speed),
+    "decay": ("precision", decay), "moments": ("precision", moments),
+    "training": ("precision", training), "speed": ("precision", speed),
 }  # fmt: skip
 
 

@@ -1,5 +1,4 @@
 // Adam and AdamW. No include guard: compiled once per instruction set by foreach_capability.h.
-#include "low_precision_kernels.h"
 #include "multi_tensor.h"
 #include "update_rules.h"
 
@@ -13,7 +12,6 @@ template <class V, class P, class S, Decay decay> void adam_piece(const Piece& p
 
 void adam(const Piece& piece) {
   const Bucket& bucket = *piece.bucket;
-  if (is_staged(bucket)) return step_staged(piece, bucket.flags & flag::amsgrad ? 3 : 2, adam);
   const double* row = bucket.coefficients + piece.row[column::coefficients] * kCoefficients;
   with_dtypes(bucket, [&](auto vector, auto param, auto state) {
     using V = decltype(vector);

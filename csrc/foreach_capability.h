@@ -28,7 +28,11 @@ FUSED_L2_END_TARGET
 #undef FUSED_L2_NAMESPACE
 
 #define FUSED_L2_NAMESPACE avx512
+#if defined(__clang__)
 FUSED_L2_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#else  // in the loops that it makes vectors of itself, GCC takes half of the width unless told
+FUSED_L2_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#endif
 #include "vectors_avx512.h"
 #include FUSED_L2_KERNELS
 FUSED_L2_END_TARGET

@@ -75,9 +75,9 @@ FUSED_L2_EXPORT void fused_l2_set_offsets(int64_t head, int64_t handle, int64_t 
   set_offsets({head, handle, keys});
 }
 FUSED_L2_EXPORT void fused_l2_release(int64_t handle) { torch_abi().release(address<void>(handle)); }
-FUSED_L2_EXPORT int64_t fused_l2_make_record(const int64_t* objects, int64_t states, int64_t full, int64_t memory,
-                                             int64_t strict, int64_t* out) {
-  return make_record(objects, states, full, memory, strict, out);
+FUSED_L2_EXPORT int64_t fused_l2_make_record(const int64_t* objects, int64_t states, int64_t full, int64_t scales,
+                                             int64_t memory, int64_t strict, int64_t* out) {
+  return make_record(objects, states, full, scales, memory, strict, out);
 }
 FUSED_L2_EXPORT void fused_l2_make_records(const int64_t* objects, int64_t states, int64_t memory, int64_t strict,
                                            const int64_t* out, int64_t count, int64_t* lengths) {

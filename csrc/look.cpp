@@ -59,6 +59,19 @@ bool has_shape(void* tensor, const int64_t* sizes, const int64_t* strides, int64
   return elements == 0 || same_strides(sizes, found_strides, strides, dim);
 }
 
+// Do the elements, one for each group of so many others, lie in a row?
+bool has_groups(void* tensor, int64_t elements) {
+  int64_t dim = 0, *sizes = nullptr, *strides = nullptr, expected = 1;
+  if (torch_abi().get_dim(tensor, &dim) != 0 || torch_abi().get_sizes(tensor, &sizes) != 0 ||
+      torch_abi().get_strides(tensor, &strides) != 0)
+    return false;
+  for (int64_t k = dim - 1; k >= 0; --k) {
+    if (sizes[k] != 1 && strides[k] != expected && elements != 0) return false;
+    expected *= sizes[k];
+  }
+  return expected * kGroup == elements;
+}
+
 bool is_one_number(void* tensor) {
   int64_t dim = 0, *sizes = nullptr;
   if (torch_abi().get_dim(tensor, &dim) != 0 || torch_abi().get_sizes(tensor, &sizes) != 0) return false;
@@ -90,23 +103,42 @@ int64_t extent_of(const int64_t* sizes, const int64_t* strides, int64_t dim) {
   return last + 1;
 }
 
+// What the i-th watched tensor of a record is.
+enum class Shape { full, groups, number };
+Shape shape_of(const int64_t* r, int64_t i) {
+  if (i < r[record::full]) return Shape::full;
+  return i < r[record::full] + r[record::scales] ? Shape::groups : Shape::number;
+}
+bool has_shape(void* tensor, const int64_t* r, Shape shape) {
+  const int64_t dim = r[record::dim], *sizes = r + record::sizes;
+  if (shape == Shape::full) return has_shape(tensor, sizes, sizes + dim, dim, r[record::elements]);
+  return shape == Shape::groups ? has_groups(tensor, r[record::elements]) : is_one_number(tensor);
+}
+// How many elements it has, and over how many its memory reaches.
+int64_t elements_of(const int64_t* r, Shape shape) {
+  if (shape == Shape::full) return r[record::elements];
+  return shape == Shape::groups ? r[record::elements] / kGroup : 1;
+}
+int64_t extent_of(const int64_t* r, Shape shape) {
+  const int64_t dim = r[record::dim], *sizes = r + record::sizes;
+  return shape == Shape::full ? extent_of(sizes, sizes + dim, dim) : elements_of(r, shape);
+}
+
 // Is this tensor what it was? `change` gets the bits of `what` if it is so in another place, which is noted.
-bool is_still(int64_t* w, const int64_t* r, bool full, int64_t what, int64_t& change) {
+bool is_still(int64_t* w, const int64_t* r, Shape shape, int64_t what, int64_t& change) {
   const TorchAbi& torch = torch_abi();
   void* const tensor = handle_of(w[watched::object]);
   int32_t dtype = 0, device = 0;
-  const int64_t dim = r[record::dim];
-  const int64_t *sizes = r + record::sizes, *strides = sizes + dim;
   if (keys_of(w[watched::object]) != w[watched::keys] || torch.get_dtype(tensor, &dtype) != 0 ||
       dtype != w[watched::dtype] || torch.get_device_index(tensor, &device) != 0 || device != w[watched::device] ||
-      !(full ? has_shape(tensor, sizes, strides, dim, r[record::elements]) : is_one_number(tensor)))
+      !has_shape(tensor, r, shape))
     return false;
   void* data = nullptr;
   int64_t bytes = 0;
   if (torch.get_data_ptr(tensor, &data) != 0 || torch.get_storage_size(tensor, &bytes) != 0) return false;
   if (data == address<void>(w[watched::address]) && bytes == w[watched::storage_bytes]) return true;
-  const int64_t elements = full ? r[record::elements] : 1, extent = full ? extent_of(sizes, strides, dim) : 1;
-  if (!memory_of(tensor, elements, extent, w[watched::element_bytes], w[watched::address], w[watched::storage_bytes])) {
+  if (!memory_of(tensor, elements_of(r, shape), extent_of(r, shape), w[watched::element_bytes], w[watched::address],
+                 w[watched::storage_bytes])) {
     w[watched::storage_bytes] = -1;  // not to be taken for what was seen
     return false;
   }
@@ -142,20 +174,20 @@ void mend_row(int64_t* r) {
   row[column::param] = w[watched::address];
   for (int64_t k = 1; k < full; ++k)
     row[k <= states ? column::state0 + k - 1 : int64_t(column::kept)] = w[k * watched::count + watched::address];
+  w += full * watched::count;
+  for (int64_t k = 0; k < r[record::scales]; ++k, w += watched::count) row[column::scale0 + k] = w[watched::address];
   // Rows that are not stepped, and those counted on a device, have no counter.
-  if (r[record::memory] > 0 && row[column::step] != 0) {
-    const int64_t* counter = w + full * watched::count;
-    row[column::step] = counter[watched::address] | (row[column::step] & 1);
-  }
+  if (r[record::memory] > 0 && row[column::step] != 0)
+    row[column::step] = w[watched::address] | (row[column::step] & 1);
 }
 
 int64_t change_of(int64_t grad, int64_t* r) {
   if (!takes_gradient(grad, r)) return change::other;
-  const int64_t full = r[record::full], all = full + r[record::memory];
+  const int64_t all = r[record::full] + r[record::scales] + r[record::memory];
   int64_t* w = watched_of(r);
   int64_t found = 0;
   for (int64_t i = 0; i < all; ++i, w += watched::count)
-    if (!is_still(w, r, i < full, i == 0 ? change::moved : change::state_moved, found)) return change::other;
+    if (!is_still(w, r, shape_of(r, i), i == 0 ? change::moved : change::state_moved, found)) return change::other;
   if (found != 0) mend_row(r);
   return found | (r[record::active] ? int64_t(0) : change::came);
 }
@@ -163,8 +195,8 @@ int64_t change_of(int64_t grad, int64_t* r) {
 
 void set_offsets(const Offsets& found) { offsets = found; }
 
-int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_t memory, int64_t strict,
-                    int64_t* out) {
+int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_t scales, int64_t memory,
+                    int64_t strict, int64_t* out) {
   const TorchAbi& torch = torch_abi();
   void* const param = handle_of(objects[1]);
   void* const grad = handle_of(objects[0]);
@@ -187,6 +219,7 @@ int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_
   out[record::dim] = dim;
   out[record::states] = states;
   out[record::full] = full;
+  out[record::scales] = scales;
   out[record::memory] = memory;
   int64_t elements = 1;
   for (int64_t k = 0; k < dim; ++k) {
@@ -204,7 +237,7 @@ int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_
   int64_t at = 0, bytes = 0;
   if (!memory_of(grad, elements, out[record::grad_extent], grad_element_bytes, at, bytes)) return 0;
   int64_t* w = out + record::sizes + 3 * dim;
-  for (int64_t i = 0; i < full + memory; ++i, w += watched::count) {
+  for (int64_t i = 0; i < full + scales + memory; ++i, w += watched::count) {
     const int64_t object = objects[1 + i];
     void* const tensor = handle_of(object);
     w[watched::object] = object;
@@ -215,13 +248,11 @@ int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_
     w[watched::dtype] = dtype;
     w[watched::device] = device;
     w[watched::element_bytes] = static_cast<int64_t>(torch.dtype_element_size(dtype));
-    const bool is_full = i < full;
-    if (strict != 0 && is_full && i > 1 && dtype != w[watched::dtype - watched::count]) return 0;
-    if (!(is_full ? has_shape(tensor, out + record::sizes, out + record::sizes + dim, dim, elements)
-                  : is_one_number(tensor)))
-      return 0;
-    if (!memory_of(tensor, is_full ? elements : 1, is_full ? extent : 1, w[watched::element_bytes], w[watched::address],
-                   w[watched::storage_bytes]))
+    const Shape shape = shape_of(out, i);
+    if (strict != 0 && shape == Shape::full && i > 1 && dtype != w[watched::dtype - watched::count]) return 0;
+    if (!has_shape(tensor, out, shape) ||
+        !memory_of(tensor, elements_of(out, shape), extent_of(out, shape), w[watched::element_bytes],
+                   w[watched::address], w[watched::storage_bytes]))
       return 0;
   }
   return w - out;
@@ -231,7 +262,7 @@ void make_records(const int64_t* objects, int64_t states, int64_t memory, int64_
                   int64_t count, int64_t* lengths) {
   const int64_t full = 1 + states;
   for (int64_t i = 0; i < count; ++i, objects += 1 + full + memory)
-    lengths[i] = make_record(objects, states, full, memory, strict, address<int64_t>(out[i]));
+    lengths[i] = make_record(objects, states, full, 0, memory, strict, address<int64_t>(out[i]));
 }
 
 int64_t look(int64_t params, int64_t grads, const Slots& slots) {
@@ -258,7 +289,7 @@ int64_t look(int64_t params, int64_t grads, const Slots& slots) {
     if (i + kAhead < count && records[i + kAhead] != 0 && *address<int64_t>(records[i + kAhead]) >= 0) {
       int64_t* r = address<int64_t>(records[i + kAhead]);
       const int64_t* w = watched_of(r);
-      for (int64_t k = r[record::full] + r[record::memory]; k > 0; --k, w += watched::count) {
+      for (int64_t k = r[record::full] + r[record::scales] + r[record::memory]; k > 0; --k, w += watched::count) {
         const int64_t impl = impl_of(w[watched::object]);
         prefetch(impl);
         prefetch(impl + 64);
@@ -302,7 +333,7 @@ void exchange(const Slots& slots, const int64_t* which, const int64_t* active, c
     int64_t* r = address<int64_t>(slots.records[which[i]]);
     r[record::active] = active[i];
     int64_t* w = watched_of(r);
-    for (int64_t k = r[record::full] + r[record::memory]; k > 1; --k) {
+    for (int64_t k = r[record::full] + r[record::scales] + r[record::memory]; k > 1; --k) {
       w += watched::count;
       w[watched::object] = *objects++;
     }

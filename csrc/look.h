@@ -26,6 +26,7 @@ enum : int {
   dim,
   states,
   full,
+  scales,
   memory,
   sizes
 };
@@ -49,10 +50,12 @@ enum : int64_t { gone = 1, came = 2, moved = 4, other = 8, state_moved = 16 };
 
 // Writes the record of a parameter to `out`; its length, or 0 if there is no telling whether these tensors change.
 // objects: the gradient; then `full` tensors of the parameter's shape and strides:
-// the parameter, `states` states, what is kept beside it; then `memory` step counters. With `strict`, 0 also unless the
+// the parameter, `states` states, what is kept beside it; then `scales` tensors with a byte for each kGroup elements;
+// then `memory` step counters. With `strict`, 0 also unless the
 // parameter fills its memory and all of the full ones and the gradient lie in memory like it, states of one dtype:
 // plain tensors of the dispatch keys `strict`.
-int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_t memory, int64_t strict, int64_t* out);
+int64_t make_record(const int64_t* objects, int64_t states, int64_t full, int64_t scales, int64_t memory,
+                    int64_t strict, int64_t* out);
 
 // The strict records of many parameters, each of `states` states and `memory` counters. `objects` has all of theirs,
 // one parameter behind the other, `out` where each record goes. `lengths`: what make_record() returns for each.

@@ -1,6 +1,6 @@
 // From a table row to vectors and back: one loop for every rule, dtype signature and instruction set.
 // No include guard: compiled once per instruction set by foreach_capability.h.
-#include "parallel.h"
+#include "staged_kernels.h"
 
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
@@ -80,23 +80,37 @@ template <class V, class P, class S, class Rule> struct Sweep {
 
   static void run(const Piece& piece, const double* coefficients) {
     const Rule rule(coefficients, *piece.bucket);
+    if constexpr (std::is_same_v<P, float> && std::is_same_v<S, float>) {
+      if (is_staged(*piece.bucket)) {
+        const auto loop = [&](float* param, const float* grad, float* const* state, int64_t count, double* measured) {
+          step_all(rule, param, grad, state, count, false, measured);
+        };
+        return step_staged(piece, states, Rule::reads_states, loop);
+      }
+    }
     P* param = address<P>(piece.row[column::param]) + piece.begin;
     const P* grad = address<const P>(piece.row[column::grad]) + piece.begin;
     S* state[states + 1];
     for (int k = 0; k < states; ++k) state[k] = address<S>(piece.row[column::state0 + k]) + piece.begin;
-    const int64_t blocks = piece.count / block, stepped = blocks * block;
+    step_all(rule, param, grad, state, piece.count, piece.prefetch, piece.measured);
+  }
+
+  // Elements that lie in a row. `out`: where statistics are added to, or null.
+  static void step_all(const Rule& rule, P* param, const P* grad, S* const* state, int64_t count, bool ahead,
+                       double* out) {
+    const int64_t blocks = count / block, stepped = blocks * block;
     Unmeasured unmeasured;
-    if (piece.measured != nullptr) {
+    if (out != nullptr) {
       Measured<V> sums;
-      step_blocks(rule, param, grad, state, blocks, piece.prefetch, sums);
-      piece.measured[statistic::grads] += sums.grads.total();
-      piece.measured[statistic::params] += sums.params.total();
-      piece.measured[statistic::updates] += sums.updates.total();
+      step_blocks(rule, param, grad, state, blocks, ahead, sums);
+      out[statistic::grads] += sums.grads.total();
+      out[statistic::params] += sums.params.total();
+      out[statistic::updates] += sums.updates.total();
     } else if (blocks > 0) {
-      step_blocks(rule, param, grad, state, blocks, piece.prefetch, unmeasured);
+      step_blocks(rule, param, grad, state, blocks, ahead, unmeasured);
     }
 
-    const size_t tail = static_cast<size_t>(piece.count - stepped);
+    const size_t tail = static_cast<size_t>(count - stepped);
     if (tail == 0) return;
     alignas(64) P param_tail[block] = {}, grad_tail[block] = {};
     alignas(64) S state_tail[states + 1][block] = {};
@@ -108,13 +122,13 @@ template <class V, class P, class S, class Rule> struct Sweep {
       state_at[k] = state_tail[k];
     }
     step_blocks(rule, param_tail, grad_tail, state_at, 1, false, unmeasured);
-    if (piece.measured != nullptr) {
+    if (out != nullptr) {
       for (size_t i = 0; i < tail; ++i) {
         const double g = widen(grad_tail[i]), before = widen(param[stepped + static_cast<int64_t>(i)]);
         const double change = static_cast<double>(widen(param_tail[i])) - before;
-        piece.measured[statistic::grads] += g * g;
-        piece.measured[statistic::params] += before * before;
-        piece.measured[statistic::updates] += change * change;
+        out[statistic::grads] += g * g;
+        out[statistic::params] += before * before;
+        out[statistic::updates] += change * change;
       }
     }
     std::memcpy(param + stepped, param_tail, tail * sizeof(P));
@@ -122,8 +136,9 @@ template <class V, class P, class S, class Rule> struct Sweep {
   }
 };
 
-// Calls f with the storage types and the vector type of a bucket's dtype signature.
+// Calls f with the storage types and the vector type of a bucket's dtype signature, or of what it is stepped in.
 template <class F> void with_dtypes(const Bucket& bucket, F&& f) {
+  if (is_staged(bucket)) return f(F32{}, float{}, float{});
   const bool wide_state = bucket.state_dtype == dtype::float32;
   switch (bucket.param_dtype) {
     case dtype::float32: return f(F32{}, float{}, float{});

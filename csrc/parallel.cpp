@@ -2,10 +2,13 @@
 
 #include "capability.h"
 #include "float_mode.h"
+#include "patience.h"
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <memory>
+#include <thread>
 #include <vector>
 
 namespace fused_l2 {
@@ -18,6 +21,10 @@ constexpr int64_t kCut = 64;
 // A step that touches more than this many bytes does not fit the caches. Asking for memory ahead then gains 10 to 13 %
 // on Intel (Sapphire Rapids) and costs 3 to 13 % on AMD (Zen 4), whose own prefetchers are enough.
 constexpr int64_t kPrefetchFrom = int64_t(48) << 20;
+
+// Below this many a step takes less than a millisecond, and a thread that has to wait for a busy core, as beside data
+// loaders, takes longer to begin than the caller to do its share.
+constexpr int64_t kSmallElements = int64_t(1) << 20;
 
 TorchThreads torch_threads{nullptr, nullptr};
 
@@ -98,12 +105,19 @@ struct Shares {
   }
 };
 
-// f(index) for what is left of 0 <= index < count, by all of torch's threads. Nothing is allocated once *begun is set.
-template <class F> void share_out(int64_t count, F&& f, int64_t* begun) {
+using Clock = std::chrono::steady_clock;
+
+Patience patience;
+
+// f(index) for what is left of 0 <= index < count, by all of torch's threads. `small`: what one thread does in less
+// than a millisecond. Nothing is allocated once *begun is set.
+template <class F> void share_out(int64_t count, bool small, F&& f, int64_t* begun) {
   struct Work {
     Shares shares;
     F& f;
-  } work{Shares(count, thread_count()), f};
+    std::thread::id caller;
+    Clock::time_point done;  // when the caller found nothing more to do
+  } work{Shares(count, thread_count()), f, std::this_thread::get_id(), {}};
   *begun = 1;
   const auto run = [](void* opaque, int64_t thread) {
     Work& w = *static_cast<Work*>(opaque);
@@ -112,8 +126,13 @@ template <class F> void share_out(int64_t count, F&& f, int64_t* begun) {
       const int64_t owner = (thread + hop) % w.shares.count;
       while (w.shares.take(owner, hop == 0, taken)) w.f(taken);
     }
+    if (std::this_thread::get_id() == w.caller) w.done = Clock::now();
   };
+  if (!small) return for_each_index(work.shares.count, run, &work);
+  const Clock::time_point begin = Clock::now();
   for_each_index(work.shares.count, run, &work);
+  const Clock::duration worked = work.done - begin, waited = Clock::now() - work.done;
+  patience.learn(waited > worked);
 }
 
 struct IndexedCall {
@@ -148,19 +167,20 @@ void for_each_index(int64_t count, void (*f)(void*, int64_t), void* context) {
 }
 
 void for_each_once(int64_t count, void (*f)(void*, int64_t), void* context, int64_t* begun) {
-  share_out(count, [&](int64_t i) { f(context, i); }, begun);
+  share_out(count, false, [&](int64_t i) { f(context, i); }, begun);
 }
 
 void for_each_piece(const Bucket* buckets, int64_t count, PieceFunction f, int64_t* begun) {
   const Line line(buckets, count);
   const int64_t threads = thread_count();
-  if (threads == 1 || line.size() < kSerialElements) {
+  const bool small = line.size() < kSmallElements;
+  if (threads == 1 || line.size() < kSerialElements || (small && !patience.shares())) {
     *begun = 1;
     return line.visit(0, line.size(), f);
   }
   // 32 bits hold the chunk numbers of a share: a larger line gets larger chunks.
   const int64_t chunk = std::max(kChunk, (line.size() / (int64_t(1) << 31) + 1) * kCut);
-  share_out((line.size() + chunk - 1) / chunk,
+  share_out((line.size() + chunk - 1) / chunk, small,
             [&](int64_t i) { line.visit(line.cut(i * chunk), line.cut((i + 1) * chunk), f); }, begun);
 }
 

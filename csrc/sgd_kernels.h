@@ -1,5 +1,4 @@
 // SGD with and without momentum. No include guard: compiled once per instruction set by foreach_capability.h.
-#include "low_precision_kernels.h"
 #include "multi_tensor.h"
 #include "update_rules.h"
 
@@ -24,7 +23,6 @@ template <class V, class P, class S, Decay decay> void sgd_piece(const Piece& pi
 
 void sgd(const Piece& piece) {
   const Bucket& bucket = *piece.bucket;
-  if (is_staged(bucket)) return step_staged(piece, bucket.flags & flag::momentum ? 1 : 0, sgd);
   const double* row = bucket.coefficients + piece.row[column::coefficients] * kCoefficients;
   with_dtypes(bucket, [&](auto vector, auto param, auto state) {
     using V = decltype(vector);

@@ -1,5 +1,5 @@
 // A step that measures what it steps. No include guard: compiled once per instruction set by foreach_capability.h.
-#include "low_precision_kernels.h"
+#include "staged_kernels.h"
 #include "sums_kernels.h"
 
 namespace fused_l2 {

@@ -18,7 +18,8 @@ const char* layout() {
       "flags " FUSED_L2_FLAGS(FUSED_L2_SPELL)
       "row_flags " FUSED_L2_ROW_FLAGS(FUSED_L2_SPELL)
       "statistics " FUSED_L2_STATISTICS(FUSED_L2_SPELL)
-      "step_count " + std::to_string(kStepCount) + " width " + std::to_string(kCoefficients) + " ";
+      "step_count " + std::to_string(kStepCount) + " width " + std::to_string(kCoefficients) + " group " +
+      std::to_string(kGroup) + " ";
   // clang-format on
   return spelled.c_str();
 }

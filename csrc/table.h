@@ -10,9 +10,11 @@ namespace fused_l2 {
 
 // One tensor of a step: int64 columns, addresses as integers.
 // `kept` is what a low-precision flag keeps beside the parameter; `key`, for random bits: the parameter's key in the
-// low 32 bits, the number of its first element in the high ones.
+// low 32 bits, the number of its first element in the high ones; `scale0` and `scale1` belong to 8-bit states: a byte
+// for each kGroup elements.
 #define FUSED_L2_COLUMNS(X) \
-  X(param) X(grad) X(state0) X(state1) X(state2) X(step) X(numel) X(coefficients) X(flags) X(kept) X(key)
+  X(param)                  \
+  X(grad) X(state0) X(state1) X(state2) X(step) X(numel) X(coefficients) X(flags) X(kept) X(key) X(scale0) X(scale1)
 // The tensors of one step that share a rule and a dtype signature: a struct here, int64 columns in Python.
 // clang-format off
 #define FUSED_L2_BUCKET(X)                                                                                  \
@@ -34,7 +36,7 @@ namespace fused_l2 {
 // clang-format off
 #define FUSED_L2_FLAGS(X)                                                                         \
   X(momentum) X(nesterov) X(maximize) X(decoupled) X(amsgrad) X(scaled) X(cautious) X(statistics) \
-  X(master) X(remainder) X(kahan) X(stochastic)
+  X(master) X(remainder) X(kahan) X(stochastic) X(remainder8) X(eight_bit)
 // clang-format on
 // Flags of a row.
 #define FUSED_L2_ROW_FLAGS(X) X(first_step)
@@ -66,7 +68,7 @@ enum : int64_t {
 #define FUSED_L2_POWER(name) name = int64_t(1) << bit::name,
   FUSED_L2_FLAGS(FUSED_L2_POWER)
 #undef FUSED_L2_POWER
-      low_precision = master | remainder | kahan | stochastic,  // one of them at most
+      low_precision = master | remainder | kahan | stochastic | remainder8,  // one of them at most
 };
 }  // namespace flag
 namespace row_flag {
@@ -80,6 +82,9 @@ enum : int { FUSED_L2_STATISTICS(FUSED_L2_ENUMERATOR) count };
 // Where a coefficient row of either rule has the step's count, for random bits: behind the longer one's columns.
 constexpr int kStepCount = std::max<int>(sgd_coefficient::count, adam_coefficient::count);
 constexpr int kCoefficients = kStepCount + 1;  // doubles from one coefficient row to the next
+
+// How many elements of an 8-bit state share a scale.
+constexpr int kGroup = 32;
 
 using Row = const int64_t*;  // points at `column::count` integers
 

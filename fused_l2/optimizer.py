@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
 
 from . import state_dicts
 from .options import NAMES, OptionAttributes, Options, did_you_mean
-from .parameters import checks
+from .parameters import checks, eight_bits
 from .parameters.entry import scalar_dtype
 from .parameters.low_precision import narrowed, widened
 from .parameters.shards import is_dtensor, like, local, why_refused
@@ -29,6 +29,7 @@ from .step.hyperparameters import number
 from .step.rules import UpdateRule
 from .step.state import OptimizerState
 from .step.stepper import Stepper
+from .tables.modes import EIGHT_BIT
 
 _T = TypeVar("_T")
 _is_compiling = torch.compiler.is_compiling
@@ -156,9 +157,19 @@ class FusedOptimizer(OptionAttributes, Optimizer):
                 for state in (self.state.get(p), stepper.waiting.get(p)):
                     if state is not None:
                         state.pop(kept, None)
+        if name == "state_dtype":
+            self._convert_states(options)
         stepper.set_options(options)
         if weights is not None:
             self.load_master_params(weights)
+
+    @torch.no_grad()
+    def _convert_states(self, options: Options) -> None:
+        """Bring moments and momentum to 8 bits, or from there to float32. Other dtypes are converted by the next step."""
+        for p in self._all_params():
+            state = self.state.get(p)
+            if state is not None:
+                self.state[p] = state_dicts.converted(p, state, options.precision.has_codes(p))
 
     def _check_modes(self, options: Options) -> None:
         """Refuse a mode that one of the parameters cannot have."""
@@ -209,6 +220,14 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         text = super().__repr__()
         if not changed:
             return text
+        if changed.get("state_dtype") == EIGHT_BIT:
+            params = self._all_params()
+            chosen = [p for p in params if eight_bits.fits(p)]
+            share = 100 * sum(p.numel() for p in chosen) / max(sum(p.numel() for p in params), 1)
+            changed["state_dtype"] = (
+                f"{EIGHT_BIT} ({len(chosen)} of {len(params)} parameters, {share:.1f} % of their elements; the others keep "
+                f"float32 states)"
+            )
         lines = "".join(f"    {name}: {value}\n" for name, value in changed.items())
         return f"{text[:-1].rstrip()}\n\nOptions\n{lines})"
 
@@ -256,8 +275,8 @@ class FusedOptimizer(OptionAttributes, Optimizer):
                 p.copy_(w)
                 continue
             wide = torch.empty_like(p, dtype=torch.float32).copy_(w)
-            # Random bits of one half: a compensation is then rounded to nearest.
-            nearest = torch.full_like(local(p), 1 << 31, dtype=torch.int64)
+            # Random bits of one half: what is rounded with them is then rounded to nearest.
+            nearest = torch.full_like(local(p), 1 << 31 | 1 << 15, dtype=torch.int64)
             value, kept = narrowed(mode, local(wide), p.dtype, nearest)
             p.copy_(like(p, value) if is_dtensor(p) else value)
             # A state is made whole: before the first step there is none, and this waits for it.
@@ -294,17 +313,30 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         finally:
             convert.remove()
 
+    def float32_state_dict(self) -> dict[str, Any]:
+        """:meth:`state_dict` with float32 moments and momentum under torch's keys in place of the codes and scales of
+        ``state_dtype="8bit"``: exactly the values that a step works on. ``torch.optim`` loads it, and so does any optimizer of
+        this package, one with 8-bit states without a change."""
+        found = self.state_dict()
+        ids = [i for group in found["param_groups"] for i in group["params"]]
+        params = dict(zip(ids, self._all_params(), strict=True))
+        with torch.no_grad():
+            found["state"] = {i: state_dicts.converted(params[i], state, False) for i, state in found["state"].items()}
+        return found
+
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.
 
         As torch does, with these differences. Float32 states of 16-bit parameters stay float32, and what ``low_precision``
         keeps beside them stays as it is (torch casts every state to its parameter's dtype). With ``state_dtype`` moments and
-        momentum have that dtype at once. Tensors are copied, so that two optimizers loaded from one dict do not step one state.
+        momentum have that dtype at once; with ``"8bit"`` float32 ones are rounded to nearest. Tensors are
+        copied, so that two optimizers loaded from one dict do not step one state.
 
         Raises:
             ValueError, TypeError: if param groups or states are not those of this optimizer's parameters, are damaged, or were
-                kept by another ``low_precision``; the message names what it is, and nothing has changed then.
+                kept by another ``low_precision`` or with ``state_dtype="8bit"``; the message names what it is, and nothing has
+                changed then.
         """
         if not isinstance(state_dict, dict):
             raise TypeError(f"load_state_dict needs a dict, got {type(state_dict).__name__}")

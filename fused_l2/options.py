@@ -22,7 +22,7 @@ from typing_extensions import Self, overload
 from .parameters.low_precision import LowPrecision
 from .parameters.ranks import is_non_member, is_process_group
 from .tables.coefficients import DecayRule
-from .tables.modes import Mode
+from .tables.modes import EIGHT_BIT, Mode
 from .tables.tensor_table import Flag
 
 _T = TypeVar("_T")
@@ -41,7 +41,7 @@ class OptionArguments(TypedDict, total=False):
     cautious: bool
     statistics: bool
     low_precision: str
-    state_dtype: torch.dtype | None
+    state_dtype: torch.dtype | str | None
     seed: int
     norm_process_group: Any
 
@@ -111,10 +111,10 @@ def _low_precision(value: Any) -> str:
     return str(value)
 
 
-def _state_dtype(value: Any) -> torch.dtype | None:
-    if value not in (None, torch.float32, torch.bfloat16):
+def _state_dtype(value: Any) -> torch.dtype | str | None:
+    if value not in (None, torch.float32, torch.bfloat16, EIGHT_BIT):
         raise ValueError(
-            f"state_dtype must be torch.float32, torch.bfloat16 or None (each parameter's own dtype), got {value!r}"
+            f"state_dtype must be torch.float32, torch.bfloat16, '8bit' or None (each parameter's own dtype), got {value!r}"
         )
     return value  # type: ignore[no-any-return]
 
@@ -218,19 +218,26 @@ class Options:
         * ``"master"``: all of it, in a float32 state (4 bytes a parameter).
         * ``"kahan"``: what rounding left out, as a bfloat16 compensation (2 bytes a parameter).
         * ``"stochastic"``: one of the two neighbours at random, with the right mean (nothing).
+        * ``"remainder8"``: 24 bits, as the bfloat16 parameter and an 8-bit remainder, rounded at random with the right mean (1
+          byte a parameter).
 
-        With any of the last four, new moments and momentum are float32. Setting it carries :meth:`master_params` over.""",
+        With any of the last five, new moments and momentum are float32. Setting it carries :meth:`master_params` over.""",
     )
-    state_dtype: torch.dtype | None = _option(
+    state_dtype: torch.dtype | str | None = _option(
         None,
         _state_dtype,
-        "``torch.float32`` or ``torch.bfloat16``: the dtype of moments and momentum. None: the parameter's own.",
+        """``torch.float32`` or ``torch.bfloat16``: the dtype of moments and momentum. None: the parameter's own.
+
+        ``"8bit"``: codes of 8 bits with a scale for each 32 elements (1.03 bytes an element), rounded at random with the right
+        mean, for parameters of float32, bfloat16 and float16 with at least 4096 elements and slices along dimension 0 of a
+        multiple of 32; others, such as biases, keep float32. Not with ``amsgrad``. See docs/low-precision.md. Setting it
+        converts the states that there are.""",
     )
     seed: int = _option(
         0,
         _seed,
-        """of the random bits of ``"stochastic"`` and ``"kahan"``, which are a hash of it, the step, the parameter and the
-        element: the same on every device.""",
+        """of the random bits of ``"stochastic"``, ``"kahan"``, ``"remainder8"`` and 8-bit states, which are a hash of it, the
+        step, the parameter and the element: the same on every device.""",
     )
     norm_process_group: Any = _option(
         None,
@@ -417,7 +424,7 @@ class OptionAttributes:
     max_lr = OptionAttribute["float | None"]()
     cautious = OptionAttribute[bool]()
     low_precision = OptionAttribute[str]()
-    state_dtype = OptionAttribute["torch.dtype | None"]()
+    state_dtype = OptionAttribute["torch.dtype | str | None"]()
     seed = OptionAttribute[int]()
     norm_process_group = OptionAttribute[Any]()
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .tables.tensor_table import Flag
+from .tables.tensor_table import GROUP, Flag
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -105,6 +105,79 @@ def adam(
     denominator = sqrt(new_states[-1]) / bias_correction2_sqrt + eps
     p = p + (neg_step_size * m) / denominator
     return _narrowed(p, param), [_narrowed(new, old) for new, old in zip(new_states, states, strict=True)]
+
+
+# 8-bit states. GROUP elements that lie in a row share a byte b, their scale: the float32 exponent field of the largest
+# magnitude, one more where its mantissa is above 1.75. Codes stand for float32 numbers with 3 bits of mantissa in a window of
+# exponents that ends at 1.75 * 2^(b-127), and for 0; integers say all of it. Rounding is at random, to a neighbour, with the
+# right mean. Decoded and encoded again, values are what they were, whatever the random bits. Nothing is special about what is
+# not finite: the group's b is 255, its infinities and NaN stay that (an infinity of a signed state becomes NaN), and the others
+# in it are lost.
+
+NEAREST = 0x80000  # in place of 20 random bits
+
+
+def scales_of(x: Tensor) -> Tensor:
+    """The scale of each group: of [groups, GROUP] float32 values, [groups] uint8."""
+    largest = (_bits(x) & 0x7FFFFFFF).amax(1)
+    return ((largest + 0x1FFFFF) >> 23).clamp(32, 255).to(torch.uint8)
+
+
+def encode_signed(x: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a momentum or a first moment: a sign and one of 127 magnitudes over 15.9 binades, or 0.
+
+    Below number 1, which is 2^(b-142), a value becomes that or 0. x: float32 [groups, GROUP]. ``random``: 32 bits for each
+    element, as int64, of which bits 0 to 7 are used; None rounds to nearest.
+    """
+    scale = scales_of(x)
+    base = _group_base(scale, 121)
+    u = _bits(x)
+    magnitude = u & 0x7FFFFFFF
+    r = torch.full_like(u, NEAREST) if random is None else (random & 255) << 12 | 0x800
+    above = ((magnitude + r) >> 20) - base
+    # 1 + |x| * 2^(142-b) in units of 2^-23. The product is exact or too small to matter, so this is one fma.
+    inverse = _float((269 - scale.long()) << 23)[:, None]
+    below = (_bits(_float(magnitude) * inverse + 1.0) - 0x3F800000 + (r << 3)) >> 23
+    return (torch.maximum(above, below).clamp(max=127) | u >> 24 & 128).to(torch.uint8), scale
+
+
+def decode_signed(codes: Tensor, scale: Tensor) -> Tensor:
+    """The float32 values of :func:`encode_signed`."""
+    c = codes.long() & 127
+    u = torch.where(c == 0, 0, (c + _group_base(scale, 121)) << 20)
+    return _float(u | (codes.long() & 128) << 24)
+
+
+def encode_positive(x: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a second moment: one of 254 numbers over 31.75 binades, and 0 for nothing but 0.
+
+    A moment that vanished beside a first one that did not would make updates of thousands of lr. As :func:`encode_signed`; of
+    the random bits the upper 16 are used: fewer lose the decay at beta2 0.9999.
+    """
+    scale = scales_of(x)
+    u = _bits(x) & 0x7FFFFFFF
+    r = NEAREST if random is None else (random >> 16) << 4 | 8
+    above = ((u + r) >> 20) - _group_base(scale, 248)
+    return torch.maximum(above, u.clamp(max=1)).clamp(max=255).to(torch.uint8), scale
+
+
+def decode_positive(codes: Tensor, scale: Tensor) -> Tensor:
+    """The float32 values of :func:`encode_positive`."""
+    c = codes.long()
+    return _float(torch.where(c == 0, 0, (c + _group_base(scale, 248)) << 20))
+
+
+def _group_base(scale: Tensor, below: int) -> Tensor:
+    return (8 * scale.long() - below)[:, None].expand(-1, GROUP)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The bits of a float32 tensor as unsigned numbers, int64."""
+    return x.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+
+
+def _float(bits: Tensor) -> Tensor:
+    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
 
 
 def _decayed(p: Tensor, decay: Tensor, update: Tensor, flags: int) -> Tensor:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .parameters import checks
+from .parameters import checks, eight_bits
 from .parameters.low_precision import transferable, with_kept_dtype
 from .parameters.memory import has_memory
-from .parameters.shards import is_dtensor, local, why_refused
+from .parameters.shards import is_dtensor, local, matches, redistributed, why_refused
 from .step.hyperparameters import number
 from .step.stepper import Stepper
-from .tables.modes import HALVES, STATE_NAMES, Mode
+from .tables.modes import CODES, EIGHT_BIT, EIGHT_BIT_NAMES, HALVES, SCALES, STATE_NAMES, Mode
+from .tables.tensor_table import GROUP
 
 Groups = list[dict[str, Any]]
 Namer = Callable[[], str]
@@ -107,8 +108,22 @@ def _check_state(state: Mapping[str, Any], param: Tensor, stepper: Stepper, flag
                 f"has low_precision={mode.name.lower()!r}. To change over, make it with the former, load, and set "
                 f"optimizer.low_precision; to give up what is kept, delete {other!r} from the states"
             )
+    state_dtype = stepper.options.state_dtype
+    for key in EIGHT_BIT_NAMES:
+        if key in state and state_dtype != EIGHT_BIT:
+            raise _refused(
+                f"{name()}: its state holds {key!r}, which state_dtype='8bit' has kept, and this optimizer has "
+                f"state_dtype={state_dtype}. To change over, make it with state_dtype='8bit', load, and set "
+                f"optimizer.state_dtype; or save float32_state_dict(), which any optimizer loads"
+            )
     names = rule.state_names(flags)
-    missing = [key for key in names if state.get(key) is None and not rule.may_start_at_zero(key)]
+    missing = []
+    for key in names:
+        pair = [CODES[key], SCALES[key]] if key in CODES else []
+        if any(k in state for k in pair):
+            missing += [k for k in pair if state.get(k) is None]
+        elif state.get(key) is None and not rule.may_start_at_zero(key):
+            missing.append(key)
     if rule.counts and state.get("step") is None:
         missing.append("step")
     try:
@@ -122,6 +137,8 @@ def _check_state(state: Mapping[str, Any], param: Tensor, stepper: Stepper, flag
                 raise _refused(f"{name()}: its state {key!r} has dtype {value.dtype}")
             if key.endswith("_sq") and value.numel() and not value.is_meta and bool((local(value) < 0).any()):
                 raise _refused(f"{name()}: its state {key!r} has negative elements, and is an average of squares")
+        elif key in EIGHT_BIT_NAMES:
+            _check_codes(key, value, param, name)
         elif key == mode.state_name:
             _check_tensor(key, value, param, name)
             assert mode.state_dtype is not None
@@ -147,6 +164,16 @@ def _check_tensor(key: str, value: Any, param: Tensor, name: Namer) -> None:
         )
     if not has_memory(local(value)):
         raise _refused(f"{name()}: the storage of its state {key!r} holds fewer elements than its shape says")
+
+
+def _check_codes(key: str, value: Any, param: Tensor, name: Namer) -> None:
+    if key in CODES.values():
+        _check_tensor(key, value, param, name)
+    elif not isinstance(value, Tensor) or value.numel() * GROUP != param.numel():
+        found = tuple(value.shape) if isinstance(value, Tensor) else value
+        raise _refused(f"{name()}: its state {key!r} is {found!r:.80}, not a scale for each {GROUP} elements")
+    if value.dtype is not torch.uint8:
+        raise _refused(f"{name()}: its state {key!r} has dtype {value.dtype}, expected uint8")
 
 
 def _check_counter(value: Any, name: Namer) -> None:
@@ -182,6 +209,9 @@ def own(loaded: Mapping[str, Any], stepper: Stepper, params: list[Tensor], state
             value = state[key]
             if not isinstance(value, Tensor) or not isinstance(before, Tensor):
                 continue
+            if key in EIGHT_BIT_NAMES:
+                state[key] = before.to(device=value.device, copy=True)
+                continue
             is_moment = key != "step" and key not in STATE_NAMES
             if is_moment and wanted is not None and before.is_floating_point() and before.shape == param.shape:
                 if value.dtype is not wanted or _same_memory(value, before):
@@ -192,9 +222,26 @@ def own(loaded: Mapping[str, Any], stepper: Stepper, params: list[Tensor], state
                 state[key] = before.to(device=value.device, copy=True)
             elif _same_memory(value, before):
                 state[key] = value.clone()
+        if precision.state_dtype == EIGHT_BIT:
+            states[param] = state = converted(param, state, precision.has_codes(param))
         if state and all(key in STATE_NAMES for key in state):  # set before a first step
             waiting[param] = dict(state)
             del states[param]
+
+
+def converted(param: Tensor, state: Any, has_codes: bool) -> Any:
+    """A parameter's state with moments and momentum in 8 bits, or in float32; the same if they are."""
+    if not isinstance(state, dict):
+        return state
+    if not has_codes:
+        return state if state.keys().isdisjoint(CODES.values()) else type(state)(eight_bits.to_float32(param, state))
+    if state.keys().isdisjoint(CODES):
+        return state
+    here = {
+        key: redistributed(value, param) if key in CODES and is_dtensor(param) and not matches(value, param) else value
+        for key, value in state.items()
+    }
+    return type(state)(eight_bits.to_codes(param, here))
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -21,8 +21,8 @@ from .layout import (
     CORRECTED,
     DECOUPLED,
     FULLY_DECOUPLED,
-    KAHAN,
     NUMBERS,
+    RANDOM,
     RANDOM_STEPS,
     ROW_BETA2,
     ROW_BIAS_CORRECTION2_SQRT,
@@ -44,7 +44,6 @@ from .layout import (
     SGD_WEIGHT_DECAY,
     SKIP,
     STEP_COUNT,
-    STOCHASTIC,
 )
 from .sums import larger
 
@@ -67,11 +66,11 @@ def fused_l2_coefficients(
     inside = tensor < COUNT
     first = tl.load(groups + tensor, mask=inside, other=0) * NUMBERS
     out = coefficients + tensor * COEFFICIENT_WIDTH
-    counts: tl.constexpr = RULE == ADAM or BUCKET_FLAGS & (KAHAN | STOCHASTIC)
+    counts: tl.constexpr = RULE == ADAM or BUCKET_FLAGS & RANDOM
     if counts:
         address = tl.load(counters + tensor, mask=inside, other=0)
         is_made = inside & (address != 0)  # a tensor without a gradient counts nothing
-        COUNTER: tl.constexpr = tl.float64 if BUCKET_FLAGS & (KAHAN | STOCHASTIC) else tl.float32
+        COUNTER: tl.constexpr = tl.float64 if BUCKET_FLAGS & RANDOM else tl.float32
         counter = address.to(tl.pointer_type(COUNTER))
         steps = tl.load(counter, mask=is_made, other=0.0) + 1  # float32 stands still at 2^24, as torch's does
         count = tl.minimum(steps, 1073741824.0).to(tl.int32)

@@ -35,6 +35,8 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.int16: tl.int16,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
 }
 
 _POINTERS = {torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64"}
@@ -56,7 +58,7 @@ class Source(NamedTuple):
 def step(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Source:
     """Steps a bucket. ``state`` is not looked at where the rule has no states."""
     states = 2 + bool(flags & Flag.AMSGRAD) if rule is Rule.ADAM else int(bool(flags & Flag.MOMENTUM))
-    state = state if states else param
+    state = torch.uint8 if flags & Flag.EIGHT_BIT else state if states else param
     mode = Mode(flags & FLAGS)
     kept = mode.state_dtype if mode.state_name else param
     # One 128-bit access per thread and tensor of the widest dtype: with two, 16-bit tensors beside 32-bit ones would have
@@ -66,7 +68,7 @@ def step(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: t
         "RULE": int(rule),
         "BUCKET_FLAGS": int(flags),
         "STATES": states,
-        "PARAM_DTYPE": DTYPES[torch.int16 if mode is Mode.REMAINDER else param],
+        "PARAM_DTYPE": DTYPES[torch.int16 if mode in (Mode.REMAINDER, Mode.REMAINDER8) else param],
         "GRAD_DTYPE": DTYPES[grad],
         "STATE_DTYPE": DTYPES[state],
         "KEPT_DTYPE": DTYPES[kept],

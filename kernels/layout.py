@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from ..tables import coefficients, control
+from ..tables import coefficients, control, modes
 from ..tables import tensor_table as table
 from ..tables.tensor_table import Flag, RowFlag, Rule
 
 PARAM = tl.constexpr(table.PARAM)  # gradients have an array of their own
 STATE0, STATE1, STATE2 = tl.constexpr(table.STATE0), tl.constexpr(table.STATE1), tl.constexpr(table.STATE2)
+SCALE0, SCALE1 = tl.constexpr(table.SCALE0), tl.constexpr(table.SCALE1)
 NUMEL, COEFFICIENTS, FLAGS = tl.constexpr(table.NUMEL), tl.constexpr(table.COEFFICIENTS), tl.constexpr(table.FLAGS)
 KEPT, KEY = tl.constexpr(table.KEPT), tl.constexpr(table.KEY)
-WIDTH, LANES = tl.constexpr(table.WIDTH), tl.constexpr(table.LANES)
+WIDTH, LANES, GROUP = tl.constexpr(table.WIDTH), tl.constexpr(table.LANES), tl.constexpr(table.GROUP)
 COEFFICIENT_WIDTH, NUMBERS = tl.constexpr(coefficients.WIDTH), tl.constexpr(coefficients.NUMBERS)
 STEP_COUNT, RANDOM_STEPS = tl.constexpr(coefficients.STEP_COUNT), tl.constexpr(coefficients.RANDOM_STEPS)
 FACTOR, SKIP = tl.constexpr(control.FACTOR), tl.constexpr(control.SKIP)
@@ -28,6 +29,9 @@ AMSGRAD, SCALED = tl.constexpr(int(Flag.AMSGRAD)), tl.constexpr(int(Flag.SCALED)
 CAUTIOUS, STATISTICS = tl.constexpr(int(Flag.CAUTIOUS)), tl.constexpr(int(Flag.STATISTICS))
 MASTER, REMAINDER = tl.constexpr(int(Flag.MASTER)), tl.constexpr(int(Flag.REMAINDER))
 KAHAN, STOCHASTIC = tl.constexpr(int(Flag.KAHAN)), tl.constexpr(int(Flag.STOCHASTIC))
+REMAINDER8, EIGHT_BIT = tl.constexpr(int(Flag.REMAINDER8)), tl.constexpr(int(Flag.EIGHT_BIT))
+KEEPS = tl.constexpr(sum(int(mode) for mode in modes.Mode if mode.state_name))  # something beside the parameter
+RANDOM = tl.constexpr(int(modes.RANDOM))
 FIGURES = tl.constexpr(len(table.STATISTICS))
 FIRST_STEP = tl.constexpr(int(RowFlag.FIRST_STEP))
 

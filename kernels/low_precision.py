@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layout import KAHAN, MASTER, REMAINDER
+from .layout import KAHAN, MASTER, REMAINDER, REMAINDER8
 
 
 @triton.jit
@@ -44,11 +44,11 @@ def float_of(u):
 
 @triton.jit
 def widened(raw, kept, FLAGS: tl.constexpr):
-    """The float32 value of a parameter, from it (as int16 with REMAINDER) and what is kept beside it."""
-    if FLAGS & REMAINDER:
+    """The float32 value of a parameter, from it (as int16 with a remainder) and what is kept beside it."""
+    if FLAGS & (REMAINDER | REMAINDER8):
         u = raw.to(tl.int32) & 0xFFFF
         magnitude = (u & 0x7FFF) << 16
-        joined = magnitude + kept.to(tl.int32)
+        joined = magnitude + (kept.to(tl.int32) << (8 if FLAGS & REMAINDER8 else 0))
         # Past infinity it wraps around nowhere: the remainder has 16 bits.
         joined = tl.where(joined < 0, 0, tl.where(joined > 0x7F800000, 0x7F800000, joined))
         joined = tl.where(magnitude > 0x7F800000, magnitude, joined)
@@ -82,6 +82,19 @@ def split(w):
     p = tl.where(is_nan, (u >> 16) | 0x40, ((u >> 16) & 0x8000) | upper)
     remainder = tl.where(is_nan, 0, magnitude - (upper << 16))
     return p.to(tl.int16), remainder.to(tl.int16)
+
+
+@triton.jit
+def split24(w, random):
+    """The parameter's bits, as int16, and the remainder, as int8, of |w| rounded to 24 bits at random."""
+    u = w.to(tl.int32, bitcast=True)
+    magnitude = u & 0x7FFFFFFF
+    rounded = (magnitude.to(tl.uint32) + ((random >> 8) & 255)) >> 8
+    upper = (rounded + 0x80) >> 8
+    is_nan = magnitude > 0x7F800000
+    p = tl.where(is_nan, (u >> 16) | 0x40, ((u >> 16) & 0x8000) | upper.to(tl.int32))
+    remainder = tl.where(is_nan, 0, (rounded - (upper << 8)).to(tl.int32))
+    return p.to(tl.int16), remainder.to(tl.int8)
 
 
 @triton.jit

@@ -17,21 +17,29 @@ import triton
 import triton.language as tl
 
 from ..tables.tensor_table import Rule
+from .eight_bits import decode_positive, decode_signed, encode_positive, encode_signed
 from .layout import (
     ADAM,
     COEFFICIENT_WIDTH,
     COEFFICIENTS,
+    EIGHT_BIT,
     FACTOR,
     FIGURES,
     FIRST_STEP,
     FLAGS,
+    GROUP,
     KAHAN,
+    KEEPS,
     KEPT,
     KEY,
     MASTER,
     NUMEL,
     PARAM,
+    RANDOM,
     REMAINDER,
+    REMAINDER8,
+    SCALE0,
+    SCALE1,
     SCALED,
     SKIP,
     STATE0,
@@ -42,7 +50,7 @@ from .layout import (
     STOCHASTIC,
     WIDTH,
 )
-from .low_precision import compensation, random_bits, rounded_stochastically, split, step_key, widened
+from .low_precision import compensation, random_bits, rounded_stochastically, split, split24, step_key, widened
 from .sums import pairwise
 from .update_rules import adam, sgd
 
@@ -92,7 +100,7 @@ def fused_l2_step(
         state2 = tl.load(row + STATE2)
         addresses |= state2
     kept = param
-    if BUCKET_FLAGS & (MASTER | REMAINDER | KAHAN):
+    if BUCKET_FLAGS & KEEPS:
         kept = tl.load(row + KEPT)
         addresses |= kept
     pointers = (
@@ -112,10 +120,17 @@ def fused_l2_step(
         bare_pointer(state2, begin, STATE_DTYPE),
         bare_pointer(kept, begin, KEPT_DTYPE),
     )
+    scales = (param, param)
+    if BUCKET_FLAGS & EIGHT_BIT:
+        scale0 = tl.load(row + SCALE0).to(tl.pointer_type(tl.uint8)) + begin // GROUP
+        scale1 = scale0
+        if STATES > 1:
+            scale1 = tl.load(row + SCALE1).to(tl.pointer_type(tl.uint8)) + begin // GROUP
+        scales = (scale0, scale1)
     coefficients_at = coefficients + tl.load(row + COEFFICIENTS) * COEFFICIENT_WIDTH
     scalars = coefficient_row(coefficients_at)
     random = (tl.program_id(0).to(tl.uint32), tl.program_id(0).to(tl.uint32))
-    if BUCKET_FLAGS & (KAHAN | STOCHASTIC):
+    if BUCKET_FLAGS & RANDOM:
         word = tl.load(row + KEY)
         random = (step_key(word, tl.load(coefficients_at + STEP_COUNT)), ((word >> 32) + begin).to(tl.uint32))
     first_step = (tl.load(row + FLAGS) & FIRST_STEP) != 0
@@ -128,9 +143,23 @@ def fused_l2_step(
         if not BUCKET_FLAGS & STATISTICS:
             count = tl.where(is_made, count, 0)
     in_vectors = tl.where((addresses & 15) == 0, count // 8 * 8, 0)
-    a = step_range(pointers, scalars, random, factor, is_made, first_step, 0, in_vectors, RULE, BUCKET_FLAGS, STATES, BLOCK)
+    a = step_range(
+        pointers, scales, scalars, random, factor, is_made, first_step, 0, in_vectors, RULE, BUCKET_FLAGS, STATES, BLOCK
+    )
     b = step_range(
-        single_elements, scalars, random, factor, is_made, first_step, in_vectors, count, RULE, BUCKET_FLAGS, STATES, TAIL_BLOCK
+        single_elements,
+        scales,
+        scalars,
+        random,
+        factor,
+        is_made,
+        first_step,
+        in_vectors,
+        count,
+        RULE,
+        BUCKET_FLAGS,
+        STATES,
+        TAIL_BLOCK,
     )
     if BUCKET_FLAGS & STATISTICS:
         out = partials + tl.program_id(0) * FIGURES
@@ -148,8 +177,9 @@ def fused_l2_step(
 @triton.jit
 def step_range(
     pointers,
+    scales,  # of 8-bit states
     scalars,
-    random,  # key and first element; looked at with KAHAN and STOCHASTIC
+    random,  # key and first element; looked at with RANDOM
     factor,
     is_made,
     first_step,
@@ -165,21 +195,27 @@ def step_range(
     param_at, grad_at, state0_at, state1_at, state2_at, kept_at = pointers
     random_key, first_element = random
     OPMATH: tl.constexpr = scalars[0].dtype
-    lanes = tl.arange(0, BLOCK)
+    scale0_at, scale1_at = scales
+    if BUCKET_FLAGS & EIGHT_BIT:
+        # A group is a row, which the threads of a warp share. Where a loop ends, groups do.
+        rows = tl.arange(0, BLOCK // GROUP)
+        lanes = rows[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    else:
+        lanes = tl.arange(0, BLOCK)
     if BUCKET_FLAGS & STATISTICS:
-        grads = tl.full((BLOCK,), 0.0, tl.float64)
-        params = tl.full((BLOCK,), 0.0, tl.float64)
-        updates = tl.full((BLOCK,), 0.0, tl.float64)
+        grads = tl.full(lanes.shape, 0.0, tl.float64)
+        params = tl.full(lanes.shape, 0.0, tl.float64)
+        updates = tl.full(lanes.shape, 0.0, tl.float64)
     for start in range(begin, end, BLOCK):
         at = start + lanes
         inside = at < end
         written = inside
         raw = tl.load(param_at + at, mask=inside)
         kept = raw
-        if BUCKET_FLAGS & (MASTER | REMAINDER | KAHAN):
+        if BUCKET_FLAGS & KEEPS:
             kept = tl.load(kept_at + at, mask=inside)
         param = raw
-        if BUCKET_FLAGS & (MASTER | REMAINDER | KAHAN):
+        if BUCKET_FLAGS & KEEPS:
             param = widened(raw, kept, BUCKET_FLAGS)
         param = param.to(OPMATH)
         grad = tl.load(grad_at + at, mask=inside).to(OPMATH)
@@ -194,9 +230,17 @@ def step_range(
         state0 = param
         state1 = param
         state2 = param
-        if STATES > 0:
+        if BUCKET_FLAGS & EIGHT_BIT:
+            group = start // GROUP + rows
+            is_group = group < end // GROUP
+            codes = tl.load(state0_at + at, mask=inside, other=0)
+            state0 = decode_signed(codes, tl.load(scale0_at + group, mask=is_group, other=0))
+            if STATES > 1:
+                codes = tl.load(state1_at + at, mask=inside, other=0)
+                state1 = decode_positive(codes, tl.load(scale1_at + group, mask=is_group, other=0))
+        elif STATES > 0:
             state0 = tl.load(state0_at + at, mask=inside).to(OPMATH)
-        if STATES > 1:
+        if STATES > 1 and not BUCKET_FLAGS & EIGHT_BIT:
             state1 = tl.load(state1_at + at, mask=inside).to(OPMATH)
         if STATES > 2:
             state2 = tl.load(state2_at + at, mask=inside).to(OPMATH)
@@ -204,10 +248,12 @@ def step_range(
             param, state0, state1, state2 = adam(param, grad, state0, state1, state2, scalars, first_step, BUCKET_FLAGS)
         else:
             param, state0, state1, state2 = sgd(param, grad, state0, state1, state2, scalars, first_step, BUCKET_FLAGS)
-        if BUCKET_FLAGS & (KAHAN | STOCHASTIC):
+        if BUCKET_FLAGS & RANDOM:
             bits = random_bits(first_element + at.to(tl.uint32), random_key)
         if BUCKET_FLAGS & REMAINDER:
             stored, kept = split(param)
+        elif BUCKET_FLAGS & REMAINDER8:
+            stored, kept = split24(param, bits)
         elif BUCKET_FLAGS & STOCHASTIC:
             stored = rounded_stochastically(param, bits, param_at.dtype.element_ty)
         else:
@@ -217,23 +263,39 @@ def step_range(
         if BUCKET_FLAGS & KAHAN:
             kept = compensation(param, stored, bits)
         tl.store(param_at + at, stored, mask=written)
-        if BUCKET_FLAGS & (MASTER | REMAINDER | KAHAN):
+        if BUCKET_FLAGS & KEEPS:
             tl.store(kept_at + at, kept, mask=written)
         if BUCKET_FLAGS & STATISTICS:
             after = stored
-            if BUCKET_FLAGS & (MASTER | REMAINDER | KAHAN):
+            if BUCKET_FLAGS & KEEPS:
                 after = widened(stored, kept, BUCKET_FLAGS)
             updates += square(after.to(OPMATH) - before, written)
-        if STATES > 0:
+        if BUCKET_FLAGS & EIGHT_BIT:
+            is_written = is_group
+            if BUCKET_FLAGS & STATISTICS and BUCKET_FLAGS & SCALED:
+                is_written = group < tl.where(is_made, end, 0) // GROUP
+            codes, scale = encode_signed(state0, bits)
+            tl.store(state0_at + at, codes, mask=written)
+            tl.store(scale0_at + group, scale, mask=is_written)
+            if STATES > 1:
+                codes, scale = encode_positive(state1, bits)
+                tl.store(state1_at + at, codes, mask=written)
+                tl.store(scale1_at + group, scale, mask=is_written)
+        elif STATES > 0:
             tl.store(state0_at + at, state0.to(state0_at.dtype.element_ty), mask=written)
-        if STATES > 1:
+        if STATES > 1 and not BUCKET_FLAGS & EIGHT_BIT:
             tl.store(state1_at + at, state1.to(state1_at.dtype.element_ty), mask=written)
         if STATES > 2:
             tl.store(state2_at + at, state2.to(state2_at.dtype.element_ty), mask=written)
     if BUCKET_FLAGS & STATISTICS:
-        return pairwise(grads, False), pairwise(params, False), pairwise(updates, False)
+        return summed(grads), summed(params), summed(updates)
     else:
         return 0.0, 0.0, 0.0
+
+
+@triton.jit
+def summed(sums):
+    return pairwise(tl.reshape(sums, (sums.numel,)), False)
 
 
 @triton.jit

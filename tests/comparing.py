@@ -84,6 +84,8 @@ def differing(a: Tensor, b: Tensor) -> int:
     assert a.shape == b.shape
     assert a.dtype == b.dtype
     a, b = a.detach().resolve_neg(), b.detach().resolve_neg()
+    if not a.dtype.is_floating_point:
+        return int((a != b).sum())
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     bits = a.contiguous().view(integer) != b.contiguous().view(integer)
     return int((bits & ~(a.isnan() & b.isnan())).sum())

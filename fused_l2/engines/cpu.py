@@ -38,7 +38,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "select_capability": (None, (_INTEGER,)),
     "set_offsets": (None, (_INTEGER, _INTEGER, _INTEGER)),
     "release": (None, (_INTEGER,)),
-    "make_record": (_INTEGER, (_POINTER, _INTEGER, _INTEGER, _INTEGER, _INTEGER, _POINTER)),
+    "make_record": (_INTEGER, (_POINTER, _INTEGER, _INTEGER, _INTEGER, _INTEGER, _INTEGER, _POINTER)),
     "make_records": (None, (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _POINTER)),
     "look": (_INTEGER, (_INTEGER, _INTEGER, _POINTER)),
     "place": (None, (_POINTER, _POINTER, _POINTER, _POINTER, _INTEGER)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -19,6 +20,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+from ..parameters import eight_bits
 from ..parameters.checks import is_count
 from ..parameters.entry import Entry
 from ..parameters.low_precision import narrowed, random_bits, widened
@@ -135,6 +137,7 @@ class TorchPart(Part):
             factor=self._factor,
             kept=[e.kept for e in entries],
             keys=[e.key for e in entries],
+            scales=list(zip(*(e.scales for e in entries), strict=True)),
         )
 
     def has_changed(self, entry: Entry, key: str) -> bool:
@@ -186,6 +189,9 @@ def combined(measured: Sequence[Tensor], prologue: Prologue, dtype: torch.dtype)
     return torch.stack([factor, skip.double(), norm.double(), inv_scale])
 
 
+_STATES = {Rule.SGD: ("momentum_buffer",), Rule.ADAM: ("exp_avg", "exp_avg_sq")}  # those that 8-bit codes may stand for
+
+
 def step(
     rule: Rule,
     flags: int,
@@ -199,11 +205,13 @@ def step(
     factor: Tensor | float | None = None,
     kept: Sequence[Tensor | None] = (),
     keys: Sequence[int] = (),
+    scales: Sequence[Sequence[Tensor]] = (),
 ) -> None:
     """Step parameters of one param group in place, with their states and counters. Gradients are left as they are.
 
     ``numbers`` are the group's ``SgdNumbers`` or ``AdamNumbers``. ``factor``: what gradients are multiplied by first, on any
     device. ``kept``: what is kept beside each parameter, and ``keys`` of random bits, where ``flags`` say a low-precision mode.
+    ``scales``: of 8-bit states, in the order of ``states``.
 
     ``states`` holds one sequence per kind of state: all momentum buffers, or all exp_avg, all exp_avg_sq, ...
     """
@@ -215,27 +223,35 @@ def step(
         factors = [factor.to(g.device, g.dtype) if isinstance(factor, Tensor) else factor for g in wide_grads]
         # A zero tensor of no dimension times a number has the number's dtype.
         wide_grads = [(g * f).to(g.dtype) for g, f in zip(wide_grads, factors, strict=True)]
-    wide_states = [[_widened(t) for t in kind] for kind in states]
+    if flags & Flag.EIGHT_BIT:
+        named = zip(_STATES[rule], states, scales, strict=True)
+        wide_states = [list(map(partial(eight_bits.decode, name), codes, own)) for name, codes, own in named]
+    else:
+        wide_states = [[_widened(t) for t in kind] for kind in states]
     if rule is Rule.SGD:
         _sgd(flags, numbers, wide_params, wide_grads, wide_states, first_step)
     else:
         _adam(flags, numbers, wide_params, wide_grads, wide_states, list(counters))
     if rule is Rule.SGD and flags & RANDOM:
         torch._foreach_add_(list(counters), 1.0)
-    for kind, wide in zip(states, wide_states, strict=True):
-        for narrow, stepped in zip(kind, wide, strict=True):
-            if narrow is not stepped:
+    bits = [_random_bits(param, keys[i], counters[i]) if flags & RANDOM else None for i, param in enumerate(params)]
+    for k, (kind, wide) in enumerate(zip(states, wide_states, strict=True)):
+        for i, (narrow, stepped) in enumerate(zip(kind, wide, strict=True)):
+            if flags & Flag.EIGHT_BIT:
+                codes, own_scales = eight_bits.encode(_STATES[rule][k], eight_bits.arranged(stepped, params[i]), bits[i])
+                narrow.copy_(codes)
+                scales[k][i].copy_(own_scales.view_as(scales[k][i]))
+            elif narrow is not stepped:
                 narrow.copy_(stepped)
     for i, (param, stepped) in enumerate(zip(params, wide_params, strict=True)):
         if param is stepped:
             continue
-        bits = _random_bits(param, keys[i], counters[i]) if flags & RANDOM else None
-        rounded, left = narrowed(mode, stepped, param.dtype, bits)
+        rounded, left = narrowed(mode, stepped, param.dtype, bits[i])
         param.copy_(rounded)
         if left is not None:
-            own = kept[i]
-            assert own is not None
-            own.copy_(left)
+            beside = kept[i]
+            assert beside is not None
+            beside.copy_(left)
 
 
 def _random_bits(param: Tensor, key: int, counter: Tensor) -> Tensor:

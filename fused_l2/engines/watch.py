@@ -24,7 +24,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..parameters.entry import Entry, Flight
 from ..parameters.memory import PLAIN_TYPES, facts_of, has_memory, kind_of
-from ..tables.tensor_table import GRAD, KEPT, PARAM, STATE0, WIDTH, address_of, int64_array
+from ..tables.tensor_table import GRAD, KEPT, PARAM, SCALE0, STATE0, WIDTH, address_of, int64_array
 from . import cpu
 from .cpu import Library
 
@@ -32,7 +32,7 @@ from .cpu import Library
 GONE, CAME, MOVED, OTHER, STATE_MOVED = 1, 2, 4, 8, 16
 
 # The words of a record that are written from here: csrc/look.h.
-_DIM, _SIZES = 9, 13
+_DIM, _SIZES = 9, 14
 _WATCHED, _ADDRESS = 7, 2  # words for each watched tensor, of which the first is the object
 
 
@@ -69,16 +69,18 @@ class Look:
         """The entries' rows are in other places, or are active or not. Writes the addresses of their tensors to them."""
         for e in entries:
             if e.row >= 0:
-                full, _ = e.watched()
+                full, scales, _ = e.watched()
                 rows, start = e.bucket.table.rows, WIDTH * e.row
                 rows[start + PARAM] = full[0].data_ptr()
                 for k in range(len(e.states)):
                     rows[start + STATE0 + k] = full[1 + k].data_ptr()
                 rows[start + KEPT] = 0 if e.kept is None else e.kept.data_ptr()
+                for k, scale in enumerate(scales):
+                    rows[start + SCALE0 + k] = scale.data_ptr()
 
     def exchange(self, given: Sequence[tuple[Entry, Any, Sequence[Any]]]) -> list[Entry]:
-        """Watch other tensors than the entry's states, what is kept and its counter: those of this state dictionary, which the
-        entry takes. Returns the entries that have to be made anew."""
+        """Watch other tensors than the entry's states, what is kept, scales and its counter: those of this state dictionary,
+        which the entry takes. Returns the entries that have to be made anew."""
         return [entry for entry, _, _ in given]
 
     def start_of(self, entry: Entry) -> int:
@@ -87,8 +89,8 @@ class Look:
 
     @staticmethod
     def _seen(entry: Entry, grad: Tensor) -> tuple[Any, ...]:
-        full, memory = entry.watched()
-        return kind_of(grad), *map(facts_of, (*full, *memory))
+        full, scales, memory = entry.watched()
+        return kind_of(grad), *map(facts_of, (*full, *scales, *memory))
 
     def changes(self, params: list[Tensor], grads: list[Tensor | None]) -> list[int] | None:
         """Slots that changed, each followed by what changed. None if these are other parameters.
@@ -169,14 +171,14 @@ class NativeLook(Look):
         if entry.record is not None:  # it was accepted
             return
         self.forget(entry.slot)
-        full, memory = entry.watched()
-        watched = [*full, *memory]
+        full, scales, memory = entry.watched()
+        watched = [*full, *scales, *memory]
         readable = all(type(t) in PLAIN_TYPES for t in watched) and type(grad) in PLAIN_TYPES
         if readable and all(t.layout is torch.strided for t in (*watched, grad)) and not grad._is_zerotensor():
             record = _blank_record(full[0].dim(), len(watched))[:]
             objects = array("q", [id(grad), *map(id, watched)])
             states, at = len(entry.states), objects.buffer_info()[0]
-            if self._make_record(at, states, len(full), len(memory), 0, record.buffer_info()[0]):
+            if self._make_record(at, states, len(full), len(scales), len(memory), 0, record.buffer_info()[0]):
                 entry.record = record
                 self._records[entry.slot] = address_of(record)
                 return
@@ -343,7 +345,8 @@ def _passes_test(library: Library, keys: int) -> bool:
 
     def entry(slot: int, param: Tensor, state: Tensor) -> Entry:
         e = Entry()
-        e.slot, e.local, e.states, e.kept, e.counter = slot, param, [state], None, torch.zeros((), device="cpu")
+        e.slot, e.local, e.states, e.kept, e.scales = slot, param, [state], None, []
+        e.counter = torch.zeros((), device="cpu")
         e.flight = Flight()
         e.active, e.record, e.bucket, e.row = True, None, None, -1
         return e

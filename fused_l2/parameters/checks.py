@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tables.modes import HALVES, STATE_NAMES, Mode
+from ..tables.modes import CODES, EIGHT_BIT, EIGHT_BIT_NAMES, HALVES, STATE_NAMES, Mode
 from ..tables.tensor_table import DTYPES
 from .memory import has_memory, is_expanded
 from .shards import is_dtensor, local, why_refused
@@ -96,16 +96,24 @@ def may_be_mixed(grad: torch.dtype, param: torch.dtype) -> bool:
     return grad is param or {grad, param} <= {torch.float32, *HALVES}
 
 
-def check_state(param: Any, key: str, value: Any, name: Name, dtype: torch.dtype | None = None) -> None:
-    """Refuse a state tensor that does not belong to its parameter."""
+def check_state(
+    param: Any,
+    key: str,
+    value: Any,
+    name: Name,
+    dtype: torch.dtype | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> None:
+    """Refuse a state tensor that does not belong to its parameter. ``shape``: None for the parameter's."""
 
     def remedy() -> str:
         return f"Load a checkpoint of this model, or delete the entry: optimizer.state[param].pop({key!r})."
 
     if not isinstance(value, Tensor):
         raise RuntimeError(f"{name()}: its state {key!r} is {value!r}, not a tensor. {remedy()}")
-    if value.shape != param.shape:
-        raise RuntimeError(f"{name()}: its state {key!r} has shape {tuple(value.shape)}. {remedy()}")
+    if value.shape != (param.shape if shape is None else shape):
+        expected = "" if shape is None else f", not {tuple(shape)}: a scale for each 32 elements"
+        raise RuntimeError(f"{name()}: its state {key!r} has shape {tuple(value.shape)}{expected}. {remedy()}")
     if value.layout is not torch.strided:
         raise RuntimeError(f"{name()}: its state {key!r} is sparse (layout {value.layout}). {remedy()}")
     if value.device != param.device:
@@ -135,10 +143,9 @@ def check_whole(state: Mapping[str, Any], missing: list[str], name: Name) -> Non
     the others would make the first updates hundreds of times too large."""
     if not missing:
         return
-    found = [key for key in KNOWN if state.get(key) is not None]
-    foreign = [
-        key for key, value in state.items() if key not in (*KNOWN, *STATE_NAMES) and isinstance(value, Tensor) and value.dim()
-    ]
+    found = [key for key in (*KNOWN, *EIGHT_BIT_NAMES) if state.get(key) is not None]
+    known = (*KNOWN, *EIGHT_BIT_NAMES, *STATE_NAMES)
+    foreign = [key for key, value in state.items() if key not in known and isinstance(value, Tensor) and value.dim()]
     if found or foreign:
         raise RuntimeError(
             f"{name()}: its state has {', '.join(map(repr, [*found, *foreign]))}, but no {missing[0]!r}. Load a whole "
@@ -164,9 +171,10 @@ def refuse_counter(value: Any, name: Name) -> RuntimeError:
 
 def check_mode(param: Tensor, mode: Mode, state: Mapping[str, Any], name: Name) -> None:
     """Refuse a low-precision mode that this parameter cannot have, or the traces of another one."""
-    if mode is Mode.REMAINDER and param.dtype is not torch.bfloat16:
+    if mode in (Mode.REMAINDER, Mode.REMAINDER8) and param.dtype is not torch.bfloat16:
+        whole, bits = ("float32", 16) if mode is Mode.REMAINDER else ("24 bits of float32", 8)
         raise RuntimeError(
-            f"{name()}: low_precision='remainder' completes bfloat16 to float32, which 16 bits beside "
+            f"{name()}: low_precision={mode.name.lower()!r} completes bfloat16 to {whole}, which {bits} bits beside "
             f"{dtype_name(param.dtype)} cannot. Use low_precision='master'."
         )
     for other in STATE_NAMES:
@@ -177,3 +185,31 @@ def check_mode(param: Tensor, mode: Mode, state: Mapping[str, Any], name: Name) 
                 f"low_precision={mode.name.lower()!r}. To change over, make it with the former and set "
                 f"optimizer.low_precision; to give up what is kept, delete the entry: optimizer.state[param].pop({other!r})."
             )
+
+
+def check_format(param: Tensor, has_codes: bool, state_dtype: Any, state: Mapping[str, Any], name: Name) -> None:
+    """Refuse moments and momentum in another format than this parameter's: 8-bit codes, or not."""
+    if has_codes:
+        for key in CODES:
+            if state.get(key) is not None:
+                raise RuntimeError(
+                    f"{name()}: its state holds {key!r}, and this optimizer has state_dtype='8bit'. Set such states with "
+                    f"optimizer.load_state_dict, which rounds them to 8 bits; to start anew: optimizer.state[param].clear()."
+                )
+        return
+    for key in EIGHT_BIT_NAMES:
+        if state.get(key) is not None:
+            reason = f"this optimizer has state_dtype={state_dtype}"
+            if state_dtype == EIGHT_BIT:
+                reason = "this parameter's states are float32 in its shape, layout and placements"
+            raise RuntimeError(
+                f"{name()}: its state holds {key!r}, which state_dtype='8bit' has kept, and {reason}. Load what "
+                f"float32_state_dict() of that optimizer returns."
+            )
+
+
+def refuse_order(key: str, name: Name) -> RuntimeError:
+    return RuntimeError(
+        f"{name()}: its state {key!r} lies in memory in another order than the parameter, and its scales are those of elements "
+        f"that lie in a row. Bring the parameter to the memory format that it had, or load float32_state_dict()."
+    )

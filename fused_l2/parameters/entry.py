@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..tables.modes import Mode
-from ..tables.tensor_table import DTYPES
+from ..tables.modes import CODES, RANDOM, SCALES, Mode
+from ..tables.tensor_table import DTYPES, Flag
 from . import checks
 from .checks import Name
+from .eight_bits import empty_state, scale_shape
 from .low_precision import LowPrecision, parameter_key, widened
 from .memory import has_plain_type, is_dense, is_plain, needs_copy, same_layout
 from .ranks import Ranks
@@ -46,13 +47,17 @@ class Needs(NamedTuple):
     precision: LowPrecision
 
     def of(self, param: Tensor) -> Kind:
-        """The same for one parameter, which is a matter of its dtype."""
-        mode = self.precision.mode_of(param)
-        counts = self.counts or mode.is_random
+        """The same for one parameter, which is a matter of its dtype, and with 8-bit states of its shape and layout."""
+        mode, has_codes = self.precision.mode_of(param), bool(self.state_names) and self.precision.has_codes(param)
+        flags = int(self.flags | mode | (Flag.EIGHT_BIT if has_codes else 0))
+        counts = self.counts or bool(flags & RANDOM)
         kept = (mode.state_name,) if mode.state_name else ()
-        names = (*self.state_names, *kept, *(("step",) if counts else ()))
+        states = tuple(CODES[name] for name in self.state_names) if has_codes else self.state_names
+        scales = tuple(SCALES[name] for name in self.state_names) if has_codes else ()
+        names = (*states, *kept, *scales, *(("step",) if counts else ()))
         wanted = self.precision.state_dtype_of(param)
-        return Kind(self, int(self.flags | mode), mode, wanted, counts, names, mode is Mode.ROUND and param.dtype in DTYPES)
+        is_plain = mode is Mode.ROUND and not has_codes and param.dtype in DTYPES
+        return Kind(self, flags, mode, has_codes, wanted, counts, names, is_plain)
 
 
 class Kind(NamedTuple):
@@ -61,17 +66,19 @@ class Kind(NamedTuple):
     needs: Needs
     flags: int
     mode: Mode
-    wanted: torch.dtype | None  # the dtype that moments and momentum have to have
+    has_codes: bool  # whether states are 8-bit codes
+    wanted: torch.dtype | None  # the dtype that moments and momentum have to have, or are stepped in
     counts: bool
-    names: tuple[str, ...]  # the entries of the state that are used: states, what is kept, step counter
+    names: tuple[str, ...]  # the entries of the state that are used: states, what is kept, scales, step counter
     is_plain: bool  # whether such a parameter may be a plain entry
 
 
 class Entry:
     """A parameter that had a gradient, with the state its update rule needs. It lives until one of them is replaced.
 
-    ``param`` and the state may be DTensors. The step works on their local shards: ``local``, ``states`` and ``kept`` are plain
-    tensors that are sharded alike. ``ranks``: where something is measured, the process groups over which it is summed.
+    ``param`` and the state may be DTensors. The step works on their local shards: ``local``, ``states``, ``kept`` and
+    ``scales`` are plain tensors that are sharded alike. ``ranks``: where something is measured, the process groups over which
+    it is summed.
 
     ``state`` is the entry in ``optimizer.state`` (None if there is none yet, ``GONE`` if it changed since); ``new`` is
     what the step adds to it or replaces in it once every parameter has passed its checks.
@@ -103,6 +110,7 @@ class Entry:
         "ranks",
         "record",
         "row",
+        "scales",
         "slot",
         "state",
         "state_dtype",
@@ -120,11 +128,12 @@ class Entry:
     key: int  # names the parameter's stream of random bits
     state: Any
     new: dict[str, Any]
-    names: tuple[str, ...]  # the entries of the state that are used: states, what is kept, step counter
+    names: tuple[str, ...]  # the entries of the state that are used: states, what is kept, scales, step counter
     states: list[Tensor]
     counter: Tensor | None
     kept: Tensor | None
-    state_dtype: torch.dtype
+    scales: list[Tensor]  # of 8-bit states
+    state_dtype: torch.dtype  # in which states are, or 8-bit ones are stepped
     grad_dtype: torch.dtype
     first_step: bool  # SGD: the momentum buffer holds nothing yet
     copies: bool  # whether the gradient's memory is in another order than the parameter's
@@ -150,8 +159,8 @@ class Entry:
     def let_go(self) -> None:
         """The state was changed by somebody: hold none of its tensors any more, once the step that uses them is over."""
         if self.flight.is_under_way:
-            self.flight.kept.append((self.states, self.kept, self.counter))
-        self.state, self.states, self.kept, self.counter = GONE, [], None, None
+            self.flight.kept.append((self.states, self.kept, self.scales, self.counter))
+        self.state, self.states, self.kept, self.scales, self.counter = GONE, [], None, [], None
         if self.record is not None:
             self.record[0] = -1  # not to be read: it tells of tensors that may be gone
         self.flight.without_state.append(self.slot)
@@ -161,14 +170,17 @@ class Entry:
         self.state = state
         self.states = list(tensors)
         self.counter = self.states.pop() if self.names[-1:] == ("step",) else None
+        if self.flags & Flag.EIGHT_BIT:  # a half of what is left are scales
+            half = len(self.states) // 2
+            self.scales, self.states = self.states[len(self.states) - half :], self.states[: len(self.states) - half]
         self.kept = self.states.pop() if self.mode is not Mode.ROUND and self.mode.state_name else None
 
-    def watched(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The tensors that have to be where and what they were; and those of which only the memory matters."""
+    def watched(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The tensors that have to be where and what they were: of the parameter's shape, scales, and a counter."""
         full = [self.local, *self.states]
         if self.kept is not None:
             full.append(self.kept)
-        return full, [] if self.counter is None else [self.counter]
+        return full, self.scales, [] if self.counter is None else [self.counter]
 
 
 _COUNTERS = (torch.float32, torch.float64)
@@ -213,7 +225,7 @@ def plain_entry(
     e.param = e.local = param
     e.slot, e.group, e.gradients, e.mode, e.flags, e.names = slot, group, gradients, kind.mode, kind.flags, kind.names
     e.ranks, e.state, e.new, e.first_step, e.key = (), state, new, bool(new), 0
-    e.states, e.kept, e.counter, e.state_dtype, e.grad_dtype = states, None, counter, dtype, grad_dtype
+    e.states, e.kept, e.scales, e.counter, e.state_dtype, e.grad_dtype = states, None, [], counter, dtype, grad_dtype
     e.copies, e.is_plain, e.is_regular, e.numel = False, True, True, param.numel()
     e.active, e.record, e.place, e.bucket, e.row = True, None, None, None, -1
     return e
@@ -247,7 +259,13 @@ def make_entry(
     checks.check_param(param, name)
     checks.check_grad(param, grad, lambda: gradients.of(param), name)
     checks.check_mode(param, mode, found, name)
-    missing = [key for key in needs.state_names if found.get(key) is None and key not in needs.optional_states]
+    checks.check_format(param, kind.has_codes, needs.precision.state_dtype, found, name)
+    missing = []
+    for key in needs.state_names:
+        entries = (CODES[key], SCALES[key]) if kind.has_codes else (key,)
+        absent = [k for k in entries if found.get(k) is None]
+        if key not in needs.optional_states or len(absent) < len(entries):
+            missing += absent
     if needs.counts and found.get("step") is None:
         missing.append("step")
     checks.check_whole(found, missing, name)
@@ -258,8 +276,11 @@ def make_entry(
     e.local, e.ranks = local(param), ()
     e.flags, e.names = kind.flags, kind.names
     e.state, e.new, e.first_step = state, dict(pending), False
-    e.states = []
+    e.states, e.scales = [], []
     for key in needs.state_names:
+        if kind.has_codes:
+            _take_codes(e, key, found, pending, name)
+            continue
         value = found.get(key)
         e.first_step |= value is None or key in pending
         if value is None:
@@ -271,17 +292,17 @@ def make_entry(
     e.counter = None
     if kind.counts:
         value = found.get("step")
-        counter = as_counter(value, param, on_device, mode.is_random, name)
+        counter = as_counter(value, param, on_device, bool(kind.flags & RANDOM), name)
         if not on_device and value is not None:
             checks.check_counter(counter, name)
         if counter is not value:
             e.new["step"] = counter
         e.counter = counter
-    e.state_dtype = e.states[0].dtype if e.states else param.dtype
+    e.state_dtype = torch.float32 if kind.has_codes else e.states[0].dtype if e.states else param.dtype
     e.grad_dtype = grad.dtype
     e.numel = e.local.numel()
     e.key = 0
-    if mode.is_random:
+    if kind.flags & RANDOM:
         e.key = parameter_key(needs.precision.seed, number) | (first_element(param) & 0xFFFFFFFF) << 32
     own = gradients.of(param)
     e.is_plain = False
@@ -289,12 +310,29 @@ def make_entry(
     e.is_regular = (
         has_plain_type(own)
         and not own._is_zerotensor()
-        and all(map(is_plain, (e.local, *e.states, *([] if e.kept is None else [e.kept]))))
+        and all(map(is_plain, (e.local, *e.states, *([] if e.kept is None else [e.kept]), *e.scales)))
         and is_dense(e.local)
-        and all(s.dtype is e.state_dtype for s in e.states)
+        and (kind.has_codes or all(s.dtype is e.state_dtype for s in e.states))
     )
     e.active, e.record, e.place, e.bucket, e.row = True, None, None, None, -1
     return e
+
+
+def _take_codes(e: Entry, key: str, found: Mapping[str, Any], pending: Mapping[str, Any], name: Name) -> None:
+    """Codes and scales of a state, made if there are none yet."""
+    param, codes, scales = e.param, found.get(CODES[key]), found.get(SCALES[key])
+    e.first_step |= codes is None or CODES[key] in pending
+    if codes is None or scales is None:
+        codes, scales = e.new[CODES[key]], e.new[SCALES[key]] = empty_state(param)
+    else:
+        checks.check_state(param, SCALES[key], scales, name, torch.uint8, scale_shape(param))
+        if is_dtensor(param) and not matches(scales, param):
+            scales = e.new[SCALES[key]] = redistributed(scales, param)
+        if not local(scales).is_contiguous():
+            scales = e.new[SCALES[key]] = scales.contiguous()
+        codes = _usable(e, CODES[key], codes, None, torch.uint8, name)
+    e.states.append(local(codes))
+    e.scales.append(local(scales))
 
 
 def _usable(e: Entry, key: str, value: Any, wanted: torch.dtype | None, only: torch.dtype | None, name: Name) -> Any:
@@ -306,6 +344,8 @@ def _usable(e: Entry, key: str, value: Any, wanted: torch.dtype | None, only: to
         usable = redistributed(value, param)
     # What is not dense is stepped by plain PyTorch, in any layout.
     reordered = is_dense(e.local) and not same_layout(local(usable), e.local)
+    if reordered and only is torch.uint8:
+        raise checks.refuse_order(key, name)
     if reordered or wanted not in (None, usable.dtype):
         usable = torch.empty_like(param, dtype=wanted or usable.dtype).copy_(usable)
     if usable is not value:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..tables.coefficients import RANDOM_STEPS
-from ..tables.modes import HALVES, STATE_NAMES, Mode
+from ..tables.modes import EIGHT_BIT, HALVES, STATE_NAMES, Mode
+from .eight_bits import fits
 from .shards import is_dtensor, like, local
 
 
@@ -23,16 +24,28 @@ class LowPrecision:
     """The options of an optimizer that concern dtypes."""
 
     mode: Mode = Mode.ROUND
-    state_dtype: torch.dtype | None = None
+    state_dtype: torch.dtype | str | None = None  # "8bit": codes with scales
     seed: int = 0
 
     def mode_of(self, param: Tensor) -> Mode:
         return self.mode if param.dtype in HALVES else Mode.ROUND
 
+    @property
+    def is_random(self) -> bool:
+        """Whether something is rounded at random, which takes step counts."""
+        return self.mode.is_random or self.state_dtype == EIGHT_BIT
+
+    def has_codes(self, param: Tensor) -> bool:
+        """Whether moments and momentum of this parameter are 8-bit codes."""
+        return self.state_dtype == EIGHT_BIT and fits(param)
+
     def state_dtype_of(self, param: Tensor) -> torch.dtype | None:
-        """The dtype that moments and momentum of this parameter have to have; None: any, the parameter's if new."""
+        """The dtype that moments and momentum of this parameter have to have; None: any, the parameter's if new. Of 8-bit ones
+        that in which they are stepped, and in which those of parameters that they do not fit are kept."""
         if param.dtype is torch.float64:
             return None
+        if isinstance(self.state_dtype, str):
+            return torch.float32
         if self.state_dtype is None and self.mode_of(param) is not Mode.ROUND:
             return torch.float32
         return self.state_dtype
@@ -114,6 +127,27 @@ def join(p: Tensor, remainder: Tensor) -> Tensor:
     return _float((u & 0x8000) << 16 | torch.where(magnitude > 0x7F800000, magnitude, joined))
 
 
+def split24(w: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 tensor as bfloat16 and an int8 remainder: |w|, rounded at random to a neighbour of 24 bits, is
+    |p| * 2^16 + remainder * 2^8.
+
+    p is that neighbour rounded to nearest, ties away from zero; NaN as in :func:`split`. ``bits``: 32 random ones for each
+    element, of which 8 to 15 are used. The largest finite numbers may become infinite.
+    """
+    u = _bits(w)
+    sign, magnitude = u >> 16 & 0x8000, u & 0x7FFFFFFF
+    rounded = (magnitude + (bits >> 8 & 255)) >> 8
+    upper = (rounded + 0x80) >> 8
+    nan = magnitude > 0x7F800000
+    p = torch.where(nan, u >> 16 | 0x40, sign | upper)
+    return _bfloat16(p), torch.where(nan, 0, rounded - (upper << 8)).to(torch.int8)
+
+
+def join24(p: Tensor, remainder: Tensor) -> Tensor:
+    """The 24-bit numbers of :func:`split24`, as float32."""
+    return join(p, remainder.to(torch.int32) << 8)
+
+
 def master_or_param(master: Tensor, p: Tensor) -> Tensor:
     """The float32 value of a parameter with a master: the master, unless the parameter is not its rounding.
 
@@ -167,6 +201,8 @@ def widened(mode: Mode, p: Tensor, kept: Tensor | None) -> Tensor:
         return p.float() if p.dtype in HALVES else p
     if mode is Mode.MASTER:
         return master_or_param(kept, p)
+    if mode is Mode.REMAINDER8:
+        return join24(p, kept)
     return join(p, kept) if mode is Mode.REMAINDER else compensated(p, kept)
 
 
@@ -174,6 +210,9 @@ def narrowed(mode: Mode, w: Tensor, dtype: torch.dtype, bits: Tensor | None) -> 
     """A parameter and what its mode keeps beside it, from the float32 value. ``bits``: for the random modes."""
     if mode is Mode.REMAINDER:
         return split(w)
+    if mode is Mode.REMAINDER8:
+        assert bits is not None
+        return split24(w, bits)
     if mode is Mode.STOCHASTIC:
         assert bits is not None
         return round_stochastically(w, dtype, bits), None

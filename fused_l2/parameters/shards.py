@@ -33,12 +33,11 @@ def _waited(tensor: Any) -> Tensor:
     return found
 
 
-def like(dtensor: Any, shard: Tensor) -> Tensor:
-    """This shard as a DTensor that is sharded as another one."""
+def like(dtensor: Any, shard: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
+    """This shard as a DTensor that is sharded as another one; of its shape, or of this one and contiguous."""
     kind = type(dtensor)
-    made: Tensor = kind.from_local(
-        shard, dtensor.device_mesh, dtensor.placements, run_check=False, shape=dtensor.shape, stride=dtensor.stride()
-    )
+    size, stride = (dtensor.shape, dtensor.stride()) if shape is None else (torch.Size(shape), (shape[1], 1))
+    made: Tensor = kind.from_local(shard, dtensor.device_mesh, dtensor.placements, run_check=False, shape=size, stride=stride)
     return made
 
 

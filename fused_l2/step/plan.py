@@ -33,7 +33,7 @@ from ..parameters.shards import LocalGradients, Shards, gradients_of, is_dtensor
 from ..statistics import GivenRows, Record, Recorded, chosen_rows, rows_of, with_penalty
 from ..tables import coefficients
 from ..tables.control import Control, Prologue
-from ..tables.modes import HALVES, STATE_NAMES, Mode
+from ..tables.modes import CODES, EIGHT_BIT_NAMES, HALVES, STATE_NAMES, Mode
 from ..tables.tensor_table import Flag
 from .hyperparameters import DeviceValues, is_on_device
 from .rules import UpdateRule
@@ -68,7 +68,7 @@ class Plan:
         self._initial_lrs, self._waiting, self._warned, self._first = initial_lrs, waiting, warned, first
         self._read, self._decay_at = rule.read, rule.Values._fields.index("weight_decay")
         self._flight = Flight()
-        self._counts = rule.counts or options.precision.mode.is_random
+        self._counts = rule.counts or options.precision.is_random
         self._numbers: list[Any] = []
         self._sources: list[list[int]] = []
         self._is_measured = options.decides or options.statistics
@@ -256,7 +256,8 @@ class Plan:
             if own is e.state and (own is None or is_own):
                 continue
             self._has_foreign_state |= own is not None and not is_own
-            if e.new or e.local is not e.param or not isinstance(own, Mapping) or not _OTHER_STATES[e.mode].isdisjoint(own):
+            others = _OTHER_STATES[e.mode, bool(e.flags & Flag.EIGHT_BIT)]
+            if e.new or e.local is not e.param or not isinstance(own, Mapping) or not others.isdisjoint(own):
                 self._stale.add(e.slot)
             else:
                 exchanged.append((e, own, [own.get(name) for name in e.names]))
@@ -406,13 +407,14 @@ class Plan:
     def _make_entries(self, groups: Groups) -> list[Entry]:
         """New entries for stale slots that have a gradient. Nothing is changed."""
         new: dict[int, dict[str, Any]] = {id(e.param): e.new for e in self.uncommitted.values() if e.slot not in self._stale}
-        kinds: dict[tuple[int, torch.dtype], Kind] = {}  # by param group and dtype
+        kinds: dict[tuple[int, torch.dtype, bool], Kind] = {}  # by param group, dtype, and whether 8-bit states fit
+        has_codes = self._options.precision.has_codes
         slots = [slot for slot in sorted(self._stale) if self._grads[slot] is not None]
         plain: list[Entry] = []
         twice = {slot for twins in self._listed_twice for slot in twins}  # a parameter that is listed twice has one state
         for slot in slots:
             param, index = self._params[slot], self._group_of[slot]
-            key = index, param.dtype
+            key = index, param.dtype, has_codes(param)
             kind = kinds.get(key)
             if kind is None:
                 kind = kinds[key] = self._groups[index].needs.of(param)
@@ -430,7 +432,7 @@ class Plan:
             e = accepted.get(slot)
             if e is None:
                 param, index = self._params[slot], self._group_of[slot]
-                kind, device = kinds[index, param.dtype], engines.device_of(param)
+                kind, device = kinds[index, param.dtype, has_codes(param)], engines.device_of(param)
                 e = make_entry(
                     param,
                     param.grad,  # type: ignore[arg-type]
@@ -758,8 +760,12 @@ class Plan:
             raise RuntimeError(_capture_refused("there is nothing prepared. " + _FIRST_STEP))
 
 
-# What other modes keep beside a parameter, and this one must not find.
-_OTHER_STATES = {mode: frozenset(STATE_NAMES) - {mode.state_name} for mode in Mode}
+# What other modes keep beside a parameter, and states in the other format: what this one must not find.
+_OTHER_STATES = {
+    (mode, has_codes): frozenset((*STATE_NAMES, *(CODES if has_codes else EIGHT_BIT_NAMES))) - {mode.state_name}
+    for mode in Mode
+    for has_codes in (False, True)
+}
 _CPU = torch.device("cpu")
 _FIRST_STEP = "Make one step() before, with the same parameters having gradients."
 

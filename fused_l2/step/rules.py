@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 from ..options import Options
 from ..tables import coefficients
 from ..tables.coefficients import AdamNumbers, DecayRule, SgdNumbers
-from ..tables.modes import RANDOM
+from ..tables.modes import EIGHT_BIT
 from ..tables.tensor_table import Flag, Rule
 from .hyperparameters import at_least_zero, number, sources
 
@@ -178,7 +178,7 @@ class _Sgd(UpdateRule):
         return coefficients.sgd(numbers, bool(flags & _DECOUPLED))
 
     def counts_on_device(self, options: Options, groups: list[dict[str, Any]]) -> bool:
-        return bool(options.precision.mode & RANDOM)  # whose bits depend on the count, which replays of a graph need
+        return options.precision.is_random  # whose bits depend on the count, which replays of a graph need
 
 
 class _Adam(UpdateRule):
@@ -194,6 +194,11 @@ class _Adam(UpdateRule):
         for i, beta in enumerate((beta1, beta2)):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}{where}: {beta}; expected 0 <= beta < 1")
+        if values.amsgrad and options.state_dtype == EIGHT_BIT:
+            raise ValueError(
+                f"state_dtype='8bit' and amsgrad=True{where} exclude each other: the largest of moments that are rounded at "
+                f"random only grows. Pass amsgrad=False or state_dtype=torch.float32."
+            )
         decoupled = bool(values.decoupled_weight_decay)
         if group is not None and not decoupled and options.decay_rule_of(group) is DecayRule.CORRECTED:
             raise ValueError(

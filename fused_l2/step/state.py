@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..parameters.entry import Entry
-from ..tables.modes import STATE_NAMES
+from ..tables.modes import EIGHT_BIT_NAMES, STATE_NAMES
 
 # The entries of a parameter's state that a step reads.
-KEYS = frozenset(("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", *STATE_NAMES))
+KEYS = frozenset(("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", *STATE_NAMES, *EIGHT_BIT_NAMES))
 
 
 class ParamState(dict[str, Any]):

@@ -18,9 +18,11 @@ from . import coefficients
 # One tensor of a step: int64 columns, addresses as integers. state0..2 are momentum_buffer, or exp_avg, exp_avg_sq and
 # max_exp_avg_sq; `coefficients` is the number of the tensor's coefficient row; `kept` is what a low-precision flag keeps
 # beside the parameter; `key`, for random bits: the parameter's key in the low 32 bits, the number of its first element in the
-# high ones.
-COLUMNS = ("param", "grad", "state0", "state1", "state2", "step", "numel", "coefficients", "flags", "kept", "key")
-PARAM, GRAD, STATE0, STATE1, STATE2, STEP, NUMEL, COEFFICIENTS, FLAGS, KEPT, KEY = range(len(COLUMNS))
+# high ones; scale0 and scale1 belong to 8-bit states: a byte for each GROUP elements.
+COLUMNS = (
+    "param", "grad", "state0", "state1", "state2", "step", "numel", "coefficients", "flags", "kept", "key", "scale0", "scale1",
+)  # fmt: skip
+PARAM, GRAD, STATE0, STATE1, STATE2, STEP, NUMEL, COEFFICIENTS, FLAGS, KEPT, KEY, SCALE0, SCALE1 = range(len(COLUMNS))
 WIDTH = len(COLUMNS)
 
 BUCKET = ("rule", "flags", "param_dtype", "grad_dtype", "state_dtype", "rows", "table", "coefficients", "steps", "factor")
@@ -31,6 +33,9 @@ STATISTICS = ("grads", "params", "updates", "nonfinite")
 
 # Sums over a chunk are made in this many lanes: csrc/sums.h says how, and why.
 LANES = 512
+
+# How many elements of an 8-bit state share a scale.
+GROUP = 32
 
 # Dtypes by their number in the table.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -59,6 +64,8 @@ class Flag(IntEnum):
     REMAINDER = 512
     KAHAN = 1024
     STOCHASTIC = 2048
+    REMAINDER8 = 4096
+    EIGHT_BIT = 8192  # states are 8-bit codes, with a scale for each group of elements (reference.py)
 
 
 class RowFlag(IntEnum):
@@ -81,6 +88,7 @@ def layout() -> str:
         ("statistics", STATISTICS),
         ("step_count", [str(coefficients.STEP_COUNT)]),
         ("width", [str(coefficients.WIDTH)]),
+        ("group", [str(GROUP)]),
     )
     return "".join(f"{word} " for title, names in parts for word in (title, *names))
 

@@ -173,7 +173,7 @@ def statistics(world: int, folder: Path) -> None:
 @scenario
 def low_precision(world: int, folder: Path) -> None:
     mesh = mesh_of(world)
-    for mode in ("round", "master", "remainder", "kahan", "stochastic"):
+    for mode in ("round", "master", "remainder", "kahan", "stochastic", "remainder8"):
         for name in ("SGD", "AdamW"):
             options = {"low_precision": mode, "dtype": torch.bfloat16}
             single, ours, _, _ = against_single_process(name, [(mesh, [Shard(0)])] * len(SHAPES), **options)
@@ -196,6 +196,33 @@ def low_precision(world: int, folder: Path) -> None:
         dist.all_gather_object(ranges, (first, first + tensor.to_local().numel()))
         for (_, end), (start, _) in zip(sorted(ranges), sorted(ranges)[1:], strict=False):
             assert start >= end, ranges
+
+
+@scenario
+def eight_bit_states(world: int, folder: Path) -> None:
+    # Groups cross no slice of dimension 0, so any shards of it have the bits of the whole: uneven and empty ones, too.
+    mesh = mesh_of(world)
+    grid = init_device_mesh("cpu", (world // 2, 2))
+    shapes = ((70, 64), (3, 2048), (16,), (129, 2, 32))
+    options = {"state_dtype": "8bit", "shapes": shapes}
+    for name, more in (("SGD", {}), ("AdamW", {"amsgrad": False, "dtype": torch.bfloat16, "low_precision": "remainder8"})):
+        _, ours, _, cut = against_single_process(name, [(mesh, [Shard(0)])] * 4, **options, **more)
+        scales = [key for key in ours.state[cut[0]] if key.endswith("_scale")]
+        assert scales
+        assert all(ours.state[cut[0]][key].shape == (70, 2) for key in scales)
+        assert not any(isinstance(part, TorchPart) for part in ours._stepper._plan.parts)
+        against_single_process(name, [(mesh, [Replicate()]), (grid, [Replicate(), Shard(0)]), None, None], **options, **more)
+        exported = ours.float32_state_dict()["state"][0]
+        assert all(isinstance(v, DTensor) and v.dtype is torch.float32 for k, v in exported.items() if k.startswith("exp"))
+    # Along dimension 1 in multiples of 32; random bits are other ones then, and what does not fit keeps float32.
+    for width, fits in ((32 * world, True), (16 * world, world == 1)):
+        param = nn.Parameter(laid_out(torch.ones(512, width), (mesh, [Shard(1)])))
+        param.grad = laid_out(torch.ones(512, width), (mesh, [Shard(1)]))
+        optimizer = fused_l2.AdamW([param], state_dtype="8bit")
+        optimizer.step()
+        assert ("exp_avg_8bit" in optimizer.state[param]) == fits
+        if fits:
+            assert optimizer.state[param]["exp_avg_scale"].full_tensor().shape == (512, world)
 
 
 @scenario

@@ -471,13 +471,15 @@ def _select(emulator: Emulator, i: Instruction) -> Any:
 
 
 def _permute(emulator: Emulator, i: Instruction) -> Any:
-    """prmt: each byte of the result is the byte of {b, a} that a digit of the selector names."""
+    """prmt: each byte of the result is the byte of {b, a} that a digit of the selector names; with 8 its sign, eight times."""
     a, b = (emulator.read(o, "b32").astype("u8") for o in i.operands[1:3])
     selector, both = int(i.operands[3].rstrip("U"), 16), a | b << np.uint64(32)
-    if i.suffixes != ["b32"] or selector & 0x8888:  # modes, and digits that replicate a sign
+    if i.suffixes != ["b32"]:  # modes
         raise NotImplementedError(i.text)
-    digits = [selector >> 4 * k & 7 for k in range(4)]
-    parts = [(both >> np.uint64(8 * d) & np.uint64(0xFF)) << np.uint64(8 * k) for k, d in enumerate(digits)]
+    digits = [selector >> 4 * k & 15 for k in range(4)]
+    found = [both >> np.uint64(8 * (d & 7)) & np.uint64(0xFF) for d in digits]
+    found = [(byte >> np.uint64(7)) * np.uint64(0xFF) if d & 8 else byte for d, byte in zip(digits, found, strict=True)]
+    parts = [byte << np.uint64(8 * k) for k, byte in enumerate(found)]
     return (parts[0] | parts[1] | parts[2] | parts[3]).astype("u4")
 
 
@@ -522,7 +524,7 @@ def _convert(emulator: Emulator, i: Instruction) -> Any:
         return value.astype("f4")
     if to in ("f32", "f64") and modifiers == ["rn"] and source in ("u32", "s32"):
         return value.astype(_TYPES[to])
-    if (to, source, modifiers) == ("s32", "f32", ["rzi"]):
+    if to == "s32" and source in ("f32", "f64") and modifiers == ["rzi"]:
         return np.trunc(np.clip(np.nan_to_num(value.astype("f8"), nan=0.0), -(2.0**31), 2.0**31 - 1)).astype("i4")
     if to[0] in "us" and source[0] in "us" and not modifiers:
         return value.astype(_TYPES[to])

@@ -205,7 +205,7 @@ def test_T23_offsets_beyond_2_to_the_31_elements(run):
     row = coefficients.adam(coefficients.AdamNumbers(0.1, 0.9, 0.999, 1e-8, 0.1), True, 1)
     param, (exp_avg, exp_avg_sq) = reference.adam(tensors[0], tensors[1], tensors[2:], row, Flag.DECOUPLED)
     param_at, grad_at, *states_at = (t.data_ptr() - 4 * first for t in tensors)
-    table, grads = torch.tensor([[param_at, 0, *states_at, 0, 0, first + count, 0, 0, 0, 0]]), torch.tensor([grad_at])
+    table, grads = torch.tensor([[param_at, 0, *states_at, 0, 0, first + count, 0, 0, 0, 0, 0, 0]]), torch.tensor([grad_at])
     words = torch.tensor([number << 32 for number in (first // chunk, first // chunk + 1)])
     scalars = torch.tensor(row)
     which = ("step", Rule.ADAM, int(Flag.DECOUPLED), torch.float32, torch.float32, torch.float32)

@@ -103,10 +103,18 @@ def test_conversions():
 
 def test_bytes_are_permuted():
     words = "mov.b32 %r1, 0x33221100;\nmov.b32 %r2, 0x77665544;\n"
-    for selector, expected in (("0x5410U", 0x55441100), ("0x7632U", 0x77663322), ("0x0246U", 0x00224466)):
+    for selector, expected in (
+        ("0x5410U", 0x55441100),
+        ("0x7632U", 0x77663322),
+        ("0x0246U", 0x00224466),
+        ("0xB8E1U", 0x00000011),
+        ("0x9F3AU", 0x00003300),
+    ):
         assert compute(words + f"prmt.b32 %r9, %r1, %r2, {selector};") == expected
+    negative = "mov.b32 %r1, 0x80;\nmov.b32 %r2, 0;\n"  # 8 asks for the sign of a byte
+    assert compute(negative + "prmt.b32 %r9, %r1, %r2, 0x8880U;") == 0xFFFFFF80
     with pytest.raises(NotImplementedError):
-        compute(words + "prmt.b32 %r9, %r1, %r2, 0x9000U;")
+        compute(words + "prmt.b32.f4e %r9, %r1, %r2, 1;")
 
 
 def test_integers():
