@@ -73,7 +73,9 @@ def step(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: t
         "STATE_DTYPE": DTYPES[state],
         "KEPT_DTYPE": DTYPES[kept],
         "BLOCK": THREADS * per_thread,
-        "TAIL_BLOCK": 2 * THREADS,  # single elements: with one for a thread, 16-bit ones would leave memory waiting
+        # Single elements: with one for a thread, 16-bit ones would leave memory waiting. As many as in BLOCK would share its
+        # numbers of lanes, and exchange them through shared memory.
+        "TAIL_BLOCK": 2 * THREADS if per_thread > 2 else THREADS,
     }
     opmath = torch.float64 if param is torch.float64 else torch.float32
     arguments = (torch.int64, torch.int64, MULTIPLE_OF_16, torch.float64, torch.int64, opmath, torch.float64)

@@ -306,7 +306,7 @@ def test_step_counters_on_the_device_are_filled_there(value):
     """A copy of four bytes for each parameter, from ordinary memory, waits for the device."""
     param = torch.empty(3, device="meta")  # any device but the CPU
     with Called() as called:
-        counter = as_counter(value, param, True, lambda: "p")
+        counter = as_counter(value, param, True, False, lambda: "p")
     assert not {"tensor", "to"} & called.names
     assert (counter.device.type, counter.dtype, counter.shape) == ("meta", torch.float32, ())
 
@@ -443,7 +443,7 @@ def test_a_kernel_that_does_not_compile_is_told_once(device, monkeypatch):
 
 
 def test_what_may_not_fail_again_is_tried_again_by_the_next_plan(device, monkeypatch):
-    """A disk that was full; but not what the compiler itself refuses. Within a plan nothing is tried twice."""
+    """A disk that was full, which is tried three times within a plan; but not what the compiler itself refuses."""
     from fused_l2.kernels.launch import Refused
 
     tried = []
@@ -461,7 +461,7 @@ def test_what_may_not_fail_again_is_tried_again_by_the_next_plan(device, monkeyp
             failing.setattr(device, "compile", fails)
             with pytest.warns(UserWarning, match=r"No space left|does not compile"):
                 step(optimizer, params)
-        assert tried.count(error) == 1
+        assert tried.count(error) == (3 if again else 1)
         launches = len(device.launches)
         optimizer.drop_plan()
         step(optimizer, params, 1)
