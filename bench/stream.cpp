@@ -13,5 +13,6 @@ extern "C" __attribute__((visibility("default"))) void stream_connect(const char
   use_threads_of({abi.parallel_for, abi.num_threads});
 }
 extern "C" __attribute__((visibility("default"))) void stream_step(const Bucket* buckets, int64_t count) {
-  for_each_piece(buckets, count, stream_kernels.get());
+  int64_t begun = 0;
+  for_each_piece(buckets, count, stream_kernels.get(), &begun);
 }

@@ -32,7 +32,7 @@ VALIDATE_FROM, TEST_FROM = 400, 800  # of the images in a shuffled order
 WRONG = 0.2  # share of training labels that are drawn anew
 EPOCHS, WIDTH = 100, 64
 SGD_LAMBDAS = (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)
-ADAM_LAMBDAS = (0.0, 1.0, 10.0, 100.0, 300.0)
+ADAM_LAMBDAS = (0.0, 1.0, 10.0, 30.0, 100.0)
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9},
     "AdamW": {"lr": 3e-3},

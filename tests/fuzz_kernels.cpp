@@ -72,7 +72,7 @@ struct Fuzz {
 
   bool once() {
     const int64_t rule = below(rule::count), param_type = below(dtype::count);
-    int64_t flags = below(int64_t(1) << flag::bit::count) & ~int64_t(flag::low_precision);
+    int64_t flags = below(int64_t(1) << flag::bit::count) & ~int64_t(flag::low_precision | flag::eight_bit);
     int64_t grad_type = param_type, state_type = param_type, kept_type = -1;
     if (param_type != dtype::float64) {
       const int64_t narrow[] = {dtype::float32, dtype::bfloat16, dtype::float16};

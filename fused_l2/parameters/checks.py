@@ -156,8 +156,10 @@ def check_whole(state: Mapping[str, Any], missing: list[str], name: Name) -> Non
 def check_counter(value: Tensor, name: Name) -> None:
     if not has_memory(value):
         raise RuntimeError(f"{name()}: the storage of its state 'step' was freed. Restore it before step().")
-    if not is_count(float(value)):
-        raise RuntimeError(f"{name()}: its state 'step' is {float(value):g}. Set it to the number of steps made.")
+    count = float(value)
+    if not is_count(count):
+        shown = "NaN" if math.isnan(count) else f"{count:g}"
+        raise RuntimeError(f"{name()}: its state 'step' is {shown}. Set it to the number of steps made.")
 
 
 def is_count(steps: float) -> bool:
