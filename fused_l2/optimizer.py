@@ -180,11 +180,12 @@ class FusedOptimizer(OptionAttributes, Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """torch's name: where it is True, a GradScaler leaves unscaling and skipping to step()."""
+        """torch's name: where it is True, a GradScaler leaves unscaling and skipping to step(). With step_in_backward there is
+        nothing that it could do, and step() says so."""
         stepper = self._stepper
         if stepper.options.amp_scaling:
             stepper.tell_scaler = scaler.asking()
-        return stepper.options.amp_scaling
+        return stepper.options.amp_scaling or any(stepper.singles)
 
     @property
     def statistics(self) -> Statistics | None:

@@ -23,7 +23,15 @@ WORLDS = (2, 4)
 def scenarios() -> list[str]:
     """The functions marked as scenarios, in the order in which they are run. Importing them would need torch.distributed."""
     found = []
-    for file in ("parallel_training.py", "sharded_tensors.py", "parts_of_a_whole.py", "random_draws.py"):
+    files = (
+        "parallel_training.py",
+        "sharded_tensors.py",
+        "parts_of_a_whole.py",
+        "random_draws.py",
+        "in_backward.py",
+        "fsdp2.py",
+    )
+    for file in files:
         for node in ast.parse((HERE / file).read_text()).body:
             if isinstance(node, ast.FunctionDef) and any(ast.unparse(d) == "scenario" for d in node.decorator_list):
                 found.append(node.name)

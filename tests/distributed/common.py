@@ -113,11 +113,11 @@ def against_single_process(
     return single, ours, whole, cut
 
 
-def refused(call: Callable[[], Any], *words: str) -> None:
+def refused(call: Callable[[], Any], *words: str, error: type[Exception] = RuntimeError) -> None:
     try:
         call()
-    except RuntimeError as error:
-        message = str(error)
+    except error as raised:
+        message = str(raised)
         missing = [word for word in words if word not in message]
         assert not missing, message
         return

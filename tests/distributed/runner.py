@@ -17,7 +17,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 import common
 
-MODULES = ("parallel_training", "sharded_tensors", "parts_of_a_whole", "random_draws", "watched")
+MODULES = ("parallel_training", "sharded_tensors", "parts_of_a_whole", "random_draws", "in_backward", "fsdp2", "watched")
 
 
 def main() -> int:
