@@ -12,7 +12,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import OPTIMIZERS, SHAPES, against_single_process, full, laid_out, mesh_of, randoms, refused, same, scenario
+from common import (
+    OPTIMIZERS,
+    SHAPES,
+    against_single_process,
+    full,
+    is_alive,
+    laid_out,
+    mesh_of,
+    randoms,
+    refused,
+    same,
+    scenario,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -286,6 +298,7 @@ def steps_leave_nothing_behind(world: int, folder: Path) -> None:
                 p.grad = DTensor.from_local(shard, mesh, placements, shape=p.shape, stride=p.stride())
             optimizer.step()
             optimizer.zero_grad()
+            is_alive()
             if step == 100:
                 (kinds, memory), blocks = alive(), sys.getallocatedblocks()
         gc.collect()
