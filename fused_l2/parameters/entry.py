@@ -394,7 +394,7 @@ def as_counter(value: Any, param: Tensor, on_device: bool, counts_all: bool, nam
         if value.device.type != "cpu":
             return value.detach().reshape(()).to(device=device, dtype=dtype, copy=True)
     try:
-        if device.type == "cpu":  # of a constant FakeTensorMode knows the value, which torch.optim reads
+        if not on_device:  # of a constant FakeTensorMode knows the value, which torch.optim reads
             return torch.tensor(float(value), dtype=dtype, device=device)
         # Filled on the device: a copy of four bytes would wait for it, for each parameter.
         return torch.full((), float(value), dtype=dtype, device=device)

@@ -527,7 +527,9 @@ def _convert(emulator: Emulator, i: Instruction) -> Any:
     if to == "s32" and source in ("f32", "f64") and modifiers == ["rzi"]:
         return np.trunc(np.clip(np.nan_to_num(value.astype("f8"), nan=0.0), -(2.0**31), 2.0**31 - 1)).astype("i4")
     if to[0] in "us" and source[0] in "us" and not modifiers:
-        return value.astype(_TYPES[to])
+        narrow = value.astype(_TYPES[to])
+        # There are no registers of 8 bits: the rest is filled with the sign or with zeros.
+        return narrow.astype(f"{narrow.dtype.kind}2") if narrow.dtype.itemsize == 1 else narrow
     raise NotImplementedError(i.text)
 
 
