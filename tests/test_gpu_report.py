@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import queue
@@ -25,11 +26,13 @@ def report(monkeypatch) -> Any:
 
 
 @needs_library
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of kernels of the stub, see below
 def test_a_dry_run_has_every_section(report, tmp_path, capsys):
     """Every case, every provider, tests collected, launches over a stub of a GPU; into a folder that does not exist yet."""
     pytest.importorskip("triton", reason="Triton kernels need triton: pip install triton")
     out = tmp_path / "new" / "report.json"
     assert report.main(["--dry-run", "--json", str(out)]) == 0
+    gc.collect()  # Kernels ask the driver when they go. That of the stub is gone by then, and this machine may have none.
     written = json.loads(out.read_text())
     assert list(written) == list(report.SECTIONS)
     of_adamw = [r["case"] for r in written["results"] if r["optimizer"] == "AdamW"]

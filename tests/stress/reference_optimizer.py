@@ -71,7 +71,9 @@ class _Reference:
                 Mode.KAHAN: lambda: torch.zeros_like(p, dtype=torch.bfloat16),
             }[mode]()
         if self.counts or mode.is_random:
-            state["step"] = torch.tensor(float(state.get("step", 0.0)) + 1)
+            # Random bits go on where float32 stands still.
+            counted = torch.float64 if mode.is_random else torch.float32
+            state["step"] = torch.tensor(float(state.get("step", 0.0)) + 1, dtype=counted)
         count = float(state.get("step", 0.0))
         kept = state.get(mode.state_name) if mode.state_name else None
         w = low_precision.widened(mode, p.detach(), kept)
