@@ -117,5 +117,5 @@ def test_a_counter_that_is_nan_is_refused():
     params = make_params((7,))
     optimizer = run(lambda p: make("AdamW", p), params, 1)
     optimizer.state[params[0]]["step"].fill_(float("nan"))
-    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*'step' is NaN"):
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*'step' is nan"):
         optimizer.step()

@@ -158,8 +158,7 @@ def check_counter(value: Tensor, name: Name) -> None:
         raise RuntimeError(f"{name()}: the storage of its state 'step' was freed. Restore it before step().")
     count = float(value)
     if not is_count(count):
-        shown = "NaN" if math.isnan(count) else f"{count:g}"
-        raise RuntimeError(f"{name()}: its state 'step' is {shown}. Set it to the number of steps made.")
+        raise RuntimeError(f"{name()}: its state 'step' is {count:g}. Set it to the number of steps made.")
 
 
 def is_count(steps: float) -> bool:
