@@ -291,3 +291,10 @@ def test_examples_in_docstrings(module):
     assert results.failed == 0
     if module != "engines":
         assert results.attempted > 0
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 1), nn.Linear(1, 1), nn.Conv1d(1, 1, 5), nn.Bilinear(2, 1, 1)], ids=str)
+def test_the_weight_of_a_layer_with_one_output_is_decayed(layer):
+    decayed, others = param_groups(layer, weight_decay=0.1)
+    assert decayed["param_names"] == ["weight"]
+    assert others["param_names"] == ["bias"]

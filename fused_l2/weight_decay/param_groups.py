@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from ..options import NAMES, did_you_mean
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+LAYERS = (nn.Linear, nn.Bilinear, _ConvNd)
 Rules = str | type[nn.Module] | nn.Module
 
 # Keys that optimizers and schedulers of torch know, besides what users make up.
@@ -180,7 +182,9 @@ def _decide(shape: tuple[int, ...], where: list[_Use]) -> tuple[bool, str]:
     kind = _kind(use.owners[0])
     if "bias" in use.tensor:
         return False, f"bias of {kind}"
-    if sum(size > 1 for size in shape) <= 1:
+    # The weight of a layer with one output is a matrix, if of one row.
+    multiplies = isinstance(use.owners[0], LAYERS) and use.name.rpartition(".")[2] == "weight"
+    if sum(size > 1 for size in shape) <= 1 and not multiplies:
         return False, f"vector or scalar of {kind}"
     return True, f"{use.tensor} of {kind}"
 
