@@ -67,8 +67,9 @@ def param_groups(
 ) -> ParamGroups:
     """Split a model's trainable parameters into a decayed group and one with ``weight_decay=0``.
 
-    Left out of the decay are biases and other vectors and scalars (by shape), all parameters of normalization layers and
-    embeddings (by module type: torch.nn's, and modules whose class name contains "Norm" or "Embedding"). A parameter that
+    Left out of the decay are biases and other vectors and scalars (by shape; the weight of a linear or convolution layer is
+    decayed whatever its shape), all parameters of normalization layers and embeddings
+    (by module type: torch.nn's, and modules whose class name contains "Norm" or "Embedding"). A parameter that
     several modules share is listed once, under its first name, and left out if any of its uses says so. A parametrized
     tensor (``torch.nn.utils.parametrizations``) is judged by the module that has it. Frozen parameters
     (``requires_grad=False``) are in neither group. Both groups carry ``param_names``, as torch.optim's do.
