@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import json
 import math
 import sys
@@ -144,14 +145,73 @@ def modes(device: str, rounds: int) -> dict[str, Any]:
     p = torch.nn.Parameter(torch.randn(2**28 if device == "cuda" else 7, device=device).bfloat16())
     p.grad = torch.randn_like(p)
     contestants, moved = {}, {}
-    for mode in ("round", "remainder", "master", "kahan", "stochastic"):
-        made = fused_l2.AdamW([p], lr=1e-6, low_precision=mode, state_dtype=torch.float32)
+    for mode, states in MODES:
+        made = fused_l2.AdamW([p], lr=1e-6, low_precision=mode, state_dtype=states)
         made.step()
-        states = sum(v.nbytes for key, v in made.state[p].items() if key != "step")
-        contestants[mode], moved[mode] = made.step, 6 * p.numel() + 2 * states
+        name = mode if states is torch.float32 else f"{mode}, 8-bit moments"
+        held = sum(v.nbytes for key, v in made.state[p].items() if key != "step")
+        contestants[name], moved[name] = made.step, 6 * p.numel() + 2 * held
     rows = timed(contestants, moved, "round", device, rounds)
-    what = "low-precision modes, bfloat16, float32 moments"
+    what = "low-precision modes, bfloat16, float32 or 8-bit moments"
     return {"case": "modes", "what": what, "optimizer": "AdamW", "parameters": p.numel(), "rows": rows}
+
+
+def few_bytes(case: Case, device: str, rounds: int) -> dict[str, Any]:
+    """AdamW of bfloat16 parameters in few bytes, ours and other libraries', where they are installed. Each has its own
+    parameters and states; "bytes" is what stays allocated for a parameter, its gradient not counted."""
+    contestants: dict[str, Callable[[], Any]] = {}
+    moved, held, absent = {}, {}, {}
+    numel = sum(math.prod(shape) for shape in case.shapes)
+    for name, make in FEW_BYTES.items():
+        if name.startswith("torchao") and len(case.shapes) > 50:
+            absent[name] = "takes minutes before its first step of more than 50 tensors"
+            continue
+        before = torch.cuda.memory_allocated() if device == "cuda" else 0
+        params = [torch.nn.Parameter(torch.randn(shape, device=device).bfloat16()) for shape in case.shapes]
+        try:
+            made = make(params)
+            for p in params:
+                p.grad = torch.randn(p.shape, device=device).bfloat16()
+            made.step()
+        except Exception as error:  # a peer that is missing or fails is a line in the report
+            absent[name] = f"{type(error).__name__}: {error}"
+            continue
+        if device == "cuda":
+            torch.cuda.synchronize()
+            held[name] = (torch.cuda.memory_allocated() - before) / numel - 2
+        else:
+            held[name] = float("nan")
+        # Everything that stays is read and written, the gradient is read.
+        contestants[name], moved[name] = made.step, numel * (2 * held[name] + 2 if device == "cuda" else 1)
+    rows = timed(contestants, moved, "fused_l2, master copy", device, rounds)
+    for name, row in rows.items():
+        row["bytes a parameter"] = held.get(name)
+    return {
+        "case": f"few-bytes, {case.name}", "what": f"{case.what}, in few bytes", "optimizer": "AdamW", "parameters": numel,
+        "rows": rows, "not measured": absent,
+    }  # fmt: skip
+
+
+MODES = [
+    *((mode, torch.float32) for mode in ("round", "remainder", "remainder8", "master", "kahan", "stochastic")),
+    *((mode, "8bit") for mode in ("round", "remainder8")),
+]
+
+
+def _of(module: str, name: str, **options: Any) -> Callable[[list[torch.nn.Parameter]], Any]:
+    return lambda params: getattr(importlib.import_module(module), name)(params, lr=1e-4, weight_decay=0.1, **options)
+
+
+FEW_BYTES = {
+    "fused_l2, master copy": _of("fused_l2", "AdamW", low_precision="master", state_dtype=torch.float32),
+    "fused_l2, remainder": _of("fused_l2", "AdamW", low_precision="remainder", state_dtype=torch.float32),
+    "fused_l2, remainder8, 8bit": _of("fused_l2", "AdamW", low_precision="remainder8", state_dtype="8bit"),
+    "fused_l2, stochastic, 8bit": _of("fused_l2", "AdamW", low_precision="stochastic", state_dtype="8bit"),
+    "torch fused, bfloat16 throughout": _of("torch.optim", "AdamW", fused=True),
+    "FlashOptim, 24 bits": _of("flashoptim", "FlashAdamW"),
+    "bitsandbytes, 8 bits": _of("bitsandbytes.optim", "AdamW8bit"),
+    "torchao, 8 bits": _of("torchao.optim", "AdamW8bit"),
+}
 
 
 def jobs(device: str, rounds: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
@@ -166,6 +226,11 @@ def jobs(device: str, rounds: int) -> Iterator[tuple[str, Callable[[], dict[str,
             if case.name in AROUND:
                 yield f"{optimizer} {case.name}, around", lambda c=case, o=optimizer: around(c, o, device, rounds)
     yield "AdamW modes", lambda: modes(device, rounds)
+    few = [case for case in GPU_CASES if case.name in ("gpt2-small", "one-100m-bf16")]
+    for case in few:
+        if device == "cpu":
+            case = dataclasses.replace(case, make_shapes=lambda: [(64, 64)])
+        yield f"AdamW few-bytes, {case.name}", lambda c=case: few_bytes(c, device, rounds)
 
 
 def is_poisoned(error: Exception) -> bool:

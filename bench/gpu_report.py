@@ -249,13 +249,14 @@ def show(result: dict[str, Any]) -> None:
     print(f"\n{result['optimizer']}, {result['what']}: {result['parameters']:,} parameters  {result['gate']}")
     columns = ("wall us", 12), ("device us", 12), ("host us", 10), ("x torch fused", 15), ("quartiles", 17)
     columns += ("GB/s", 8), ("% copy", 8)
-    print(f"  {'':16}" + "".join(f"{title:>{width}}" for title, width in columns))
+    print(f"  {'':32}" + "".join(f"{title:>{width}}" for title, width in columns))
     for name, row in result["rows"].items():
         q1, ratio, q3 = row["wall ratio to torch fused"]
         wall, device, host = (1e6 * row[kind][1] for kind in ("wall", "device", "host"))
         print(
-            f"  {name:16}{wall:>12.1f}{device:>12.1f}{host:>10.1f}{ratio:>15.2f}{f'{q1:.2f} .. {q3:.2f}':>17}"
+            f"  {name:32}{wall:>12.1f}{device:>12.1f}{host:>10.1f}{ratio:>15.2f}{f'{q1:.2f} .. {q3:.2f}':>17}"
             f"{row['GB/s']:>8.0f}{100 * row['share of copy']:>8.0f}"
+            + (f"  {row['bytes a parameter']:.2f} bytes a parameter" if row.get("bytes a parameter") else "")
         )
     for line in result["predicted"]:
         print(f"  {line}")

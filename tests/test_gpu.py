@@ -27,6 +27,7 @@ from comparing import (
     set_grads,
     states,
 )
+from test_eight_bits import same_codes
 from torch import Tensor
 
 import fused_l2
@@ -128,7 +129,7 @@ def make_clipped(name: str, params: list[Any], max_grad_norm: float | None, norm
     return optimizer
 
 
-@pytest.mark.parametrize("mode", ["remainder", "master", "kahan", "stochastic"])
+@pytest.mark.parametrize("mode", ["remainder", "remainder8", "master", "kahan", "stochastic"])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @each
 def test_low_precision_modes_have_the_bits_of_the_cpu_engine(name, mode, state_dtype):
@@ -146,6 +147,52 @@ def test_low_precision_modes_have_the_bits_of_the_cpu_engine(name, mode, state_d
     assert steps_on_device(optimizers[0])
     assert_same_bits(back(on_device), back(on_cpu), "parameter")
     assert_same_bits(back(optimizers[0].master_params()), optimizers[1].master_params(), "float32 value")
+
+
+@pytest.mark.parametrize("misaligned", [False, True], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "statistics": True, "skip_if_nonfinite": True}], ids=label)
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [
+        (torch.float32, "round"),
+        (torch.float16, "stochastic"),
+        *((torch.bfloat16, m) for m in ("round", "remainder", "remainder8", "master", "kahan", "stochastic")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_8bit_states_have_the_bits_of_the_cpu_engine(name, dtype, mode, options, misaligned):
+    """Blocks that are full and not, several chunks, a tensor that keeps float32, none of the elements of one; NaN once."""
+    shapes = ((64, 64), (33, 128), (7,), (1, 4128), (67, 96), (2, 70_016), (0, 64))
+    on_cpu = make_params(shapes, dtype)
+    on_device = moved(on_cpu, misaligned)
+    settings = CASES["SGD" if name == "SGD" else "AdamW"]
+    optimizers = [
+        getattr(fused_l2, name)(params, **settings, **options, low_precision=mode, state_dtype="8bit", seed=4)
+        for params in (on_device, on_cpu)
+    ]
+    for i in range(4):
+        set_grads(on_cpu, i)
+        if i == 2:
+            on_cpu[0].grad[0, 0] = float("nan")  # with skip_if_nonfinite no step is made
+        give(on_device, on_cpu)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert steps_on_device(optimizers[0])
+    assert_same_bits(back(on_device), back(on_cpu), "parameter")
+    for p, q in zip(on_device, on_cpu, strict=True):
+        mine, others = optimizers[0].state[p], optimizers[1].state[q]
+        assert mine.keys() == others.keys()
+        for key in mine:
+            if key.endswith("_8bit"):
+                same_codes(key.removesuffix("_8bit"), {k: v.cpu() for k, v in mine.items()}, others)
+            elif not key.startswith("remainder"):  # of a NaN it may be another one
+                assert_same_bits(back([mine[key]]), back([others[key]]), key)
+    assert_same_bits(back(optimizers[0].master_params()), optimizers[1].master_params(), "float32 value")
+    exported = [list(o.float32_state_dict()["state"].values()) for o in optimizers]
+    for mine, others in zip(*exported, strict=True):
+        for key in set(mine) - {"remainder", "remainder8"}:
+            assert_same_bits(back([mine[key]]), back([others[key]]), f"float32 {key}")
 
 
 @each
@@ -423,6 +470,112 @@ def test_statistics_are_those_of_the_cpu_engine(name, dtype):
         # Float64 sums in another order; the update is a float32 difference whose bits are the same.
         assert figures[0] == pytest.approx(figures[1], rel=1e-12)
     assert_same_state(ours[0], on_device, ours[1], on_cpu)
+
+
+@each
+@pytest.mark.parametrize("state_dtype", [None, "8bit"])
+def test_stepping_in_the_backward_pass_has_the_bits_of_ordinary_steps(name, state_dtype):
+    runs = []
+    for in_backward in (True, False):
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(64, 64, device=DEVICE) for _ in range(4)]
+        model = torch.nn.Sequential(*layers)
+        optimizer = getattr(fused_l2, name)(model.parameters(), **CASES[name], state_dtype=state_dtype, seed=1)
+        stepping = fused_l2.step_in_backward(optimizer) if in_backward else None
+        for i in range(5):
+            generator = torch.Generator(DEVICE).manual_seed(i)
+            model(torch.randn(8, 64, device=DEVICE, generator=generator)).square().mean().backward()
+            assert stepping is None or all(p.grad is None for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] *= 0.9
+        runs.append([p.detach() for p in model.parameters()])
+    assert_same_bits(*runs, "parameter")
+
+
+@each
+def test_warmup_compiles_what_the_first_step_launches(name, monkeypatch):
+    import triton
+
+    optimizer = make(name, moved(make_params(SIZES)))
+    assert fused_l2.warmup(optimizer)
+    compiled: list[str] = []
+    real = triton.compile
+    monkeypatch.setattr(triton, "compile", lambda source, **rest: (compiled.append(source.name), real(source, **rest))[1])
+    set_grads_on_device(optimizer.param_groups[0]["params"], 0)
+    optimizer.step()
+    assert compiled == []
+
+
+@each
+def test_parameters_that_go_to_the_cpu_and_back_between_steps(name):
+    on_cpu = make_params(SIZES)
+    on_device = moved(on_cpu)
+    optimizers = make(name, on_device), make(name, on_cpu)
+    for i in range(6):
+        set_grads(on_cpu, i)
+        optimizers[1].step()
+        to = "cpu" if i % 3 == 1 else DEVICE
+        for p, q in zip(on_device, on_cpu, strict=True):
+            p.grad = None
+            p.data = p.data.to(to)
+            p.grad = q.grad.to(to)
+            held = optimizers[0].state.get(p, {})
+            for key, value in held.items():
+                if key != "step":
+                    held[key] = value.to(to)
+        optimizers[0].step()
+    assert_same_state(optimizers[0], on_device, optimizers[1], on_cpu)
+
+
+@each
+def test_the_step_bears_gradients_that_come_and_go(name):
+    on_cpu = make_params(SIZES)
+    on_device = moved(on_cpu)
+    optimizers = make(name, on_device), make(name, on_cpu)
+    for i in range(12):
+        set_grads(on_cpu, i)
+        for j, p in enumerate(on_cpu):
+            if (i + j) % 3 == 0:
+                p.grad = None
+        give(on_device, on_cpu)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same_bits(back(on_device), back(on_cpu), "parameter")
+
+
+def test_torch_compiled_training_and_a_grad_scaler():
+    """float16 autocast with GradScaler: the scaler's own way and amp_scaling come to the same bits."""
+    runs = []
+    for amp_scaling in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1)).to(DEVICE)
+        optimizer = fused_l2.AdamW(model.parameters(), lr=1e-2, amp_scaling=amp_scaling)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**60, growth_interval=3)  # the first steps overflow
+        for i in range(80):
+            x = torch.randn(32, 16, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(i))
+            with torch.autocast(DEVICE, torch.float16):
+                loss = (model(x).float() - x[:, :1]).square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        runs.append([p.detach() for p in model.parameters()] + [torch.tensor(scaler.get_scale())])
+    assert_same_bits(*runs)
+
+
+def test_the_doctor_reads_parameters_on_the_device():
+    import fused_l2.doctor
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
+    reports = []
+    for device in ("cpu", DEVICE):
+        placed = copy.deepcopy(model).to(device)
+        optimizer = torch.optim.AdamW(placed.parameters(), lr=1e-3, weight_decay=0.1)
+        report = fused_l2.doctor.examine(optimizer, placed, n=1000, batch_size=10)
+        reports.append((report.codes(), [pytest.approx(row.norm, rel=1e-6) for row in report.layers]))
+    assert reports[0] == reports[1]
 
 
 def test_capabilities_name_the_gpu():

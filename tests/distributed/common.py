@@ -5,6 +5,7 @@ later ones; what it asserts holds on every rank.
 from __future__ import annotations
 
 import faulthandler
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import fused_l2
+
+# "cuda" in tests/test_gpu_distributed.py. runner.py makes it torch's default device.
+DEVICE = os.environ.get("FUSED_L2_TESTED_ON", "cpu")
 
 Scenario = Callable[[int, Path], None]
 SCENARIOS: dict[str, Scenario] = {}
@@ -50,12 +54,12 @@ def scenario(function: Scenario) -> Scenario:
 
 
 def mesh_of(world: int) -> DeviceMesh:
-    return init_device_mesh("cpu", (world,))
+    return init_device_mesh(DEVICE, (world,))
 
 
 def randoms(seed: int, shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """The same on every rank."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import OPTIMIZERS, full, mesh_of, refused, same, scenario
+from common import DEVICE, OPTIMIZERS, full, mesh_of, refused, same, scenario
 from parallel_training import IN, OUT, given_steps, loss_of, make_model, make_optimizer, sharded, train
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -97,7 +97,7 @@ def fsdp2_with_bfloat16_parameters(world: int, folder: Path) -> None:
 
 @scenario
 def hybrid_sharding(world: int, folder: Path) -> None:
-    grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
+    grid = init_device_mesh(DEVICE, (world // 2, 2), mesh_dim_names=("replicate", "shard"))
 
     def make() -> nn.Module:
         model = make_model()
@@ -136,7 +136,7 @@ class Blocks(nn.Module):
 
 @scenario
 def tensor_parallel_and_sharded(world: int, folder: Path) -> None:
-    grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
+    grid = init_device_mesh(DEVICE, (world // 2, 2), mesh_dim_names=("data", "tensor"))
 
     def make() -> nn.Module:
         model = parallelize_module(Blocks(), grid["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
@@ -245,7 +245,7 @@ class Experts(nn.Module):
         self.bias = nn.Parameter(torch.randn(4, IN))
 
     def cut(self, world: int) -> Experts:
-        grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "expert"))
+        grid = init_device_mesh(DEVICE, (world // 2, 2), mesh_dim_names=("data", "expert"))
         fully_shard(self.shared, mesh=mesh_of(world))
         self.experts = nn.Parameter(distribute_tensor(self.experts.detach(), grid, [Replicate(), Shard(0)]))
         self.bias = nn.Parameter(distribute_tensor(self.bias.detach(), grid["expert"], [Shard(0)]))
@@ -265,7 +265,7 @@ def experts_on_several_meshes(world: int, folder: Path) -> None:
         # An expert without tokens has no gradient, on some ranks: there it stays, and so does its state.
         for step in range(3, 5):
             for i, (p, q) in enumerate(zip(model.parameters(), whole.parameters(), strict=True)):
-                g = torch.randn(q.shape, generator=torch.Generator().manual_seed(1000 * step + i))
+                g = torch.randn(q.shape, generator=torch.Generator(DEVICE).manual_seed(1000 * step + i))
                 idle = p is model.experts and model.experts.device_mesh.get_local_rank("expert") == 1
                 p.grad = None if idle else distribute_local(g, p)
                 q.grad = g

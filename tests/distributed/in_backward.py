@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import OPTIMIZERS, full, mesh_of, refused, same, scenario
+from common import DEVICE, OPTIMIZERS, full, mesh_of, refused, same, scenario
 from parallel_training import IN, loss_of, make_model, make_optimizer, sharded
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -160,7 +160,7 @@ def step_in_backward_refuses_gradients_that_nobody_has_averaged(world: int, fold
     refused(lambda: fused_l2.step_in_backward(optimizer, ddp=partly), "parameter 0 of group 0", error=ValueError)
     # FSDP1, in both of its forms, whatever is said.
     for use_orig_params in (False, True):
-        flat = FullyShardedDataParallel(make_model(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+        flat = FullyShardedDataParallel(make_model(), use_orig_params=use_orig_params, device_id=torch.device(DEVICE))
         optimizer = fused_l2.SGD(flat.parameters(), lr=0.1)
         for final in (False, True):
             call = lambda o=optimizer, f=final: fused_l2.step_in_backward(o, gradients_are_final=f)  # noqa: E731
@@ -217,7 +217,7 @@ def step_in_backward_of_tensor_parallel_models(world: int, folder: Path) -> None
     same([param], [twin])
     if world == 2:
         return
-    half = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))["tensor"]
+    half = init_device_mesh(DEVICE, (world // 2, 2), mesh_dim_names=("data", "tensor"))["tensor"]
     holder = nn.Module()
     holder.weight = parameter(half)
     optimizer = fused_l2.AdamW(holder.parameters(), lr=0.1)
@@ -265,7 +265,7 @@ def torchs_own_optimizers_in_backward(world: int, folder: Path) -> None:
     models = []
     for in_backward in (True, False):
         whole = make_model()
-        model = FullyShardedDataParallel(whole, use_orig_params=True, device_id=torch.device("cpu"))
+        model = FullyShardedDataParallel(whole, use_orig_params=True, device_id=torch.device(DEVICE))
         if in_backward:
             _apply_optimizer_in_backward(fused_l2.AdamW, model.parameters(), {"lr": 0.1})
         else:

@@ -22,13 +22,13 @@ LAST_WORDS = 5.0  # seconds that other ranks have once one has ended early: to s
 Outcomes = dict[str, dict[int, str]]  # by scenario: what each rank said of it, nothing or a traceback
 
 
-def run(world: int, folder: Path, scenarios: Sequence[str], patience: float = PATIENCE) -> Outcomes:
-    """What every rank said of each scenario."""
+def run(world: int, folder: Path, scenarios: Sequence[str], patience: float = PATIENCE, device: str = "cpu") -> Outcomes:
+    """What every rank said of each scenario. With CUDA: over NCCL where each rank has a GPU, otherwise over gloo."""
     found: Outcomes = {}
     left = list(scenarios)
     while left:
         with tempfile.TemporaryDirectory() as own:
-            words = _run_once(world, folder, Path(own), left, patience)
+            words = _run_once(world, folder, Path(own), left, patience, device)
             said = [_said(Path(own), rank) for rank in range(world)]
         for name in left:
             outcomes = {rank: lines[name] for rank, lines in enumerate(said) if name in lines}
@@ -43,9 +43,9 @@ def run(world: int, folder: Path, scenarios: Sequence[str], patience: float = PA
     return found
 
 
-def _run_once(world: int, folder: Path, own: Path, scenarios: Sequence[str], patience: float) -> list[str]:
+def _run_once(world: int, folder: Path, own: Path, scenarios: Sequence[str], patience: float, device: str) -> list[str]:
     """The last lines that each rank wrote to its standard error."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "FUSED_L2_TESTED_ON": device}
     errors = [(own / f"stderr-{rank}").open("w+") for rank in range(world)]
     ranks: list[subprocess.Popen[bytes]] = []
     try:

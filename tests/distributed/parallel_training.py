@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from common import OPTIMIZERS, full, is_alive, mesh_of, same, scenario
+from common import DEVICE, OPTIMIZERS, full, is_alive, mesh_of, same, scenario
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -37,7 +37,7 @@ def make_model() -> nn.Sequential:
 
 
 def batch(step: int, rank: int) -> Tensor:
-    return torch.randn(5, IN, generator=torch.Generator().manual_seed(100 * step + rank))
+    return torch.randn(5, IN, generator=torch.Generator(DEVICE).manual_seed(100 * step + rank))
 
 
 def loss_of(model: nn.Module, step: int, rank: int) -> Tensor:
@@ -217,7 +217,7 @@ def given_steps(model: nn.Module, optimizer: Any, steps: range) -> None:
     """Steps with gradients that do not depend on how the model is cut up."""
     for step in steps:
         for i, p in enumerate(model.parameters()):
-            g = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * step + i)).to(p.dtype)
+            g = torch.randn(p.shape, generator=torch.Generator(DEVICE).manual_seed(1000 * step + i)).to(p.dtype)
             if isinstance(p, DTensor):
                 g = distribute_tensor(g, p.device_mesh, p.placements)
             p.grad = g

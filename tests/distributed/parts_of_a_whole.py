@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from common import full, is_alive, laid_out, mesh_of, refused, same, scenario
+from common import DEVICE, full, is_alive, laid_out, mesh_of, refused, same, scenario
 from parallel_training import loss_of, make_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -34,7 +34,7 @@ CLIPS = {"max_grad_norm": 0.5, "skip_if_nonfinite": True, "statistics": True}
 
 def dyadic(seed: int, *shape: int) -> Tensor:
     """Multiples of 1/8 between -1 and 1."""
-    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)) / 8
+    return torch.randint(-8, 9, shape, generator=torch.Generator(DEVICE).manual_seed(seed)) / 8
 
 
 def parameters(seed: int, shapes: Sequence[tuple[int, ...]]) -> list[nn.Parameter]:
@@ -112,7 +112,7 @@ def fsdp1(use_orig_params: bool, strategy: Any = ShardingStrategy.FULL_SHARD, gr
         process_group=groups,
         sharding_strategy=strategy,
         use_orig_params=use_orig_params,
-        device_id=torch.device("cpu"),
+        device_id=torch.device(DEVICE),
     )
 
 
@@ -120,7 +120,7 @@ def fsdp1(use_orig_params: bool, strategy: Any = ShardingStrategy.FULL_SHARD, gr
 def norm_of_fsdp1(world: int, folder: Path) -> None:
     layouts: list[tuple[Any, Any]] = [(ShardingStrategy.FULL_SHARD, None)]
     if world == 4:
-        grid = init_device_mesh("cpu", (2, 2))
+        grid = init_device_mesh(DEVICE, (2, 2))
         layouts.append((ShardingStrategy.HYBRID_SHARD, (grid.get_group(1), grid.get_group(0))))
     for use_orig_params in (False, True):
         for strategy, groups in layouts:
@@ -169,7 +169,7 @@ def one_scaler_for_all_parts(world: int, folder: Path) -> None:
         return parameters(rank, [(4, 3), (2,)]), dist.group.WORLD
 
     def of_two_groups() -> tuple[list[Any], Any]:
-        return parameters(rank, [(4, 3), (2,)]), init_device_mesh("cpu", (world // 2, 2))
+        return parameters(rank, [(4, 3), (2,)]), init_device_mesh(DEVICE, (world // 2, 2))
 
     def shards() -> tuple[list[Any], Any]:
         mesh = mesh_of(world)
@@ -181,7 +181,7 @@ def one_scaler_for_all_parts(world: int, folder: Path) -> None:
                 is_alive()
                 params, groups = make()
                 optimizer = fused_l2.AdamW(params, lr=0.1, amp_scaling=True, norm_process_group=groups, **clips)
-                scaler = scaler_class(device="cpu", init_scale=4.0)
+                scaler = scaler_class(device=DEVICE, init_scale=4.0)
                 for step in range(3):
                     scaler.scale(torch.ones(()))
                     for p in params:
@@ -246,7 +246,7 @@ def experts(world: int, folder: Path) -> None:
 def pipeline_stages(world: int, folder: Path) -> None:
     # Each stage has other parameters, in other numbers of param groups; they may be sharded within the stage.
     rank = dist.get_rank()
-    grid = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("stage", "data"))
+    grid = init_device_mesh(DEVICE, (2, world // 2), mesh_dim_names=("stage", "data"))
     stage = grid.get_local_rank("stage")
     shapes = [[(4, 3), (3,)], [(6, 2), (5,), (2, 2)]]
     for layout in ((grid["data"], [Shard(0)]), None):
@@ -324,7 +324,7 @@ def parts_are_refused_until_somebody_says(world: int, folder: Path) -> None:
     # Without them nothing is communicated, and nothing is refused.
     fused_l2.AdamW([dense, frozen], lr=0.1).step()
     if world == 4:
-        half = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))["data"]
+        half = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("data", "tensor"))["data"]
         other = nn.Parameter(laid_out(torch.ones(4, 4), (half, [Shard(0)])))
         other.grad = laid_out(torch.ones(4, 4), (half, [Shard(0)]))
         dense = nn.Parameter(laid_out(torch.ones(4, 4), (mesh, [Shard(0)])))
@@ -371,7 +371,7 @@ def collectives_are_counted(world: int, folder: Path) -> None:
     # One all-reduce for each set of ranks and step, whatever is asked for and whatever has a gradient; statistics take another.
     rank, mesh = dist.get_rank(), mesh_of(world)
     twin = mesh_of(world)  # the same ranks once more
-    grid = init_device_mesh("cpu", (world // 2, 2))
+    grid = init_device_mesh(DEVICE, (world // 2, 2))
     dimensions = 2 if world > 2 else 1  # of the grid that are more than one rank, and then other ranks than the mesh's
     same_ranks = world == 2
     layouts: list[Any] = [(mesh, [Shard(0)]), (twin, [Shard(1)]), (mesh, [Replicate()]), (mesh, [Shard(0)])]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from common import is_alive, scenario
+from common import DEVICE, is_alive, scenario
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -56,7 +56,7 @@ class Draw:
 
     def __init__(self, number: int, meshes: dict[tuple[int, tuple[int, ...]], DeviceMesh], world: int) -> None:
         self.random, self.rank = Random(number), dist.get_rank()
-        self.generator = torch.Generator().manual_seed(number)
+        self.generator = torch.Generator(DEVICE).manual_seed(number)
         r = self.random
         self.ranks = r.choice([n for n in MESHES if n <= world])
         self.is_exact = r.random() < 0.5  # sums of squares come out the same in any order
@@ -234,7 +234,7 @@ class Draw:
 @scenario
 def random_setups(world: int, folder: Path) -> None:
     meshes = {
-        (ranks, shape): DeviceMesh("cpu", torch.arange(ranks).view(shape))
+        (ranks, shape): DeviceMesh(DEVICE, torch.arange(ranks).view(shape))
         for ranks, shapes in MESHES.items()
         if ranks <= world
         for shape in shapes

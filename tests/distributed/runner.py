@@ -27,7 +27,12 @@ def main() -> int:
     common.watch(float(patience))
     torch.set_num_threads(1)
     store = dist.FileStore(str(own / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=float(patience)))
+    backend = "gloo"  # for CUDA tensors, too, where ranks share a GPU: NCCL wants one for each
+    if common.DEVICE == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        torch.set_default_device(f"cuda:{torch.cuda.current_device()}")
+        backend = "cpu:gloo,cuda:nccl" if world <= torch.cuda.device_count() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=float(patience)))
     with (own / f"outcomes-{rank}").open("w") as outcomes:
         for name in sys.argv[6:]:
             common.is_alive()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from common import (
+    DEVICE,
     OPTIMIZERS,
     SHAPES,
     against_single_process,
@@ -54,7 +55,7 @@ def shards_step_as_the_whole(world: int, folder: Path) -> None:
 def mixed_groups_and_several_meshes(world: int, folder: Path) -> None:
     # T43: plain tensors, replicas and shards of one mesh, and of a mesh with two dimensions, in one param group
     mesh = mesh_of(world)
-    grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
+    grid = init_device_mesh(DEVICE, (world // 2, 2), mesh_dim_names=("data", "tensor"))
     layouts = [None, (mesh, [Replicate()]), (grid, [Shard(0), Replicate()]), (grid, [Shard(0), Shard(1)]), (mesh, [Shard(0)])]
     for name in OPTIMIZERS:
         _, ours, _, _ = against_single_process(name, layouts)
@@ -101,7 +102,7 @@ def ranks_whose_plans_differ(world: int, folder: Path) -> None:
 def global_norm(world: int, folder: Path) -> None:
     # T45: replicas count once. Within 4 float32 roundings of norm and factor, and of the step's own.
     mesh = mesh_of(world)
-    grid = init_device_mesh("cpu", (world // 2, 2))
+    grid = init_device_mesh(DEVICE, (world // 2, 2))
     layouts = [None, (mesh, [Replicate()]), (grid, [Shard(0), Replicate()]), (grid, [Shard(0), Shard(1)]), (mesh, [Shard(0)])]
     for norm_type in (2.0, math.inf):
         for limit in (0.5, 1e9):
@@ -135,7 +136,7 @@ def steps_left_out(world: int, folder: Path) -> None:
     for skips in (clipped, {**clipped, "norm_type": math.inf}, {"amp_scaling": True}):
         param = nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)]))
         optimizer = fused_l2.AdamW([param], lr=0.1, **skips)
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled="amp_scaling" in skips)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0, enabled="amp_scaling" in skips)
         for step in range(3):
             grad = torch.ones(8, 4)
             if step == 1:
@@ -184,7 +185,7 @@ def low_precision(world: int, folder: Path) -> None:
             same(ours.master_params(), weights)
             against_single_process(name, [(mesh, [Replicate()])] * len(SHAPES), **options)
     # No two shards have the same random bits, whatever they are cut along.
-    grid = init_device_mesh("cpu", (world // 2, 2))
+    grid = init_device_mesh(DEVICE, (world // 2, 2))
     for shape, layout in (
         ((4, 6), (mesh, [Shard(1)])),
         ((5, 6), (grid, [Shard(0), Shard(1)])),
@@ -202,7 +203,7 @@ def low_precision(world: int, folder: Path) -> None:
 def eight_bit_states(world: int, folder: Path) -> None:
     # Groups cross no slice of dimension 0, so any shards of it have the bits of the whole: uneven and empty ones, too.
     mesh = mesh_of(world)
-    grid = init_device_mesh("cpu", (world // 2, 2))
+    grid = init_device_mesh(DEVICE, (world // 2, 2))
     shapes = ((70, 64), (3, 2048), (16,), (129, 2, 32))
     options = {"state_dtype": "8bit", "shapes": shapes}
     for name, more in (("SGD", {}), ("AdamW", {"amsgrad": False, "dtype": torch.bfloat16, "low_precision": "remainder8"})):
@@ -247,7 +248,7 @@ def plain_pytorch(world: int, folder: Path) -> None:
 
 @scenario
 def errors(world: int, folder: Path) -> None:
-    mesh, grid = mesh_of(world), init_device_mesh("cpu", (1, world))
+    mesh, grid = mesh_of(world), init_device_mesh(DEVICE, (1, world))
     for layout, grad_layout, words in (
         ((mesh, [Shard(0)]), None, "its gradient cannot be applied to it: it is no DTensor"),
         (None, (mesh, [Shard(0)]), "it is a DTensor, and the parameter is not"),
