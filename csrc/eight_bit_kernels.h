@@ -14,7 +14,7 @@ struct SignedCodes {
     return float_of((c == 0 ? 0 : u) | (code & 128) << 24);
   }
   static FUSED_L2_INLINE uint32_t encoded(float x, uint32_t random, uint32_t base, float inverse) {
-    const uint32_t u = bits_of(x), magnitude = u & 0x7fffffff, r = (random & 255) << 12 | 0x800;
+    const uint32_t u = bits_of(x), magnitude = u & 0x7fffffff, r = (random & 0xff00) << 4 | 0x800;
     const auto rounded = static_cast<int32_t>(((magnitude + r) >> 20) - base);
     // Below code 1: that or 0. The product is a power of two times a number, so the sum is rounded once.
     const float shifted = float_of(magnitude) * inverse + 1.0f;

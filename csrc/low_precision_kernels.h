@@ -16,14 +16,15 @@ FUSED_L2_INLINE uint32_t mix(uint32_t x) {  // Wellons 2018, "lowbias32"
 
 // The random bits of one tensor at one step: a hash of where they are used.
 struct RandomBits {
-  uint32_t key, first;
+  static constexpr uint32_t kStride = 0x9e3779b9u;  // of a Weyl sequence
+  uint32_t start;
 
   RandomBits(const Piece& piece, double step) {
     const auto column = static_cast<uint64_t>(piece.row[column::key]);
-    key = mix(static_cast<uint32_t>(column) ^ mix(static_cast<uint32_t>(step)));
-    first = static_cast<uint32_t>(column >> 32) + static_cast<uint32_t>(piece.begin);
+    const uint32_t key = mix(static_cast<uint32_t>(column) ^ mix(static_cast<uint32_t>(step)));
+    start = key + kStride * (static_cast<uint32_t>(column >> 32) + static_cast<uint32_t>(piece.begin));
   }
-  FUSED_L2_INLINE uint32_t operator()(uint32_t element) const { return mix(mix((first + element) ^ key) + key); }
+  FUSED_L2_INLINE uint32_t operator()(uint32_t element) const { return mix(start + kStride * element); }
 };
 
 FUSED_L2_INLINE BFloat16 rounded_stochastically(float w, uint32_t random, BFloat16) {
@@ -47,27 +48,25 @@ FUSED_L2_INLINE Float16 rounded_stochastically(float w, uint32_t random, Float16
 
 // |w| = |p| * 2^16 + remainder * 2^(16 - bits), magnitudes as integers; p is rounded to nearest, ties away from zero.
 // With 8 bits |w| is rounded to 24 first, at random to a neighbour.
+FUSED_L2_INLINE uint32_t magnitude_of(uint32_t u) {
+  return std::min(u & 0x7fffffff, 0x7fc00000u);  // of arithmetic a NaN is quiet; of this one there is no remainder
+}
 FUSED_L2_INLINE void split(float w, uint32_t, BFloat16& p, int16_t& remainder) {
-  const uint32_t u = bits_of(w), magnitude = u & 0x7fffffff, upper = (magnitude + 0x8000) >> 16;
-  const bool nan = magnitude > 0x7f800000;
-  p.bits = static_cast<uint16_t>(nan ? u >> 16 | 0x40 : (u >> 16 & 0x8000) | upper);
-  remainder = static_cast<int16_t>(nan ? 0 : magnitude - (upper << 16));
+  const uint32_t u = bits_of(w), magnitude = magnitude_of(u), upper = (magnitude + 0x8000) >> 16;
+  p.bits = static_cast<uint16_t>((u >> 16 & 0x8000) | upper);
+  remainder = static_cast<int16_t>(magnitude - (upper << 16));
 }
 FUSED_L2_INLINE void split(float w, uint32_t random, BFloat16& p, int8_t& remainder) {
-  const uint32_t u = bits_of(w), magnitude = u & 0x7fffffff;
-  const uint32_t rounded = (magnitude + (random >> 8 & 255)) >> 8, upper = (rounded + 0x80) >> 8;
-  const bool nan = magnitude > 0x7f800000;
-  p.bits = static_cast<uint16_t>(nan ? u >> 16 | 0x40 : (u >> 16 & 0x8000) | upper);
-  remainder = static_cast<int8_t>(nan ? 0 : rounded - (upper << 8));
+  const uint32_t u = bits_of(w), rounded = (magnitude_of(u) + (random & 255)) >> 8, upper = (rounded + 0x80) >> 8;
+  p.bits = static_cast<uint16_t>((u >> 16 & 0x8000) | upper);
+  remainder = static_cast<int8_t>(rounded - (upper << 8));
 }
 template <class Remainder> FUSED_L2_INLINE float join(BFloat16 p, Remainder remainder) {
   constexpr int32_t unit = sizeof(Remainder) == 1 ? 256 : 1;
   const uint32_t u = p.bits;
   const auto magnitude = static_cast<int32_t>((u & 0x7fff) << 16);
-  // Of what is no NaN neither sum can overflow.
-  int32_t joined = magnitude > 0x7f800000 ? magnitude : magnitude + remainder * unit;
-  joined = joined < 0 ? 0 : joined;
-  joined = magnitude <= 0x7f800000 && joined > 0x7f800000 ? 0x7f800000 : joined;
+  // The sum is below 2^31. NaN stays NaN.
+  const int32_t joined = std::min(std::max(magnitude + remainder * unit, 0), std::max(magnitude, 0x7f800000));
   return float_of((u & 0x8000) << 16 | static_cast<uint32_t>(joined));
 }
 

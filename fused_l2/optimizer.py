@@ -276,7 +276,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
                 continue
             wide = torch.empty_like(p, dtype=torch.float32).copy_(w)
             # Random bits of one half: what is rounded with them is then rounded to nearest.
-            nearest = torch.full_like(local(p), 1 << 31 | 1 << 15, dtype=torch.int64)
+            nearest = torch.full_like(local(p), 1 << 31 | 1 << 7, dtype=torch.int64)
             value, kept = narrowed(mode, local(wide), p.dtype, nearest)
             p.copy_(like(p, value) if is_dtensor(p) else value)
             # A state is made whole: before the first step there is none, and this waits for it.

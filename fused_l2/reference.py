@@ -127,13 +127,13 @@ def encode_signed(x: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes and scales of a momentum or a first moment: a sign and one of 127 magnitudes over 15.9 binades, or 0.
 
     Below number 1, which is 2^(b-142), a value becomes that or 0. x: float32 [groups, GROUP]. ``random``: 32 bits for each
-    element, as int64, of which bits 0 to 7 are used; None rounds to nearest.
+    element, as int64, of which bits 8 to 15 are used; None rounds to nearest.
     """
     scale = scales_of(x)
     base = _group_base(scale, 121)
     u = _bits(x)
     magnitude = u & 0x7FFFFFFF
-    r = torch.full_like(u, NEAREST) if random is None else (random & 255) << 12 | 0x800
+    r = torch.full_like(u, NEAREST) if random is None else (random & 0xFF00) << 4 | 0x800
     above = ((magnitude + r) >> 20) - base
     # 1 + |x| * 2^(142-b) in units of 2^-23. The product is exact or too small to matter, so this is one fma.
     inverse = _float((269 - scale.long()) << 23)[:, None]

@@ -45,15 +45,15 @@ def encode_signed(x, random):
     u = x.to(tl.int32, bitcast=True)
     magnitude = u & 0x7FFFFFFF
     scales = scales_of(magnitude)
-    r = ((random << 12) & 0xFF000).to(tl.int32) | 0x800
-    # 127 more than the code: so is the exponent of a sum with 1.
-    offset = ((248 - scales * 8) << 20)[:, None]
+    r = ((random << 4) & 0xFF000).to(tl.int32) | 0x800
+    # 128 more than the code: so is the exponent of a sum with 2, and the sign takes the place of the 128.
+    offset = ((249 - scales * 8) << 20)[:, None]
     above = (magnitude + r + offset) >> 20
-    inverse = float_of((269 - scales) << 23)[:, None]
-    shifted = tl.fma(tl.abs(x), inverse, 1.0).to(tl.uint32, bitcast=True)
+    inverse = float_of((270 - scales) << 23)[:, None]
+    shifted = tl.fma(tl.abs(x), inverse, 2.0).to(tl.uint32, bitcast=True)
     below = ((shifted + (r << 3).to(tl.uint32)) >> 23).to(tl.int32)
-    code = tl.minimum(tl.maximum(above, below), 254) - 127
-    return (code | ((u >> 24) & 128)).to(tl.uint8), scales.to(tl.uint8)
+    code = tl.minimum(tl.maximum(above, below), 255)
+    return ((code & 127) | ((u >> 24) & 128)).to(tl.uint8), scales.to(tl.uint8)
 
 
 @triton.jit

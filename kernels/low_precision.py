@@ -29,7 +29,7 @@ def step_key(key, step):
 
 @triton.jit
 def random_bits(element, key):
-    return mix(mix(element ^ key) + key)
+    return mix(element * 0x9E3779B9 + key)  # a Weyl sequence
 
 
 @triton.jit
@@ -46,13 +46,12 @@ def float_of(u):
 def widened(raw, kept, FLAGS: tl.constexpr):
     """The float32 value of a parameter, from it (as int16 with a remainder) and what is kept beside it."""
     if FLAGS & (REMAINDER | REMAINDER8):
-        u = raw.to(tl.int32) & 0xFFFF
-        magnitude = (u & 0x7FFF) << 16
-        joined = magnitude + (kept.to(tl.int32) << (8 if FLAGS & REMAINDER8 else 0))
-        # Past infinity it wraps around nowhere: the remainder has 16 bits.
-        joined = tl.where(joined < 0, 0, tl.where(joined > 0x7F800000, 0x7F800000, joined))
-        joined = tl.where(magnitude > 0x7F800000, magnitude, joined)
-        return (((u & 0x8000) << 16) | joined).to(tl.float32, bitcast=True)
+        u = raw.to(tl.int32) << 16
+        magnitude = u & 0x7FFFFFFF
+        # The sum is below 2^31. NaN stays NaN.
+        joined = tl.maximum(magnitude + (kept.to(tl.int32) << (8 if FLAGS & REMAINDER8 else 0)), 0)
+        joined = tl.minimum(joined, tl.maximum(magnitude, 0x7F800000))
+        return ((u ^ magnitude) | joined).to(tl.float32, bitcast=True)
     elif FLAGS & MASTER:
         own = raw.to(tl.float32)
         # As numbers, or both NaN: a zero that changed its sign makes no difference.
@@ -75,26 +74,25 @@ def widened(raw, kept, FLAGS: tl.constexpr):
 @triton.jit
 def split(w):
     """The parameter's bits and the remainder, as int16."""
-    u = w.to(tl.int32, bitcast=True)
-    magnitude = u & 0x7FFFFFFF
+    sign, magnitude = sign_and_magnitude(w)
     upper = (magnitude + 0x8000) >> 16
-    is_nan = magnitude > 0x7F800000
-    p = tl.where(is_nan, (u >> 16) | 0x40, ((u >> 16) & 0x8000) | upper)
-    remainder = tl.where(is_nan, 0, magnitude - (upper << 16))
-    return p.to(tl.int16), remainder.to(tl.int16)
+    return (sign | upper).to(tl.int16), (magnitude - (upper << 16)).to(tl.int16)
+
+
+@triton.jit
+def sign_and_magnitude(w):
+    """The sign where bfloat16 has it, and all other bits; of the NaN of arithmetic, which is quiet, one that has no remainder."""
+    u = w.to(tl.int32, bitcast=True)
+    return (u >> 16) & 0x8000, tl.minimum(u & 0x7FFFFFFF, 0x7FC00000)
 
 
 @triton.jit
 def split24(w, random):
     """The parameter's bits, as int16, and the remainder, as int8, of |w| rounded to 24 bits at random."""
-    u = w.to(tl.int32, bitcast=True)
-    magnitude = u & 0x7FFFFFFF
-    rounded = (magnitude.to(tl.uint32) + ((random >> 8) & 255)) >> 8
+    sign, magnitude = sign_and_magnitude(w)
+    rounded = (magnitude + (random & 255).to(tl.int32)) >> 8  # below 2^31: NaN has no lower bits
     upper = (rounded + 0x80) >> 8
-    is_nan = magnitude > 0x7F800000
-    p = tl.where(is_nan, (u >> 16) | 0x40, ((u >> 16) & 0x8000) | upper.to(tl.int32))
-    remainder = tl.where(is_nan, 0, (rounded - (upper << 8)).to(tl.int32))
-    return p.to(tl.int16), remainder.to(tl.int8)
+    return (sign | upper).to(tl.int16), (rounded - (upper << 8)).to(tl.int8)
 
 
 @triton.jit

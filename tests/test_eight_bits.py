@@ -90,7 +90,7 @@ def test_windows_and_what_is_below_them(name):
     else:  # 0 or the least, with the right mean
         share = 1 / 256
         group[0, 1:] = share * 2.0 ** (127 - 142)
-        bits = torch.arange(256).view(-1, 1).expand(-1, 32)
+        bits = (torch.arange(256) << 8).view(-1, 1).expand(-1, 32)
         rounded = decode(*encode(group.expand(256, -1), bits))[:, 1]
         assert rounded.count_nonzero() == 1
         assert_same_bits(decode(*encode(-group, ones)), -decode(*encode(group, ones)))
@@ -102,7 +102,7 @@ def test_the_mean_of_roundings_is_the_value(name):
     encode, decode, _, _ = FORMATS[name]
     x = (torch.rand(1, 32, generator=torch.Generator().manual_seed(0)) + 0.01) * 3
     draws = 1 << (8 if name == "exp_avg" else 16)
-    bits = (torch.arange(draws) << (0 if name == "exp_avg" else 16)).view(-1, 1).expand(-1, 32)
+    bits = (torch.arange(draws) << (8 if name == "exp_avg" else 16)).view(-1, 1).expand(-1, 32)
     mean = decode(*encode(x.expand(draws, -1), bits)).double().mean(0)
     step = 2.0 ** (x.double()[0].log2().floor() - 3)
     assert bool(((mean - x[0]).abs() <= step / draws).all())
@@ -151,7 +151,7 @@ def test_24_bits_are_neighbours_with_the_right_mean():
     w = draw((1000,), 3)
     exact = w[w.isfinite() & (w.abs() < 3e38)]
     every = torch.stack(
-        [low_precision.join24(*low_precision.split24(exact, torch.full_like(exact, b << 8).long())) for b in range(256)]
+        [low_precision.join24(*low_precision.split24(exact, torch.full_like(exact, b).long())) for b in range(256)]
     )
     units = (every.view(torch.int32).long() - exact.view(torch.int32).long()) & 0xFFFFFFFF
     steps = torch.where(units >= 1 << 31, units - (1 << 32), units)
@@ -290,7 +290,7 @@ def run_both(rule, signature, variant, first, monkeypatch):
             state["step"] = torch.tensor(6.0)
             if own.state_name:
                 w = torch.empty_like(p, dtype=torch.float32).copy_(draw(p.shape, 7 * i))
-                bits = torch.full_like(p, 0x8000, dtype=torch.int64)
+                bits = torch.full_like(p, 0x80, dtype=torch.int64)
                 left = low_precision.narrowed(own, w, p.dtype, bits)[1]
                 state[own.state_name] = torch.empty_like(p, dtype=left.dtype).copy_(left)
         return params, made

@@ -117,7 +117,7 @@ def test_the_library_and_plain_pytorch_have_the_bits_of_the_definition(signature
                 kept = {
                     Mode.MASTER: lambda w=w, fits=fits: torch.where(fits, w, 0.37),
                     Mode.REMAINDER: lambda w=w: low_precision.split(w)[1],
-                    Mode.REMAINDER8: lambda w=w: low_precision.split24(w, torch.full_like(w, 0x8000).long())[1],
+                    Mode.REMAINDER8: lambda w=w: low_precision.split24(w, torch.full_like(w, 0x80).long())[1],
                     Mode.KAHAN: lambda w=w, p=p, fits=fits: torch.where(fits, w - p.detach().float(), 0.37).bfloat16(),
                 }[own]()
                 made.state[p][own.state_name] = kept

@@ -57,7 +57,8 @@ def test_the_library_reassembles_and_splits_every_remainder_of_4096_parameters()
         pairs[magnitude == 0] = pairs[magnitude == 0].clamp_min(0)
         pairs[magnitude == 0x7F80] = pairs[magnitude == 0x7F80].clamp_max(0)
         pairs[magnitude > 0x7F80] = 0
-        given = torch.where(magnitude > 0x7F80, halves | 0x40, halves).reshape(-1)  # a NaN is made quiet
+        quiet = torch.where(halves < 0, -0x40, 0x7FC0).to(torch.int16)  # 0xFFC0
+        given = torch.where(magnitude > 0x7F80, quiet, halves).reshape(-1)  # all NaN of a sign become this one
         p.data.copy_(given.view(torch.bfloat16))
         made.state[p]["param_remainder"] = pairs.view(-1).clone()
         made.step()

@@ -73,11 +73,12 @@ def parameter_key(seed: int, position: int) -> int:
 def random_bits(key: int, step: int, numel: int, offset: int = 0) -> Tensor:
     """32 random bits for each element of a parameter at the step with this count, as int64.
 
-    Elements count from ``offset``, modulo 2^32, in the order of memory; steps modulo ``RANDOM_STEPS``.
+    Elements count from ``offset``, modulo 2^32, in the order of memory; steps modulo ``RANDOM_STEPS``. A mixed Weyl sequence
+    (Steele, Lea and Flood 2014, "SplitMix"), which starts anew at a mixed place at each step.
     """
     step_key = _mix(key ^ _mix(step % RANDOM_STEPS))
     element = torch.arange(offset, offset + numel, dtype=torch.int64, device="cpu") & _MASK
-    bits: Tensor = _mix((_mix(element ^ step_key) + step_key) & _MASK)
+    bits: Tensor = _mix((element * 0x9E3779B9 + step_key) & _MASK)  # of a product only the lower half counts
     return bits
 
 
@@ -104,15 +105,19 @@ def _bfloat16(bits: Tensor) -> Tensor:
 def split(w: Tensor) -> tuple[Tensor, Tensor]:
     """A float32 tensor as bfloat16 and an int16 remainder: with magnitudes as integers, |w| = |p| * 2^16 + remainder.
 
-    p is w rounded to nearest, ties away from zero, for a remainder of +2^15 would not fit. A NaN keeps its sign and upper bits,
-    is made quiet, and has no remainder: added to the bits it could make a zero of it.
+    p is w rounded to nearest, ties away from zero, for a remainder of +2^15 would not fit. A NaN becomes the quiet one of its
+    sign, which has no remainder: added to the bits it could make a zero of it.
     """
-    u = _bits(w)
-    sign, magnitude = u >> 16 & 0x8000, u & 0x7FFFFFFF
+    sign, magnitude = _sign_and_magnitude(w)
     upper = (magnitude + 0x8000) >> 16
-    nan = magnitude > 0x7F800000
-    p = torch.where(nan, u >> 16 | 0x40, sign | upper)
-    return _bfloat16(p), torch.where(nan, 0, magnitude - (upper << 16)).to(torch.int16)
+    return _bfloat16(sign | upper), (magnitude - (upper << 16)).to(torch.int16)
+
+
+def _sign_and_magnitude(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Of float32: the sign where bfloat16 has it, and all other bits."""
+    u = _bits(w)
+    magnitude = u & 0x7FFFFFFF
+    return u >> 16 & 0x8000, torch.where(magnitude > 0x7F800000, 0x7FC00000, magnitude)
 
 
 def join(p: Tensor, remainder: Tensor) -> Tensor:
@@ -123,8 +128,8 @@ def join(p: Tensor, remainder: Tensor) -> Tensor:
     """
     u = p.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF
     magnitude = (u & 0x7FFF) << 16
-    joined = (magnitude + remainder.to(torch.int64)).clamp(0, 0x7F800000)
-    return _float((u & 0x8000) << 16 | torch.where(magnitude > 0x7F800000, magnitude, joined))
+    joined = (magnitude + remainder.to(torch.int64)).clamp(min=0)
+    return _float((u & 0x8000) << 16 | torch.minimum(joined, magnitude.clamp(min=0x7F800000)))  # NaN stays NaN
 
 
 def split24(w: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,15 +137,12 @@ def split24(w: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     |p| * 2^16 + remainder * 2^8.
 
     p is that neighbour rounded to nearest, ties away from zero; NaN as in :func:`split`. ``bits``: 32 random ones for each
-    element, of which 8 to 15 are used. The largest finite numbers may become infinite.
+    element, of which the lowest 8 are used. The largest finite numbers may become infinite.
     """
-    u = _bits(w)
-    sign, magnitude = u >> 16 & 0x8000, u & 0x7FFFFFFF
-    rounded = (magnitude + (bits >> 8 & 255)) >> 8
+    sign, magnitude = _sign_and_magnitude(w)
+    rounded = (magnitude + (bits & 255)) >> 8
     upper = (rounded + 0x80) >> 8
-    nan = magnitude > 0x7F800000
-    p = torch.where(nan, u >> 16 | 0x40, sign | upper)
-    return _bfloat16(p), torch.where(nan, 0, rounded - (upper << 8)).to(torch.int8)
+    return _bfloat16(sign | upper), (rounded - (upper << 8)).to(torch.int8)
 
 
 def join24(p: Tensor, remainder: Tensor) -> Tensor:
