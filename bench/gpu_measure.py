@@ -142,7 +142,8 @@ def around(case: Case, optimizer: str, device: str, rounds: int) -> dict[str, An
 
 def modes(device: str, rounds: int) -> dict[str, Any]:
     """Low-precision modes of AdamW on one tensor, with float32 moments."""
-    p = torch.nn.Parameter(torch.randn(2**28 if device == "cuda" else 7, device=device).bfloat16())
+    shape = (2**14, 2**14) if device == "cuda" else (128, 32)  # a matrix: 8-bit groups cross no row
+    p = torch.nn.Parameter(torch.randn(shape, device=device).bfloat16())
     p.grad = torch.randn_like(p)
     contestants, moved = {}, {}
     for mode, states in MODES:
@@ -160,7 +161,9 @@ def few_bytes(case: Case, device: str, rounds: int) -> dict[str, Any]:
     """AdamW of bfloat16 parameters in few bytes, ours and other libraries', where they are installed. Each has its own
     parameters and states; "bytes" is what stays allocated for a parameter, its gradient not counted."""
     contestants: dict[str, Callable[[], Any]] = {}
-    moved, held, absent = {}, {}, {}
+    moved: dict[str, float] = {}
+    held: dict[str, float] = {}
+    absent: dict[str, str] = {}
     numel = sum(math.prod(shape) for shape in case.shapes)
     for name, make in FEW_BYTES.items():
         if name.startswith("torchao") and len(case.shapes) > 50:
@@ -176,13 +179,11 @@ def few_bytes(case: Case, device: str, rounds: int) -> dict[str, Any]:
         except Exception as error:  # a peer that is missing or fails is a line in the report
             absent[name] = f"{type(error).__name__}: {error}"
             continue
+        contestants[name], moved[name] = made.step, numel
         if device == "cuda":
             torch.cuda.synchronize()
             held[name] = (torch.cuda.memory_allocated() - before) / numel - 2
-        else:
-            held[name] = float("nan")
-        # Everything that stays is read and written, the gradient is read.
-        contestants[name], moved[name] = made.step, numel * (2 * held[name] + 2 if device == "cuda" else 1)
+            moved[name] = numel * (2 * held[name] + 2)  # everything that stays is read and written, the gradient is read
     rows = timed(contestants, moved, "fused_l2, master copy", device, rounds)
     for name, row in rows.items():
         row["bytes a parameter"] = held.get(name)
@@ -226,10 +227,10 @@ def jobs(device: str, rounds: int) -> Iterator[tuple[str, Callable[[], dict[str,
             if case.name in AROUND:
                 yield f"{optimizer} {case.name}, around", lambda c=case, o=optimizer: around(c, o, device, rounds)
     yield "AdamW modes", lambda: modes(device, rounds)
-    few = [case for case in GPU_CASES if case.name in ("gpt2-small", "one-100m-bf16")]
-    for case in few:
+    matrix = Case("matrix-100m", "one matrix of 1e8", lambda: [(25_000, 4_000)])
+    for case in (*(case for case in GPU_CASES if case.name == "gpt2-small"), matrix):
         if device == "cpu":
-            case = dataclasses.replace(case, make_shapes=lambda: [(64, 64)])
+            case = dataclasses.replace(case, make_shapes=lambda: [(128, 32)])
         yield f"AdamW few-bytes, {case.name}", lambda c=case: few_bytes(c, device, rounds)
 
 

@@ -75,17 +75,29 @@ def run_tests(device: str, seconds: float, log: Path | None) -> dict[str, Any]:
     ``log``."""
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "gpu and not sanitizer"]
     command += map(str, sorted(ROOT.glob("tests/test_gpu*.py")))
+    environment = dict(os.environ)
     if device == "cpu":
         command.append("--collect-only")
     elif importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
-    return run_until(command, seconds, log)
+        # pytest-benchmark warns where tests run in parallel, and our warnings are failures. A process has one thread, or those
+        # of all the processes would wait for each other.
+        command += ["-n", str(min(14, os.cpu_count() or 1)), "-p", "no:benchmark"]
+        environment["OMP_NUM_THREADS"] = "1"
+    return run_until(command, seconds, log, environment)
 
 
-def run_until(command: list[str], seconds: float, log: Path | None) -> dict[str, Any]:
+def run_until(
+    command: list[str], seconds: float, log: Path | None, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """A command, interrupted after so many seconds as by Ctrl-C, and killed 15 seconds later."""
     running = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     lines: list[str] = []
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import step
-from .cases import CASES, COLD
+from . import predictions, step
+from .cases import CASES, COLD, GPU_CASES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "docs" / "performance.md", ROOT / "docs" / "low-precision.md", ROOT / "README.md"]
@@ -214,6 +214,66 @@ def speed(results: list[dict[str, Any]]) -> str:
     return _markdown(columns, rows)
 
 
+def _gpu_rows(results: list[dict[str, Any]], optimizer: str) -> list[dict[str, Any]]:
+    plain = {case.name for case in GPU_CASES}
+    return [r for r in results if r["optimizer"] == optimizer and r["case"] in plain]
+
+
+def gpu(results: list[dict[str, Any]]) -> str:
+    """Steps on a GPU: ours beside torch's, the copy's bandwidth, and what was predicted."""
+    rows = []
+    for r in _gpu_rows(results, "AdamW"):
+        ours, taken = r["rows"]["fused_l2"], r["rows"]
+        foreach = taken["torch foreach"]["wall"][1] / ours["wall"][1]
+        sgd = next((s for s in _gpu_rows(results, "SGD") if s["case"] == r["case"]), None)
+        of_sgd = f"{sgd['rows']['fused_l2']['wall ratio to torch fused'][1]:.2f}" if sgd else "-"
+        bound = f"{100 * ours['share of copy']:.0f} %" if ours["share of copy"] > 0.6 else "the host's time"
+        predicted = predictions.STEPS.get(("AdamW", r["case"], "fused_l2"))
+        span = f"{predicted.h100[0]:g} to {predicted.h100[1]:g}" if predicted else "-"
+        rows.append(
+            [r["what"], f"{1e3 * ours['wall'][1]:.3g}", span, f"{ours['wall ratio to torch fused'][1]:.2f}", f"{foreach:.1f}",
+             bound, of_sgd]
+        )  # fmt: skip
+    columns = ["AdamW", "ours, ms", "predicted", "`fused=True` / ours", "default (foreach) / ours", "of a copy's bandwidth"]
+    return _markdown([*columns, "SGD: `fused=True` / ours"], rows)
+
+
+def gpu_around(results: list[dict[str, Any]]) -> str:
+    """Clipping within the step and before it, and statistics."""
+    rows = []
+    for r in results:
+        if r["case"].endswith(", around"):
+            of, ours = r["rows"], r["rows"]["fused_l2"]["wall"][1]
+            clipped = of["fused_l2, clipped"]["wall ratio to torch fused"][1]
+            cost = of["fused_l2, statistics"]["wall"][1] / ours
+            rows.append([f"{r['optimizer']}, {r['what']}", f"{clipped:.2f}", f"{cost:.2f}"])
+    return _markdown(["step", "`clip_grad_norm_` and `fused=True` / `max_grad_norm`", "with statistics / without"], rows)
+
+
+def gpu_bytes(results: list[dict[str, Any]]) -> str:
+    """AdamW of bfloat16 parameters in few bytes, ours and others'."""
+    rows = []
+    for r in results:
+        if r["case"].startswith("few-bytes"):
+            for name, row in r["rows"].items():
+                if name != "copy":
+                    held = f"{row['bytes a parameter']:.2f}"
+                    rows.append([r["what"].removesuffix(", in few bytes"), name, held, f"{1e3 * row['wall'][1]:.2f}"])
+    return _markdown(["bfloat16 parameters", "AdamW", "bytes a parameter, its gradient left out", "ms"], rows)
+
+
+def gpu_modes(results: list[dict[str, Any]]) -> str:
+    r = next(r for r in results if r["case"] == "modes")
+    rows = [
+        [f'`"{mode}"`{and_more and "," + and_more}', f"{1e3 * row['wall'][1]:.2f}", f"{row['GB/s']:.0f}",
+         f"{100 * row['share of copy']:.0f} %"]
+        for name, row in r["rows"].items()
+        if name != "copy"
+        for mode, _, and_more in [name.partition(",")]
+    ]  # fmt: skip
+    return _markdown(["`low_precision`, one matrix of 2^28", "ms", "GB/s", "of a copy's bandwidth"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "headline": ("step", headline), "fused": ("step", fused), "peer": ("step", peer), "floor": ("step", floor),
     "providers": ("step", providers),
@@ -222,6 +282,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "host": ("host", host), "dtensor": ("dtensor", dtensor),
     "decay": ("precision", decay), "moments": ("precision", moments),
     "training": ("precision", training), "speed": ("precision", speed),
+    "gpu": ("", gpu), "gpu_around": ("", gpu_around), "gpu_bytes": ("", gpu_bytes), "gpu_modes": ("", gpu_modes),
 }  # fmt: skip
 
 
@@ -231,7 +292,8 @@ def rewritten(page: str) -> str:
     def table(match: re.Match[str]) -> str:
         topic, make = TABLES[match[2]]
         found = json.loads((ROOT / "bench" / "results" / match[3]).read_text())
-        return match[1] + make(found["results"][topic]) + match[4]
+        results = found["results"]  # those of bench.gpu_report have no topics
+        return match[1] + make(results[topic] if topic else results) + match[4]
 
     return MARKED.sub(table, page)
 

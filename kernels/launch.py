@@ -26,7 +26,12 @@ from .norms import fused_l2_measure_grads
 from .turns import alone
 from .write import fused_l2_write
 
-THREADS = 128  # per program. 256 compile as well, with as many registers; which is faster is for a GPU to say.
+# Threads of a program, and the most elements that a program of a step takes. Measured on an H100 (docs/performance.md, "Threads
+# and chunks"): a step is fastest in programs of two blocks of 256 threads. Those with statistics end in sums, which fewer and
+# longer programs make rarer; those of 8-bit states are bound by instructions, and have many registers.
+THREADS = 128
+STEP_THREADS, EIGHT_BIT_THREADS = 256, 64
+STATISTICS_CHUNK, EIGHT_BIT_CHUNK = 8192, 4096
 
 # Triton's names of dtypes.
 DTYPES = {
@@ -46,13 +51,15 @@ MULTIPLE_OF_16, INT32, INT64, FLOAT64 = 16, 17, (1 << 40) + 1, 1.5
 
 
 class Source(NamedTuple):
-    """What a kernel is compiled from: the function, what stands for its arguments, its compile-time arguments, and the dtype it
-    computes in."""
+    """What a kernel is compiled from: the function, what stands for its arguments, its compile-time arguments, the dtype it
+    computes in, the threads of a program, and the most elements that a program of a step takes."""
 
     function: Any
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     opmath: torch.dtype
+    threads: int = THREADS
+    chunk: int = 0
 
 
 def step(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Source:
@@ -64,6 +71,11 @@ def step(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: t
     # One 128-bit access per thread and tensor of the widest dtype: with two, 16-bit tensors beside 32-bit ones would have
     # their values exchanged between threads.
     per_thread = 16 // max(t.itemsize for t in (param, grad, state, kept))
+    threads, chunk = STEP_THREADS, 2 * STEP_THREADS * per_thread
+    if flags & Flag.STATISTICS:
+        threads, chunk = THREADS, STATISTICS_CHUNK
+    if flags & Flag.EIGHT_BIT:
+        threads, chunk = EIGHT_BIT_THREADS, EIGHT_BIT_CHUNK
     constants = {
         "RULE": int(rule),
         "BUCKET_FLAGS": int(flags),
@@ -72,14 +84,14 @@ def step(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: t
         "GRAD_DTYPE": DTYPES[grad],
         "STATE_DTYPE": DTYPES[state],
         "KEPT_DTYPE": DTYPES[kept],
-        "BLOCK": THREADS * per_thread,
+        "BLOCK": threads * per_thread,
         # Single elements: with one for a thread, 16-bit ones would leave memory waiting. As many as in BLOCK would share its
         # numbers of lanes, and exchange them through shared memory.
-        "TAIL_BLOCK": 2 * THREADS if per_thread > 2 else THREADS,
+        "TAIL_BLOCK": 2 * threads if per_thread > 2 else threads,
     }
     opmath = torch.float64 if param is torch.float64 else torch.float32
     arguments = (torch.int64, torch.int64, MULTIPLE_OF_16, torch.float64, torch.int64, opmath, torch.float64)
-    return Source(fused_l2_step, arguments, constants, opmath)
+    return Source(fused_l2_step, arguments, constants, opmath, threads, chunk)
 
 
 def measure(dtype: torch.dtype, largest: bool) -> Source:
@@ -116,9 +128,9 @@ SOURCES: dict[str, Callable[..., Source]] = {
 }
 
 
-def options(warp_size: int) -> dict[str, Any]:
+def options(threads: int, warp_size: int) -> dict[str, Any]:
     """How every kernel is compiled. Without fusion of products and sums: the rules write their fmas out."""
-    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
+    return {"num_warps": threads // warp_size, "enable_fp_fusion": False}
 
 
 class Refused(RuntimeError):
@@ -131,7 +143,7 @@ def compiled(source: Source, target: GPUTarget) -> Any:
 
     Not by calling the function: what that gives depends on the process's hooks and modes (jit_cache_hook, AsyncCompileMode).
     """
-    function, arguments, constants, _ = source
+    function, arguments, constants = source[:3]
     if not isinstance(function, triton.JITFunction):
         raise RuntimeError("TRITON_INTERPRET is set, so Triton would run kernels on the host. Unset it before importing triton")
     names = function.arg_names
@@ -142,7 +154,7 @@ def compiled(source: Source, target: GPUTarget) -> Any:
     written = ASTSource(function, dict(zip(names, types, strict=True)), values, hints)
     try:
         with alone():
-            return triton.compile(written, target=target, options=options(target.warp_size))
+            return triton.compile(written, target=target, options=options(source.threads, target.warp_size))
     except TritonError as error:
         gpu = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
         raise Refused(f"triton {version()} does not compile {function.__name__} for {gpu}: {error}") from error
@@ -183,7 +195,7 @@ class Kernel:
     """
 
     def __init__(self, source: Source) -> None:
-        self.opmath, self.name = source.opmath, name_of(source)
+        self.opmath, self.chunk, self.name = source.opmath, source.chunk, name_of(source)
         self.compiled = compiled(source, driver.active.get_current_target())
         self.compiled[(1, 1, 1)]  # loads the module
         self._constants = tuple(source.constants.values())

@@ -40,11 +40,13 @@ def make(name: str, params: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "skip_if_nonfinite": True}], ids=str)
 def test_a_captured_train_step_replayed_under_a_schedule_is_the_eager_run(name, options):
     """T35, T36: lr and weight decay follow a cosine in device tensors; eager steps in between do not disturb the graph."""
-    x, y = torch.randn(64, 32, device="cuda"), torch.randn(64, 1, device="cuda")
+    first, y = torch.randn(64, 32, device="cuda"), torch.randn(64, 1, device="cuda")
+    x = torch.empty_like(first)
     inputs = [torch.randn(64, 32, device="cuda") for _ in range(STEPS)]
     runs = []
     for captured in (True, False):
         model = make_model()
+        x.copy_(first)
         optimizer = make(name, model.parameters(), **options)
         group = optimizer.param_groups[0]
         peak = float(group["lr"]), float(group["weight_decay"])

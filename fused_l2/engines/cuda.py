@@ -29,6 +29,7 @@ class Kernel(Protocol):
     """What :class:`fused_l2.kernels.launch.Kernel` is, for where triton may be missing."""
 
     opmath: torch.dtype
+    chunk: int
     name: str
 
     def launcher(self, programs: int, *fixed: int) -> Callable[..., None]:

@@ -74,7 +74,7 @@ class DeviceTable:
         self.coefficient_rows = len(table.steps)
         self._typecode = "d" if kernel.opmath is torch.float64 else "f"
         self._groups = 0 if rows is None else max(rows.groups) + 1
-        chunk = _chunk_size(sum(numels), device.multiprocessors)
+        chunk = _chunk_size(sum(numels), device.multiprocessors, kernel.chunk)
         chunks = chunk_map(numels, chunk)
         self.chunks_of = [-(-n // chunk) for n in numels]
         with device.current():
@@ -242,13 +242,13 @@ def words_of_a_launch(head: int, tensors: int) -> int:
     return WORDS if head // 8 + tensors > 4 * FEW_WORDS else FEW_WORDS
 
 
-def _chunk_size(elements: int, multiprocessors: int) -> int:
+def _chunk_size(elements: int, multiprocessors: int, most: int) -> int:
     """How many elements a program steps: a power of two that gives each multiprocessor some programs to choose from, and not
-    more programs than a chunk map of a megabyte holds. By estimate, not by measurement."""
+    more than ``most`` unless the chunk map would have more than four megabytes."""
     chunk = 1024
-    while chunk < 8192 and elements > 2 * chunk * 16 * multiprocessors:
+    while chunk < most and elements > 2 * chunk * 16 * multiprocessors:
         chunk *= 2
-    while elements > chunk << 17:
+    while elements > chunk << 19:
         chunk *= 2
     return chunk
 

@@ -154,7 +154,10 @@ class TensorTable:
 def chunk_map(numels: Sequence[int], chunk: int) -> array[int]:
     """Which chunk of which tensor each program of a launch works on: the tensor's row in the low 32 bits of a word, the number
     of the chunk within the tensor in the high ones. Empty tensors have no chunks."""
-    return array("q", [row | number << 32 for row, n in enumerate(numels) for number in range(-(-n // chunk))])
+    words = array("q")
+    for row, n in enumerate(numels):
+        words.extend(range(row, row + (-(-n // chunk) << 32), 1 << 32))
+    return words
 
 
 def norm_chunk(elements: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from fused_l2.kernels.launch import SOURCES, THREADS, compiled, target_of
+from fused_l2.kernels.launch import SOURCES, compiled, target_of
 from fused_l2.tables.tensor_table import Rule
 
 
@@ -66,6 +66,7 @@ class Opcode(NamedTuple):
 class MachineCode:
     """What the assembler made of a kernel."""
 
+    threads: int  # of a program
     registers: int
     local_bytes: int  # spilled registers
     shared_bytes: int
@@ -94,8 +95,8 @@ class MachineCode:
 
     def warps(self, most: int) -> int:
         """How many a multiprocessor of 65,536 registers and ``most`` warps holds."""
-        of_a_program = -(-self.registers // 8) * 8 * THREADS
-        return min(65536 // of_a_program * (THREADS // 32), most)
+        of_a_program = -(-self.registers // 8) * 8 * self.threads
+        return min(65536 // of_a_program * (self.threads // 32), most)
 
     def vector_loop(self) -> list[Opcode]:
         """The loop with the widest accesses."""
@@ -150,7 +151,7 @@ def machine_code(kernel: Any) -> MachineCode:
     pattern = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;&?\n]*?)\s*(?:;|&|\?|/\*)", re.MULTILINE)
     listing = _cuobjdump("-sass", kernel.asm["cubin"])
     opcodes = [Opcode(int(a, 16), guard.strip(), name, rest.strip()) for a, guard, name, rest in pattern.findall(listing)]
-    return MachineCode(*resources(kernel), opcodes)
+    return MachineCode(32 * kernel.metadata.num_warps, *resources(kernel), opcodes)
 
 
 def resources(kernel: Any) -> tuple[int, int, int]:

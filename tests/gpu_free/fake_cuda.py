@@ -105,7 +105,7 @@ class FakeKernel:
     def __init__(self, device: FakeDevice, *which: Any) -> None:
         self._device, self._which = device, which
         self._source = SOURCES[which[0]](*which[1:])
-        self.opmath = self._source.opmath
+        self.opmath, self.chunk = self._source.opmath, self._source.chunk
 
     def launcher(self, programs: int, *fixed: int) -> Callable[..., None]:
         assert programs > 0

@@ -407,10 +407,12 @@ def test_T23_the_chunk_map_of_a_tensor_beyond_2_to_the_31_elements():
 
 
 @pytest.mark.parametrize("elements", [1, 1000, 10**6, 10**8, 10**10])
-def test_chunks_are_multiples_of_16_and_their_map_stays_small(elements):
-    chunk = device_tables._chunk_size(elements, 132)
+@pytest.mark.parametrize("most", [1024, 8192])
+def test_chunks_are_multiples_of_16_and_their_map_stays_small(elements, most):
+    chunk = device_tables._chunk_size(elements, 132, most)
     assert chunk % 1024 == 0
-    assert elements / chunk <= 2**17
+    assert chunk <= most or elements > most << 19
+    assert elements / chunk <= 2**19
 
 
 # Without triton, a compiler or the library.
