@@ -81,7 +81,7 @@ def split(w):
 
 @triton.jit
 def sign_and_magnitude(w):
-    """The sign where bfloat16 has it, and all other bits; of the NaN of arithmetic, which is quiet, one that has no remainder."""
+    """The sign where bfloat16 has it, and all other bits; of a NaN, quiet after arithmetic, those that have no remainder."""
     u = w.to(tl.int32, bitcast=True)
     return (u >> 16) & 0x8000, tl.minimum(u & 0x7FFFFFFF, 0x7FC00000)
 
