@@ -61,7 +61,7 @@ def stands_on(device: str) -> dict[str, str]:
             f"fused_l2.kernels cannot be imported ({error}), so CUDA tensors would be stepped by plain PyTorch. What is "
             f"imported is {fused_l2.__file__}: install the checkout (pip install -e .), or take its folder off the path."
         ) from error
-    found = {"C++ library": engine.engine, "fused_l2": str(Path(fused_l2.__file__).parent), "triton": launch.version()}
+    found = {"C++ library": engine.engine, "triton": launch.version()}
     found |= {"torch": torch.__version__, "CUDA of torch": torch.version.cuda or "none"}
     if device == "cuda":
         if not (told := fused_l2.capabilities()["cuda"]).engine.startswith("Triton"):
