@@ -49,7 +49,9 @@ FUSED_L2_INLINE Float16 rounded_stochastically(float w, uint32_t random, Float16
 // |w| = |p| * 2^16 + remainder * 2^(16 - bits), magnitudes as integers; p is rounded to nearest, ties away from zero.
 // With 8 bits |w| is rounded to 24 first, at random to a neighbour.
 FUSED_L2_INLINE uint32_t magnitude_of(uint32_t u) {
-  return std::min(u & 0x7fffffff, 0x7fc00000u);  // of arithmetic a NaN is quiet; of this one there is no remainder
+  const uint32_t magnitude = u & 0x7fffffff;
+  return magnitude > 0x7fc00000 ? 0x7fc00000
+                                : magnitude;  // of arithmetic a NaN is quiet; of this one there is no remainder
 }
 FUSED_L2_INLINE void split(float w, uint32_t, BFloat16& p, int16_t& remainder) {
   const uint32_t u = bits_of(w), magnitude = magnitude_of(u), upper = (magnitude + 0x8000) >> 16;
@@ -65,8 +67,9 @@ template <class Remainder> FUSED_L2_INLINE float join(BFloat16 p, Remainder rema
   constexpr int32_t unit = sizeof(Remainder) == 1 ? 256 : 1;
   const uint32_t u = p.bits;
   const auto magnitude = static_cast<int32_t>((u & 0x7fff) << 16);
-  // The sum is below 2^31. NaN stays NaN.
-  const int32_t joined = std::min(std::max(magnitude + remainder * unit, 0), std::max(magnitude, 0x7f800000));
+  // The sum is below 2^31. NaN stays NaN. Not by std::min, whose references compilers make no vectors of here.
+  const int32_t sum = magnitude + remainder * unit, most = magnitude > 0x7f800000 ? magnitude : 0x7f800000;
+  const int32_t joined = sum < 0 ? 0 : sum > most ? most : sum;
   return float_of((u & 0x8000) << 16 | static_cast<uint32_t>(joined));
 }
 
