@@ -26,9 +26,9 @@ from .norms import fused_l2_measure_grads
 from .turns import alone
 from .write import fused_l2_write
 
-# Threads of a program, and the most elements that a program of a step takes. Measured on an H100 (docs/performance.md, "Threads
-# and chunks"): a step is fastest in programs of two blocks of 256 threads. Those with statistics end in sums, which fewer and
-# longer programs make rarer; those of 8-bit states are bound by instructions, and have many registers.
+# Threads of a program, and the most elements that a program of a step takes. Measured on an H100 (docs/design.md): a step is
+# fastest in programs of two blocks of 256 threads, or of 128 where all is of 16 bits. Those with statistics end in sums, which
+# fewer and longer programs make rarer; those of 8-bit states are bound by instructions, and have many registers.
 THREADS = 128
 STEP_THREADS, EIGHT_BIT_THREADS = 256, 64
 STATISTICS_CHUNK, EIGHT_BIT_CHUNK = 8192, 4096
@@ -71,7 +71,8 @@ def step(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: t
     # One 128-bit access per thread and tensor of the widest dtype: with two, 16-bit tensors beside 32-bit ones would have
     # their values exchanged between threads.
     per_thread = 16 // max(t.itemsize for t in (param, grad, state, kept))
-    threads, chunk = STEP_THREADS, 2 * STEP_THREADS * per_thread
+    threads = STEP_THREADS if per_thread < 8 else THREADS  # eight elements take more than 64 registers
+    chunk = 2 * threads * per_thread
     if flags & Flag.STATISTICS:
         threads, chunk = THREADS, STATISTICS_CHUNK
     if flags & Flag.EIGHT_BIT:

@@ -356,6 +356,6 @@ def test_a_row_number_beyond_the_table_is_noticed(ptx):
 
 def test_parameters_and_labels_are_found(ptx):
     kernel = Kernel(ptx)
-    assert (kernel.name, kernel.threads) == ("fused_l2_adam", 128)
+    assert (kernel.name, kernel.threads) == ("fused_l2_adam", 256)
     assert len(kernel.parameters) >= 4
     assert kernel.labels
