@@ -79,6 +79,6 @@ def of_the_page() -> str | None:
 
 
 if __name__ == "__main__":
-    text = PAGE.read_text()
-    PAGE.write_text(_section().sub(lambda found: found[1] + table() + "\n" + found[2], text))
-    print(table())
+    counted = table()  # takes minutes, in which the page may change
+    PAGE.write_text(_section().sub(lambda found: found[1] + counted + "\n" + found[2], PAGE.read_text()))
+    print(counted)
