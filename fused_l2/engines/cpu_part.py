@@ -13,7 +13,7 @@ from ..statistics import Record
 from ..tables.control import FACTOR, Control, Prologue, on_host
 from ..tables.tensor_table import STATISTICS, Flag, Rule, address_of, norm_chunk, statistics_chunk
 from .cpu import failure
-from .part import TablePart
+from .table_part import TablePart
 
 
 class CpuPart(TablePart):

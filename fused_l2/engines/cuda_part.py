@@ -14,8 +14,9 @@ from ..tables import coefficients
 from ..tables.control import Control, Prologue
 from ..tables.tensor_table import Flag, Rule
 from . import cpu, cuda
+from .bucket import Bucket, RowOf
 from .device_tables import DeviceTable, Measurer, Numbers, Rows
-from .part import Bucket, RowOf, TablePart
+from .table_part import TablePart
 
 
 class CudaPart(TablePart):

@@ -31,7 +31,8 @@ from ..tables.coefficients import AdamNumbers, SgdNumbers
 from ..tables.control import FACTOR, Control, Prologue, on_host
 from ..tables.modes import FLAGS, HALVES, RANDOM, Mode
 from ..tables.tensor_table import Flag, Rule
-from .part import Part, RowOf
+from .bucket import RowOf
+from .part import Part
 
 
 class TorchPart(Part):
