@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import fused_l2
 from fused_l2.engines.cpu_part import CpuPart
 from fused_l2.engines.watch import NativeLook
-from fused_l2.step import plan, stepper
+from fused_l2.step import entry_maker, stepper
 from fused_l2.step.plan import Plan
 from fused_l2.tables import coefficients
 
@@ -274,7 +274,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
         return counted_make
 
     for name in ("make_entry", "plain_entry"):
-        monkeypatch.setattr(plan, name, counting(getattr(plan, name)))
+        monkeypatch.setattr(entry_maker, name, counting(getattr(entry_maker, name)))
     return counted
 
 

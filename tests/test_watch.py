@@ -35,7 +35,7 @@ def stepped(shape: tuple[int, ...] = (4, 6)) -> tuple[Any, Any, Any]:
 
 
 def changes(plan: Any) -> list[int]:
-    params = list(plan._params)
+    params = list(plan._groups.params)
     found: list[int] | None = plan._look.changes(params, [p.grad for p in params])
     assert found is not None
     return found

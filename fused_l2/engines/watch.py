@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from ..parameters.entry import Entry, Flight
+from ..parameters.entry import Entry, InFlight
 from ..parameters.memory import PLAIN_TYPES, facts_of, has_memory, kind_of
 from ..tables.tensor_table import GRAD, KEPT, PARAM, SCALE0, STATE0, WIDTH, address_of, int64_array
 from . import cpu
@@ -347,7 +347,7 @@ def _passes_test(library: Library, keys: int) -> bool:
         e = Entry()
         e.slot, e.local, e.states, e.kept, e.scales = slot, param, [state], None, []
         e.counter = torch.zeros((), device="cpu")
-        e.flight = Flight()
+        e.in_flight = InFlight()
         e.active, e.record, e.bucket, e.row = True, None, None, -1
         return e
 

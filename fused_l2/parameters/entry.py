@@ -22,18 +22,13 @@ from .shards import LocalGradients, first_element, is_dtensor, local, matches, r
 GONE: Any = object()  # stands for a state that changed
 
 
-class Flight:
-    """Whether a step of a plan is under way, during which nothing that it uses may go; and which entries of the plan let go of
-    their states since it looked at them."""
+class InFlight:
+    """What a plan and its entries tell each other: whether a step is under way, during which nothing that it uses may go, and
+    which entries let go of their states since the plan looked at them."""
 
     def __init__(self) -> None:
-        self.is_under_way = False
-        self.kept: list[Any] = []
+        self.used: list[Any] | None = None  # what entries let go of while a step uses it; None: no step is under way
         self.without_state: list[int] = []  # slots
-
-    def end(self) -> None:
-        self.is_under_way = False
-        self.kept = []
 
 
 class Needs(NamedTuple):
@@ -92,10 +87,10 @@ class Entry:
         "counter",
         "first_step",
         "flags",
-        "flight",
         "grad_dtype",
         "gradients",
         "group",
+        "in_flight",
         "is_plain",
         "is_regular",
         "kept",
@@ -140,7 +135,7 @@ class Entry:
     is_plain: bool  # of plain tensors on the CPU, which the watch has accepted
     is_regular: bool  # whether the tensors are such that an engine of ours can step them
     numel: int
-    flight: Flight
+    in_flight: InFlight
     # The plan's: what the watch saw, and where the parameter is stepped.
     record: array[int] | None
     active: bool
@@ -158,12 +153,13 @@ class Entry:
 
     def let_go(self) -> None:
         """The state was changed by somebody: hold none of its tensors any more, once the step that uses them is over."""
-        if self.flight.is_under_way:
-            self.flight.kept.append((self.states, self.kept, self.scales, self.counter))
+        used = self.in_flight.used
+        if used is not None:
+            used.append((self.states, self.kept, self.scales, self.counter))
         self.state, self.states, self.kept, self.scales, self.counter = GONE, [], None, [], None
         if self.record is not None:
             self.record[0] = -1  # not to be read: it tells of tensors that may be gone
-        self.flight.without_state.append(self.slot)
+        self.in_flight.without_state.append(self.slot)
 
     def take(self, state: Any, tensors: Sequence[Tensor]) -> None:
         """Use these tensors of the state, in the order of ``names``."""
@@ -187,7 +183,7 @@ _COUNTERS = (torch.float32, torch.float64)
 
 
 def plain_entry(
-    param: Tensor, grad: Tensor, slot: int, group: int, state: Any, kind: Kind, gradients: LocalGradients, flight: Flight
+    param: Tensor, grad: Tensor, slot: int, group: int, state: Any, kind: Kind, gradients: LocalGradients, in_flight: InFlight
 ) -> Entry | None:
     """The entry of a parameter whose state is whole or does not exist yet, as almost all are; None if it takes a closer look.
 
@@ -221,7 +217,7 @@ def plain_entry(
     if kind.wanted not in (None, dtype) or (dtype is not param_dtype and not checks.is_state_dtype(dtype, param_dtype)):
         return None
     e = Entry()
-    e.flight = flight
+    e.in_flight = in_flight
     e.param = e.local = param
     e.slot, e.group, e.gradients, e.mode, e.flags, e.names = slot, group, gradients, kind.mode, kind.flags, kind.names
     e.ranks, e.state, e.new, e.first_step, e.key = (), state, new, bool(new), 0
@@ -242,7 +238,7 @@ def make_entry(
     pending: Mapping[str, Any],
     kind: Kind,
     gradients: LocalGradients,
-    flight: Flight,
+    in_flight: InFlight,
     on_device: bool,
     name: Name,
 ) -> Entry:
@@ -271,7 +267,7 @@ def make_entry(
     checks.check_whole(found, missing, name)
 
     e = Entry()
-    e.flight = flight
+    e.in_flight = in_flight
     e.param, e.slot, e.group, e.gradients, e.mode = param, slot, group, gradients, mode
     e.local, e.ranks = local(param), ()
     e.flags, e.names = kind.flags, kind.names

@@ -19,7 +19,8 @@ from ..options import Options
 from ..parameters.shards import LocalGradients
 from ..statistics import Recorded, Statistics
 from ..tables.control import INV_SCALE, NORM, SKIP, Control, Prologue
-from .plan import Groups, Plan
+from .groups import Groups
+from .plan import Plan
 from .rules import UpdateRule
 from .surroundings import dispatch_modes, functorch_level, outside_transforms, refuse_modes
 
@@ -87,7 +88,7 @@ class Stepper:
             if self.waiting:
                 self._forget_waiting(state)
         except BaseException:
-            if plan is not None and plan.committed:
+            if plan is not None:
                 plan.take_back(state)
             raise
         finally:
@@ -124,6 +125,8 @@ class Stepper:
         """Make the coming steps with these."""
         self.options = options
         self._decides, self._measures = options.decides, options.statistics
+        limit = math.inf if options.max_grad_norm is None else options.max_grad_norm
+        self._prologue = Prologue(options.clips, options.is_largest, limit, options.skips_nonfinite)
         if not self._decides:
             self._control = None
         self.drop_plan()
@@ -164,15 +167,14 @@ class Stepper:
 
     def _decide(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Measure this step's gradients and ask the GradScaler. False if the host knows that the step is to be skipped."""
-        options = self.options
-        limit = math.inf if options.max_grad_norm is None else options.max_grad_norm
-        prologue = Prologue(options.clips, options.is_largest, limit, options.skips_nonfinite)
+        options, measuring, prologue = self.options, plan.measuring, self._prologue
+        assert measuring is not None
         if options.amp_scaling:
             prologue = prologue._replace(grad_scale=grad_scale, found_inf=found_inf)
-        control = self._control = plan.decide(prologue)
-        if prologue.found_inf is not None and plan.is_shared and self.tell_scaler is not None:
+        control = self._control = measuring.decide(plan.parts, prologue)
+        if prologue.found_inf is not None and measuring.is_shared and self.tell_scaler is not None:
             self.tell_scaler(prologue.found_inf)
-        self._norm_dtype = plan.norm_dtype
+        self._norm_dtype = measuring.norm_dtype
         raises = options.raises_if_nonfinite
         if raises or plan.host_must_know or isinstance(control, Control):
             known = plan.read(control)
@@ -193,7 +195,8 @@ class Stepper:
         decays = [group["weight_decay"] for group in groups]
         # A tensor may be written to before somebody asks.
         kept: Sequence[Any] = [d.detach().clone() if isinstance(d, Tensor) else d for d in decays]
-        self._recorded = plan.recorded(groups, list(kept), inv_scale)
+        assert plan.measuring is not None
+        self._recorded = plan.measuring.statistics(plan.parts, groups, list(kept), inv_scale)
 
     # What the last step left.
 
