@@ -31,6 +31,11 @@ class Stepper:
     ``param_groups`` and ``state`` are given to each step, because torch replaces them.
     """
 
+    options: Options
+    _decides: bool
+    _measures: bool
+    _prologue: Prologue
+
     def __init__(self, rule: UpdateRule, options: Options, first: int = 0) -> None:
         """``first``: which of an optimizer's parameters the first one is, for random bits."""
         self.rule, self._first = rule, first
@@ -69,6 +74,8 @@ class Stepper:
         drops = self._drops
         try:
             if plan is None or not plan.refresh(groups, state):
+                self.arrange(groups)
+                drops = self._drops  # what is dropped from now on is the plan that is made here
                 plan = self._make_plan(groups, state)
             plan.prepare()
             is_made = not self._decides or self._decide(plan, grad_scale, found_inf)
@@ -100,7 +107,6 @@ class Stepper:
 
     def _make_plan(self, groups: Groups, state: Any) -> Plan:
         self._gradients.clear()  # an interrupt may have left some
-        self.arrange(groups)
         plan = Plan(self.rule, self.options, self._gradients, self.initial_lrs, self.waiting, self.warned, self._first)
         if not plan.refresh(groups, state):
             raise RuntimeError(
@@ -116,20 +122,28 @@ class Stepper:
 
     def drop_plan(self) -> None:
         """Forget what was prepared for the next step; it will be prepared again."""
-        self._plan = None
-        self._drops += 1
+        self._set_at_once()
         for single in chain.from_iterable(self.singles):
             single.drop_plan()
 
+    def _set_at_once(self, **attributes: Any) -> None:
+        """Set these attributes, and drop the plan that was made for others. It is one call of C, so that an interrupt comes
+        before it or after it."""
+        plan = self._plan  # lives until all are set: in its finalizer, which is Python, an interrupt might come
+        vars(self).update(attributes, _plan=None, _drops=self._drops + 1)
+        del plan
+
     def set_options(self, options: Options) -> None:
         """Make the coming steps with these."""
-        self.options = options
-        self._decides, self._measures = options.decides, options.statistics
         limit = math.inf if options.max_grad_norm is None else options.max_grad_norm
-        self._prologue = Prologue(options.clips, options.is_largest, limit, options.skips_nonfinite)
-        if not self._decides:
-            self._control = None
-        self.drop_plan()
+        self._set_at_once(
+            options=options,
+            _decides=options.decides,
+            _measures=options.statistics,
+            _prologue=Prologue(options.clips, options.is_largest, limit, options.skips_nonfinite),
+            _control=self._control if options.decides else None,
+        )
+        self.drop_plan()  # also those of step_in_backward
 
     def arrange(self, groups: Groups) -> None:
         """What is known of a param group goes with it, where others were removed or groups changed places.
@@ -139,26 +153,25 @@ class Stepper:
         known = self._known
         if len(known) == len(groups) and all(g is k for g, (k, _) in zip(groups, known, strict=True)):
             return
-        self._known = [(g, next(iter(g["params"]), None)) for g in groups]
-        if not known:
-            return
+        now = [(g, next(iter(g["params"]), None)) for g in groups]
         by_dict = {id(k): i for i, (k, _) in enumerate(known)}
         by_first = {id(first): i for i, (_, first) in enumerate(known) if first is not None}
-        was = [by_dict.get(id(g), by_first.get(id(first), -1)) for g, first in self._known]
+        was = [by_dict.get(id(g), by_first.get(id(first), -1)) for g, first in now]
         for i, position in enumerate(was):  # what nobody knows took the place of what is gone, or is new
             if position < 0 and i not in was:
                 was[i] = i
         if was == [*range(len(was))]:
+            self._known = now
             return
         lrs = {i: self.initial_lrs[position] for i, position in enumerate(was) if position in self.initial_lrs}
-        self.initial_lrs.clear()
-        self.initial_lrs.update(lrs)
-        if not isinstance(self.options.decay_rule, str):
-            rules = [self.options.decay_rule_of(i).name.lower() if i >= 0 else "plain" for i in was]
-            self.options, self._plan = self.options.replaced("decay_rule", rules), None
-        if isinstance(self.options.norm_process_group, tuple):
-            processes = tuple(self.options.process_group_of(i) if i >= 0 else None for i in was)
-            self.options, self._plan = self.options.replaced("norm_process_group", processes), None
+        options = self.options
+        if not isinstance(options.decay_rule, str):
+            rules = [options.decay_rule_of(i).name.lower() if i >= 0 else "plain" for i in was]
+            options = options.replaced("decay_rule", rules)
+        if isinstance(options.norm_process_group, tuple):
+            processes = tuple(options.process_group_of(i) if i >= 0 else None for i in was)
+            options = options.replaced("norm_process_group", processes)
+        self._set_at_once(_known=now, initial_lrs=lrs, options=options)
 
     def _warn_of_lost_decay(self, plan: Plan) -> None:
         if "lost decay" not in self.warned and (message := plan.lost_decay()):
