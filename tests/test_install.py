@@ -87,7 +87,7 @@ FLOORS = [
     {"kernels.control", "kernels.coefficients"},
     {"kernels.launch"},
     {"engines.cpu", "engines.cuda"},
-    {"engines.device_tables", "engines.watch", "engines.bucket"},
+    {"engines.device_tables", "engines.watch", "engines.slot_watch", "engines.bucket"},
     {"engines.part"},
     {"engines.table_part"},
     {"engines.cpu_part", "engines.cuda_part", "engines.torch_ops"},

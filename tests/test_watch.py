@@ -11,7 +11,7 @@ from comparing import plan_of
 
 import fused_l2
 from fused_l2.engines import cpu, watch
-from fused_l2.engines.watch import SlotWatch, slot_offset
+from fused_l2.engines.slot_watch import SlotWatch, slot_offset
 
 LOOKS = ["python", "native"]
 

@@ -40,20 +40,20 @@ class Bucket:
         self.table = TensorTable()
         self.active = 0  # how many rows are
         self.first_steps: set[Entry] = set()
-        self._new: dict[int, Entry] = {}  # by slot: what has no row in the table yet
+        self._without_row: dict[int, Entry] = {}  # by slot: what has no row in the table yet
         self.is_rebuilt = True  # rows are where no kernel has seen them yet
         self.is_changed = True  # rows were changed in place
         # By coefficient row.
         self.groups: list[int] = []
         self._members: list[int] = []
         self._are_wide: list[bool] = []  # whether its step counters are float64
-        self._known: dict[tuple[int, float, bool], int] | None = None
+        self._rows_by_count: dict[tuple[int, float, bool], int] | None = None
 
     # Entries that come, go and change. Rows are brought up to date by settle(); the look writes the addresses to them.
 
     def add(self, entry: Entry) -> None:
         entry.bucket, entry.row = self, -1
-        self._new[entry.slot] = entry
+        self._without_row[entry.slot] = entry
         self.is_rebuilt = True
 
     def remove(self, entry: Entry) -> None:
@@ -62,7 +62,7 @@ class Bucket:
             del self.entries[self._position(entry)]
             self.first_steps.discard(entry)
         else:
-            del self._new[entry.slot]
+            del self._without_row[entry.slot]
         entry.bucket, entry.row = None, -1
         self.is_rebuilt = True
 
@@ -82,7 +82,7 @@ class Bucket:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.entries or self._new)
+        return not (self.entries or self._without_row)
 
     def _position(self, entry: Entry) -> int:
         return bisect_left(self.entries, entry.slot, key=_slot)
@@ -100,7 +100,7 @@ class Bucket:
 
     def _activate(self, entries: Sequence[Entry]) -> None:
         """The rows of these entries become active. The counters of a group are taken to say what its first one says: Part's
-        unexpected() finds those that do not."""
+        unexpected_counts() finds those that do not."""
         rows, group, k = self.table.rows, -1, 0
         for e in entries:
             start = WIDTH * e.row
@@ -131,7 +131,7 @@ class Bucket:
                 k = rows[start + COEFFICIENTS]
                 self._members[k] -= 1
                 if not self._members[k]:
-                    self._known = None
+                    self._rows_by_count = None
             rows[start + NUMEL] = rows[start + STEP] = 0
             self.active -= 1
             self.is_changed = True
@@ -148,7 +148,7 @@ class Bucket:
             return
         old = self.table.rows.tobytes()
         width = len(_EMPTY_ROW)
-        new, self._new = [*self._new.values()], {}
+        new, self._without_row = [*self._without_row.values()], {}
         self.entries = sorted([*self.entries, *new], key=_slot)
         parts = [_EMPTY_ROW if e.row < 0 else old[width * e.row : width * (e.row + 1)] for e in self.entries]
         self.table.set_rows(b"".join(parts))
@@ -169,9 +169,9 @@ class Bucket:
 
     def _coefficient_row(self, group: int, count: float, is_wide: bool) -> int:
         steps = self.table.steps
-        if self._known is None:
-            self._known = {(g, steps[k], self._are_wide[k]): k for k, g in enumerate(self.groups) if self._members[k]}
-        k = self._known.get((group, count, is_wide), -1)
+        if self._rows_by_count is None:
+            self._rows_by_count = {(g, steps[k], self._are_wide[k]): k for k, g in enumerate(self.groups) if self._members[k]}
+        k = self._rows_by_count.get((group, count, is_wide), -1)
         if k >= 0:
             return k
         for k, members in enumerate(self._members):
@@ -185,7 +185,7 @@ class Bucket:
             self._are_wide.append(is_wide)
             self.table.reserve(k + 1)
         self.table.steps[k] = count
-        self._known[group, count, is_wide] = k
+        self._rows_by_count[group, count, is_wide] = k
         return k
 
     def _next_count(self, k: int) -> float:
@@ -217,7 +217,7 @@ class Bucket:
         steps = self.table.steps
         for k in range(len(self.groups)):
             steps[k] = self._next_count(k)
-        self._known = None
+        self._rows_by_count = None
         if self.first_steps:
             for e in self.first_steps:
                 self.table.rows[WIDTH * e.row + FLAGS] = 0

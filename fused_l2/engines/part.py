@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..parameters.entry import Entry
-from ..statistics import Record
+from ..statistics import PartialSums
 from ..tables.control import Control, Prologue
 from .bucket import RowOf
 
@@ -20,7 +20,7 @@ class Part(ABC):
     """One engine's share of a plan. It is changed with add() to deactivate(), brought up to date with settle(), and then steps
     its active entries, on the gradients whose addresses stand in its rows."""
 
-    record: Record | None = None  # with statistics
+    sums: PartialSums | None = None  # with statistics
     on_host = False  # whether the host has to know if a step is made
 
     def __init__(self, ranks: tuple[Any, ...] = ()) -> None:
@@ -70,7 +70,7 @@ class Part(ABC):
     def take_gradients(self) -> None:  # noqa: B027
         """Make copies of gradients that lie in another order than their parameter."""
 
-    def unexpected(self) -> list[Entry]:
+    def unexpected_counts(self) -> list[Entry]:
         """Active entries whose step counter is not what the coefficients are computed for."""
         return []
 

@@ -128,7 +128,7 @@ class TablePart(Part):
                     self._copies.append(copy)
                     e.bucket.table.rows[WIDTH * e.row + GRAD] = copy.data_ptr()
 
-    def unexpected(self) -> list[Entry]:
+    def unexpected_counts(self) -> list[Entry]:
         if self._on_device:
             return []
         if self._library is not None:

@@ -46,7 +46,7 @@ def refuse_capture(
 
 def refuse_to_begin(groups: Groups) -> None:
     """Refuse a first step. To be called before a hyperparameter is read, which waits for the device."""
-    refuse_changes(p for g in groups for p in g["params"] if p.grad is not None)
+    refuse_changes([p for g in groups for p in g["params"] if p.grad is not None])
 
 
 def refuse_changes(params: Iterable[Tensor]) -> None:

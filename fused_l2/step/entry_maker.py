@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import engines
 from ..engines.watch import Look
 from ..options import Options
-from ..parameters.entry import Entry, InFlight, Kind, make_entry, plain_entry
+from ..parameters.entry import Entry, InFlight, ParamNeeds, make_entry, plain_entry
 from ..parameters.shards import LocalGradients
 from .entry_states import EntryStates
 from .groups import Groups, ParamGroups
@@ -45,9 +45,10 @@ class EntryMaker:
             RuntimeError: if a parameter, its gradient or its state cannot be used; the message says why, and what to do.
         """
         known, states = self._known, self._states
+        state = states.state
         slots = [slot for slot in sorted(stale) if grads[slot] is not None]
-        kinds = self._kinds(slots)
-        accepted = self._plain_ones(slots, kinds, grads)
+        needs = self._needs(slots)
+        accepted = self._plain_ones(slots, needs, grads)
         # By parameter: one that is listed twice has two entries and one state, which may be new.
         new = {id(e.param): e.new for e in states.uncommitted.values() if e.slot not in stale}
         new.update((id(e.param), e.new) for e in accepted.values() if e.new)
@@ -56,7 +57,7 @@ class EntryMaker:
             e = accepted.get(slot)
             if e is None:
                 param, device = known.params[slot], engines.device_of(known.params[slot])
-                own = states.of(param)
+                own = state.get(param)
                 e = make_entry(
                     param,
                     param.grad,  # type: ignore[arg-type]
@@ -65,10 +66,10 @@ class EntryMaker:
                     group=known.group_of[slot],
                     state=own,
                     pending=new.get(id(param)) or ({} if own else self._waiting.get(param)) or {},
-                    kind=kinds[slot],
+                    needs=needs[slot],
                     gradients=self._gradients,
                     in_flight=self._in_flight,
-                    on_device=device.type == "cuda" and (kinds[slot].needs.counts_on_device or bool(known.on_device)),
+                    on_device=device.type == "cuda" and (needs[slot].of_group.counts_on_device or bool(known.on_device)),
                     name=known.namer(groups, slot),
                 )
                 if e.new:
@@ -78,29 +79,29 @@ class EntryMaker:
             made.append(e)
         return made
 
-    def _kinds(self, slots: Iterable[int]) -> dict[int, Kind]:
+    def _needs(self, slots: Iterable[int]) -> dict[int, ParamNeeds]:
         known, has_codes = self._known, self._options.precision.has_codes
-        kinds: dict[tuple[int, torch.dtype, bool], Kind] = {}
+        needs: dict[tuple[int, torch.dtype, bool], ParamNeeds] = {}
         found = {}
         for slot in slots:
             param, index = known.params[slot], known.group_of[slot]
             key = index, param.dtype, has_codes(param)
-            if key not in kinds:
-                kinds[key] = known.known[index].needs.of(param)
-            found[slot] = kinds[key]
+            if key not in needs:
+                needs[key] = known.known[index].needs.of(param)
+            found[slot] = needs[key]
         return found
 
-    def _plain_ones(self, slots: Iterable[int], kinds: Mapping[int, Kind], grads: Sequence[Any]) -> dict[int, Entry]:
+    def _plain_ones(self, slots: Iterable[int], needs: Mapping[int, ParamNeeds], grads: Sequence[Any]) -> dict[int, Entry]:
         """Entries of plain tensors on the CPU with a state that is whole, or without one; by slot."""
-        known, waiting = self._known, self._waiting
+        known, waiting, state = self._known, self._waiting, self._states.state
         twice = {slot for twins in known.listed_twice for slot in twins}
         plain = []
         for slot in slots:
-            param, kind = known.params[slot], kinds[slot]
-            if not kind.is_plain or not engines.is_on_cpu(param) or slot in twice or (waiting and param in waiting):
+            param, own_needs = known.params[slot], needs[slot]
+            if not own_needs.is_plain or not engines.is_on_cpu(param) or slot in twice or (waiting and param in waiting):
                 continue
-            state, group = self._states.of(param), known.group_of[slot]
-            e = plain_entry(param, grads[slot], slot, group, state, kind, self._gradients, self._in_flight)
+            own, group = state.get(param), known.group_of[slot]
+            e = plain_entry(param, grads[slot], slot, group, own, own_needs, self._gradients, self._in_flight)
             if e is not None:
                 plain.append(e)
         return self._look.accepted(plain, grads)

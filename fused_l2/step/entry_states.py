@@ -20,7 +20,7 @@ class EntryStates:
 
     def __init__(self, look: Look, in_flight: InFlight) -> None:
         self._look, self._in_flight = look, in_flight
-        self._state: Any = None
+        self.state: Any = None  # as the last step was given it
         self._changes = -1
         self._has_foreign = False  # dictionaries that do not count changes
         self.uncommitted: dict[int, Entry] = {}  # by slot: those with new state
@@ -31,14 +31,10 @@ class EntryStates:
         """Whether the coming step makes states."""
         return any(e.active for e in self.uncommitted.values())
 
-    def of(self, param: Any) -> Any:
-        """The state of a parameter, None if it has none."""
-        return self._state.get(param)
-
     def refresh(self, state: Any, entries: Sequence[Entry | None]) -> set[int] | None:
         """Find those of the entries whose state is not what it was. Tensors that were put in the place of others, as moving
         them to another device and back does, are taken. Returns the slots of those that have to be made anew."""
-        if state is not self._state or self._has_foreign or state.changes != self._changes:
+        if state is not self.state or self._has_foreign or state.changes != self._changes:
             return self._refresh(state, entries)
         if without := self._in_flight.without_state:
             return self._refresh(state, [entries[slot] for slot in without if slot < len(entries)])
@@ -46,7 +42,7 @@ class EntryStates:
 
     def _refresh(self, state: Any, entries: Iterable[Entry | None]) -> set[int]:
         self._in_flight.without_state = []
-        self._state, self._has_foreign = state, type(state) is not OptimizerState
+        self.state, self._has_foreign = state, type(state) is not OptimizerState
         self._changes = getattr(state, "changes", 0)
         stale: set[int] = set()
         exchanged: list[tuple[Entry, Any, list[Any]]] = []
@@ -70,18 +66,20 @@ class EntryStates:
                     own.watch(e)
         return stale
 
-    def add(self, e: Entry) -> None:
-        """The entry was made, perhaps with new state."""
-        if e.new:
-            self.uncommitted[e.slot] = e
-        else:
-            self.uncommitted.pop(e.slot, None)
-        self._watch(e)
+    def add(self, made: Iterable[Entry]) -> None:
+        """These entries were made, perhaps with new state."""
+        for e in made:
+            if e.new:
+                self.uncommitted[e.slot] = e
+            else:
+                self.uncommitted.pop(e.slot, None)
+            if e.state is not None:
+                self._watch(e)
 
     def _watch(self, e: Entry) -> None:
         if type(e.state) is ParamState:
             e.state.watch(e)
-        elif e.state is not None:
+        else:
             self._has_foreign = True
 
     def remove(self, e: Entry) -> None:
@@ -115,7 +113,7 @@ class EntryStates:
             if own is None:
                 continue
             for key in keys:
-                if not e.place.has_changed(e, key):
+                if not e.part.has_changed(e, key):
                     own.pop(key, None)
             if not own:
                 del state[e.param]

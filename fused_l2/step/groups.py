@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..options import Options
 from ..parameters import checks
-from ..parameters.entry import Needs
+from ..parameters.entry import GroupNeeds
 from ..tables import coefficients
 from ..tables.tensor_table import Flag
 from .hyperparameters import DeviceValues
@@ -26,7 +26,7 @@ Groups = list[dict[str, Any]]
 class GroupValues:
     """What was read of a param group, and what follows from it."""
 
-    def __init__(self, values: Any, numbers: Any, sources: list[int], needs: Needs) -> None:
+    def __init__(self, values: Any, numbers: Any, sources: list[int], needs: GroupNeeds) -> None:
         self.values, self.numbers, self.sources, self.needs = values, numbers, sources, needs
         self.may_change_in_place = _may_change_in_place(values)
         self.lr_type, self.decay_type = type(values.lr), type(values.weight_decay)
@@ -120,7 +120,7 @@ class ParamGroups:
         numbers = rule.numbers(on_host, options, index, self._initial_lrs.get(index, 0.0))
         flags = rule.flags(on_host, options)
         names = rule.state_names(flags)
-        needs = Needs(
+        needs = GroupNeeds(
             flags,
             names,
             frozenset(name for name in names if rule.may_start_at_zero(name)),

@@ -16,7 +16,7 @@ from ..engines.torch_ops import TorchPart, combined, total
 from ..options import Options
 from ..parameters.entry import Entry
 from ..parameters.ranks import Ranks, Sharing
-from ..statistics import GivenRows, Record, Recorded, chosen_rows, rows_of, with_penalty
+from ..statistics import FinishedSums, LazyStatistics, PartialSums, chosen_rows, rows_of, with_penalty
 from ..tables.control import Control, Prologue
 from . import captures
 from .groups import Groups, ParamGroups
@@ -104,19 +104,19 @@ class Measuring:
 
     def statistics(
         self, parts: list[Part], groups: Groups, weight_decays: list[float | Tensor], inv_scale: float | Tensor
-    ) -> Recorded:
+    ) -> LazyStatistics:
         """What the step left of its tensors. ``parts``: a list that is another one when other tensors are stepped."""
         if self._order_of is not parts:
             self._order_of, self._slots = parts, [e.slot for part in parts for e in part.entries()]
             self._groups, self._names = self._described(groups, self._slots)
-        records: list[Record] = [part.record for part in parts if part.record is not None]
+        partial_sums: list[PartialSums] = [part.sums for part in parts if part.sums is not None]
         if not self.is_shared:
-            return Recorded(records, self._groups, self._names, weight_decays, inv_scale)
+            return LazyStatistics(partial_sums, self._groups, self._names, weight_decays, inv_scale)
         # Now, because somebody may ask for them in one process only.
-        slots, rows = self._rows_over_ranks(self._slots, rows_of(records))
+        slots, rows = self._rows_over_ranks(self._slots, rows_of(partial_sums))
         of_group, names = self._described(groups, slots)
         whole, are_parts = self._totals_over_ranks(slots, rows, weight_decays)
-        return Recorded([GivenRows(rows)], of_group, names, weight_decays, inv_scale, whole, are_parts)
+        return LazyStatistics([FinishedSums(rows)], of_group, names, weight_decays, inv_scale, whole, are_parts)
 
     def _described(self, groups: Groups, slots: list[int]) -> tuple[list[int], list[str]]:
         """The param groups of these parameters, and what statistics call them. No two have one name."""

@@ -44,35 +44,38 @@ class Placement:
 
     def remove(self, e: Entry) -> None:
         """The entry is none any more."""
-        if e.place is not None:
-            e.place.remove(e)
-            self.touched[e.place] = None
-            e.place = None
+        if e.part is not None:
+            e.part.remove(e)
+            self.touched[e.part] = None
+            e.part = None
         self._ranges.remove(e.slot)
         self._ranges_changed = self._others_step = True
 
-    def move(self, e: Entry, is_param: bool) -> None:
-        """Tensors of the entry, with ``is_param`` the parameter as well, are somewhere else."""
-        self.touched[e.place] = None
-        e.place.moved(e)
-        if is_param:
+    def move(self, entries: Sequence[Entry], params: Sequence[Entry]) -> None:
+        """Some tensors of these entries are somewhere else: of ``params`` the parameters."""
+        for e in entries:
+            self.touched[e.part] = None
+            e.part.moved(e)
+        for e in params:
             self._ranges.move(e.slot, self._look.start_of(e))
             self._ranges_changed = True
 
-    def activate(self, e: Entry, is_active: bool) -> None:
-        """The entry has a gradient, or has none any more."""
-        self.touched[e.place] = None
-        if is_active:
-            e.place.activate(e)
-        else:
-            e.place.deactivate(e)
-        self._rewritten.append(e)
-        self._others_step = True
+    def activate(self, came: Sequence[Entry], gone: Sequence[Entry]) -> None:
+        """Some entries have a gradient again, and others have none any more."""
+        for e in came:
+            self.touched[e.part] = None
+            e.part.activate(e)
+        for e in gone:
+            self.touched[e.part] = None
+            e.part.deactivate(e)
+        if came or gone:
+            self._rewritten += (*came, *gone)
+            self._others_step = True
 
     def recount(self, e: Entry) -> None:
         """The entry's step counter was set to something else."""
-        self.touched[e.place] = None
-        e.place.recount(e)
+        self.touched[e.part] = None
+        e.part.recount(e)
         self._others_step = True
 
     def add(self, made: Sequence[Entry], entries: list[Entry | None], on_device: bool) -> bool:
@@ -94,22 +97,22 @@ class Placement:
             e = entries[slot]
             return slot in new or (e is not None and e.active)
 
-        overlapping = self._ranges.later(counts)
+        overlapping = self._ranges.overlapping(counts)
         moving = (overlapping ^ self._overlapping) - new
         self._overlapping, self._ranges_changed = overlapping, False
         placed = [*made, *filter(None, map(entries.__getitem__, moving))]
         for e in placed:
             part, old = self._part_of(e, on_device), entries[e.slot]
-            if old is not None and old.place is part:
+            if old is not None and old.part is part:
                 part.replace(old, e)
             else:
                 active = e.active
-                if old is not None and old.place is not None:
-                    old.place.remove(old)
-                    self.touched[old.place] = None
+                if old is not None and old.part is not None:
+                    old.part.remove(old)
+                    self.touched[old.part] = None
                 e.active = active  # it may be the same entry
                 part.add(e)
-            entries[e.slot], e.place = e, part
+            entries[e.slot], e.part = e, part
             self.touched[part] = None
             self._rewritten.append(e)
             self._others_step = True
@@ -137,8 +140,8 @@ class Placement:
         self.touched, self._rewritten, self._others_step = {}, [], False
         if not others_step:
             return None
-        elsewhere = [e for e in entries if e is not None and e.place in rebuilt] if rebuilt else []
-        self._look.placed([*elsewhere, *(e for e in rewritten if e.place not in rebuilt)])
+        elsewhere = [e for e in entries if e is not None and e.part in rebuilt] if rebuilt else []
+        self._look.placed([*elsewhere, *(e for e in rewritten if e.part not in rebuilt)])
         live = {place: part for place, part in self._by_place.items() if part.first_slot >= 0}
         self._by_place = {place: part for place, part in self._by_place.items() if not part.is_empty}
         # Other devices first, because they work while the CPU does; plain PyTorch last.

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..engines import cuda
 from ..engines.cuda_part import CudaPart
 from ..engines.part import Part
-from ..engines.watch import CAME, MOVED, OTHER, STATE_MOVED, make_look
+from ..engines.watch import CAME, GONE, MOVED, OTHER, STATE_MOVED, make_look
 from ..options import Options
 from ..parameters import checks
 from ..parameters.entry import Entry, InFlight
@@ -78,7 +78,7 @@ class Plan:
         # Entries know where they are stepped, and parts know their entries: let all of it go now, not when the collector comes.
         for e in getattr(self, "_entries", ()):
             if e is not None:
-                e.place = e.bucket = None
+                e.part = e.bucket = None
 
     # What changed?
 
@@ -113,7 +113,7 @@ class Plan:
             self._mend(groups, found)
         for part in self.parts:
             part.take_gradients()
-            if unexpected := part.unexpected():
+            if unexpected := part.unexpected_counts():
                 self._recount(unexpected, groups)
         return True
 
@@ -192,19 +192,28 @@ class Plan:
         for twins in known.listed_twice:
             if not self._stale.isdisjoint(twins):
                 self._stale.update(twins)
-        captures.refuse_changes(known.params[slot] for slot in (*changes, *self._stale))
+        captures.refuse_changes([known.params[slot] for slot in (*changes, *self._stale)])
         made = self._maker.make(groups, self._stale, self._grads)
+        moved: list[Entry] = []
+        moved_params: list[Entry] = []
+        came: list[Entry] = []
+        gone: list[Entry] = []
         for slot, change in changes.items():
             if slot in self._stale:
                 continue
             e = entries[slot]
             assert e is not None
-            is_moved = change & (MOVED | STATE_MOVED)
-            if is_moved:
-                placement.move(e, bool(change & MOVED))
-            if change & CAME or not is_moved:
-                placement.activate(e, bool(change & CAME))
-                self._coefficients_due |= bool(change & CAME)
+            if change & (MOVED | STATE_MOVED):
+                moved.append(e)
+            if change & MOVED:
+                moved_params.append(e)
+            if change & CAME:
+                came.append(e)
+            elif change & GONE:
+                gone.append(e)
+        placement.move(moved, moved_params)
+        placement.activate(came, gone)
+        self._coefficients_due |= bool(came)
         for slot in self._stale - {e.slot for e in made}:
             if (old := entries[slot]) is not None:  # it will be made when its gradient comes
                 self._forget(old)
@@ -213,8 +222,7 @@ class Plan:
             if not e.is_plain:  # else the look was told by what made it
                 self._look.set(e, self._grads[e.slot])
         are_new = placement.add(made, entries, bool(known.on_device))
-        for e in made:
-            self._states.add(e)
+        self._states.add(made)
         self._settle()
         if are_new:
             self._coefficients_due = True
@@ -303,7 +311,7 @@ class Plan:
 
     def captured(self) -> list[Any]:
         """What a CUDA graph that is being captured reads, to be kept alive."""
-        return [kept for part in self.cuda_parts if (kept := part.captured()) is not None]
+        return [read for part in self.cuda_parts if (read := part.captured()) is not None]
 
     def release(self) -> None:
         """The step is over, whatever became of it: let go of the gradients."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..engines import cpu
-from ..engines.watch import SlotWatch
+from ..engines.slot_watch import SlotWatch
 from ..parameters.entry import Entry
 from ..parameters.shards import LocalGradients, Shards, gradients_of, is_dtensor, local
 

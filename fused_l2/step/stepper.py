@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..options import Options
 from ..parameters.shards import LocalGradients
-from ..statistics import Recorded, Statistics
+from ..statistics import LazyStatistics, Statistics
 from ..tables.control import INV_SCALE, NORM, SKIP, Control, Prologue
 from .groups import Groups
 from .plan import Plan
@@ -41,7 +41,7 @@ class Stepper:
         self.rule, self._first = rule, first
         self.initial_lrs: dict[int, float] = {}  # by param group: its lr when it was added
         self.waiting: dict[Tensor, dict[str, Any]] = {}  # states set before the first step, by parameter
-        self._known: list[tuple[dict[str, Any], Any]] = []  # the param groups as they stood last, and their first parameters
+        self._groups_seen: list[tuple[dict[str, Any], Any]] = []  # with their first parameters
         self.warned: set[str] = set()  # what this optimizer has warned of
         self.singles: list[Any] = []  # what step_in_backward steps with
         self.tell_scaler: Callable[[Tensor], None] | None = None  # takes what was found in all processes
@@ -51,7 +51,7 @@ class Stepper:
         self._captured: list[Any] = []  # what CUDA graphs read
         self._control: Tensor | Control | None = None  # of the last step
         self._norm_dtype = torch.float32
-        self._recorded: Recorded | None = None  # what the last step's statistics are made of
+        self._lazy_statistics: LazyStatistics | None = None  # what the last step's statistics are made of
         self.set_options(options)
 
     def step(
@@ -80,7 +80,7 @@ class Stepper:
             plan.prepare()
             is_made = not self._decides or self._decide(plan, grad_scale, found_inf)
             if self._measures:
-                self._recorded = None  # what it is made of is about to be written to
+                self._lazy_statistics = None  # what it is made of is about to be written to
             if is_made:
                 if plan.uncommitted:
                     self._warn_of_lost_decay(plan)
@@ -150,7 +150,7 @@ class Stepper:
 
         A group is known by its dict. One that somebody made anew, as loading does, is known by its first parameter.
         """
-        known = self._known
+        known = self._groups_seen
         if len(known) == len(groups) and all(g is k for g, (k, _) in zip(groups, known, strict=True)):
             return
         now = [(g, next(iter(g["params"]), None)) for g in groups]
@@ -161,7 +161,7 @@ class Stepper:
             if position < 0 and i not in was:
                 was[i] = i
         if was == [*range(len(was))]:
-            self._known = now
+            self._groups_seen = now
             return
         lrs = {i: self.initial_lrs[position] for i, position in enumerate(was) if position in self.initial_lrs}
         options = self.options
@@ -171,7 +171,7 @@ class Stepper:
         if isinstance(options.norm_process_group, tuple):
             processes = tuple(options.process_group_of(i) if i >= 0 else None for i in was)
             options = options.replaced("norm_process_group", processes)
-        self._set_at_once(_known=now, initial_lrs=lrs, options=options)
+        self._set_at_once(_groups_seen=now, initial_lrs=lrs, options=options)
 
     def _warn_of_lost_decay(self, plan: Plan) -> None:
         if "lost decay" not in self.warned and (message := plan.lost_decay()):
@@ -207,18 +207,18 @@ class Stepper:
         inv_scale = 1.0 if self._control is None or not self._decides else self._control[INV_SCALE]
         decays = [group["weight_decay"] for group in groups]
         # A tensor may be written to before somebody asks.
-        kept: Sequence[Any] = [d.detach().clone() if isinstance(d, Tensor) else d for d in decays]
+        read: Sequence[Any] = [d.detach().clone() if isinstance(d, Tensor) else d for d in decays]
         assert plan.measuring is not None
-        self._recorded = plan.measuring.statistics(plan.parts, groups, list(kept), inv_scale)
+        self._lazy_statistics = plan.measuring.statistics(plan.parts, groups, list(read), inv_scale)
 
     # What the last step left.
 
     @property
     def statistics(self) -> Statistics | None:
-        return None if self._recorded is None else self._recorded.statistics()
+        return None if self._lazy_statistics is None else self._lazy_statistics.statistics()
 
     def forget_statistics(self) -> None:
-        self._recorded = None
+        self._lazy_statistics = None
 
     @property
     def grad_norm(self) -> Tensor | None:
