@@ -301,7 +301,8 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             super().add_param_group(param_group)
             self._stepper.arrange(self.param_groups)
         except BaseException:
-            initial_lrs.pop(index, None)
+            if len(self.param_groups) == index:  # else it was added, and something came in between afterwards
+                initial_lrs.pop(index, None)
             raise
 
     @torch._disable_dynamo  # type: ignore[attr-defined]

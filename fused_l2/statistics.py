@@ -15,8 +15,8 @@ from .tables.tensor_table import STATISTICS
 GRADS, PARAMS, UPDATES, NONFINITE = range(len(STATISTICS))
 
 
-class Measured(NamedTuple):
-    """What a step left of each of its tensors."""
+class TensorSums(NamedTuple):
+    """What a step added up over each of its tensors."""
 
     rows: Tensor  # float64 [tensors][4]: sums of g^2, w^2, update^2; the count of gradients that are not finite
     groups: Sequence[int]
@@ -42,7 +42,7 @@ class Statistics:
     update_ratio: Tensor  # update_norm / param_norm
     penalty: Tensor  # sum over param groups of weight_decay / 2 * sum w^2, which is lambda / 2n * sum w^2
     nonfinite_grads: Tensor  # how many elements of gradients are inf or NaN
-    _measured: Measured = field(repr=False, compare=False)
+    _sums: TensorSums = field(repr=False, compare=False)
 
     def as_dict(self) -> dict[str, float]:
         """The figures as numbers, for a logger. Waits for the device."""
@@ -52,34 +52,34 @@ class Statistics:
     def by_group(self) -> list[Statistics]:
         """The same figures of each param group. If ``norm_process_group`` says that other processes have other parts, here and
         in :meth:`by_tensor` they are of what this process has."""
-        groups = range(len(self._measured.weight_decays))
-        return [self._of([i for i, g in enumerate(self._measured.groups) if g == group]) for group in groups]
+        groups = range(len(self._sums.weight_decays))
+        return [self._of([i for i, g in enumerate(self._sums.groups) if g == group]) for group in groups]
 
     def by_tensor(self) -> dict[str, Statistics]:
         """The same figures of each tensor that had a gradient, by its name in the param group's ``param_names``, or else by the
         numbers of group and position: ``"0.3"``. A name that several have is followed by those: ``"weight (0.3)"``."""
-        return {name: self._of([i]) for i, name in enumerate(self._measured.names)}
+        return {name: self._of([i]) for i, name in enumerate(self._sums.names)}
 
     def _of(self, tensors: list[int]) -> Statistics:
-        m = self._measured._replace(whole=None, parts=())
+        m = self._sums._replace(whole=None, parts=())
         chosen = torch.cat(chosen_rows(m.rows, tensors))
         return make_statistics(
             m._replace(rows=chosen, groups=[m.groups[i] for i in tensors], names=[m.names[i] for i in tensors])
         )
 
 
-def make_statistics(measured: Measured) -> Statistics:
+def make_statistics(given: TensorSums) -> Statistics:
     """The figures of all tensors together."""
-    rows, groups = measured.rows, measured.groups
-    if measured.whole is not None:
-        own = [i for i, is_part in enumerate(measured.parts) if not is_part]
+    rows, groups = given.rows, given.groups
+    if given.whole is not None:
+        own = [i for i, is_part in enumerate(given.parts) if not is_part]
         rows, groups = torch.cat(chosen_rows(rows, own)), [groups[i] for i in own]
-    sums = with_penalty(rows, groups, measured.weight_decays)
-    if measured.whole is not None:
-        sums = sums + measured.whole.to(sums.device)
+    sums = with_penalty(rows, groups, given.weight_decays)
+    if given.whole is not None:
+        sums = sums + given.whole.to(sums.device)
     totals, penalty = sums[: len(STATISTICS)], sums[len(STATISTICS)]
     grad_norm, param_norm, update_norm = (totals[i].sqrt() for i in (GRADS, PARAMS, UPDATES))
-    inv_scale = _beside(measured.inv_scale, rows)
+    inv_scale = _beside(given.inv_scale, rows)
     return Statistics(
         grad_norm=grad_norm * inv_scale,
         param_norm=param_norm,
@@ -87,7 +87,7 @@ def make_statistics(measured: Measured) -> Statistics:
         update_ratio=update_norm / param_norm,
         penalty=penalty.clone(),
         nonfinite_grads=totals[NONFINITE].clone(),
-        _measured=measured,
+        _sums=given,
     )
 
 
@@ -121,8 +121,8 @@ def _on_host(numbers: Sequence[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
-class Record:
-    """Where the steps of a part leave what they measure. Holds no parameters and no states."""
+class PartialSums:
+    """Where the steps of a part leave what they add up over each chunk. Holds no parameters and no states."""
 
     def __init__(
         self,
@@ -148,8 +148,8 @@ class Record:
         return torch.segment_reduce(together, "sum", lengths=self._chunks, axis=0, initial=0.0, unsafe=True)[self._order]
 
 
-class GivenRows(Record):
-    """Rows that are there already."""
+class FinishedSums(PartialSums):
+    """Sums over whole tensors, which are there already."""
 
     def __init__(self, rows: Tensor) -> None:
         self._given = rows
@@ -158,10 +158,10 @@ class GivenRows(Record):
         return self._given
 
 
-class Recorded(NamedTuple):
-    """All that the statistics of a step are made of, once somebody asks."""
+class LazyStatistics(NamedTuple):
+    """What the statistics of a step are made of, once somebody asks for them. ``partial_sums`` are those of each part."""
 
-    records: Sequence[Record]
+    partial_sums: Sequence[PartialSums]
     groups: Sequence[int]
     names: Sequence[str]
     weight_decays: Sequence[float | Tensor]
@@ -171,13 +171,13 @@ class Recorded(NamedTuple):
 
     @torch.no_grad()
     def statistics(self) -> Statistics:
-        return make_statistics(Measured(rows_of(self.records), *self[1:]))
+        return make_statistics(TensorSums(rows_of(self.partial_sums), *self[1:]))
 
 
 @torch.no_grad()
-def rows_of(records: Sequence[Record]) -> Tensor:
+def rows_of(partial_sums: Sequence[PartialSums]) -> Tensor:
     """A row for each tensor, on one device."""
-    rows = [record.rows() for record in records]
+    rows = [partial.rows() for partial in partial_sums]
     rows = rows or [torch.zeros(0, len(STATISTICS), dtype=torch.float64, device="cpu")]
     # To a GPU, if there is one: the way back would wait for it.
     device = next((r.device for r in rows if r.device.type != "cpu"), rows[0].device)

@@ -11,7 +11,7 @@ import torch
 from .engines import cuda
 from .engines.device_tables import ROWS, words_of_a_launch
 from .optimizer import FusedOptimizer
-from .parameters.entry import Needs
+from .parameters.entry import GroupNeeds
 from .step.hyperparameters import is_on_device
 from .tables import coefficients
 from .tables.tensor_table import DTYPES, Rule
@@ -81,7 +81,7 @@ def _kernels_of(optimizer: FusedOptimizer) -> Iterator[tuple[Any, ...]]:
         flags = rule.flags(of_group, options)
         names = rule.state_names(flags)
         capturable = bool(group.get("capturable", False))
-        needs = Needs(flags, names, frozenset(), rule.counts, capturable, options.precision)
+        needs = GroupNeeds(flags, names, frozenset(), rule.counts, capturable, options.precision)
         for param in group["params"]:
             if param.dtype not in DTYPES or not param.requires_grad:
                 continue

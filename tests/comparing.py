@@ -48,8 +48,9 @@ def plan_of(optimizer: Any) -> Any:
     return optimizer._stepper._plan
 
 
-def make(name: str, params: Any) -> Any:
-    return getattr(fused_l2, name)(params, **CASES[name])
+def make(name: str, params: Any, **options: Any) -> Any:
+    """The optimizer of a case, with these options as well."""
+    return getattr(fused_l2, name)(params, **{**CASES[name], **options})
 
 
 def label(variant: dict[str, Any]) -> str:
@@ -68,6 +69,16 @@ def set_grads(params: Sequence[Tensor], seed: int) -> None:
     for p in params:
         scale = 10 ** (4 * torch.rand(p.shape, generator=generator) - 2)
         p.grad = (torch.randn(p.shape, generator=generator) * scale).to(p.dtype)
+
+
+def set_grad(p: Tensor, grad: Tensor) -> None:
+    """Give a parameter this gradient, of any dtype. Skips where torch lets it have no other dtype than its parameter."""
+    if grad.dtype is not p.dtype:
+        if not hasattr(p, "grad_dtype"):
+            pytest.skip("this torch does not let a gradient have another dtype than its parameter")
+        p.grad = None
+        p.grad_dtype = None
+    p.grad = grad
 
 
 def run(make: Callable[[list[torch.nn.Parameter]], Any], params: list[torch.nn.Parameter], steps: int) -> Any:

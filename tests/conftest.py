@@ -42,6 +42,15 @@ def threads(request: pytest.FixtureRequest):
 
 
 @pytest.fixture
+def one_thread():
+    """For tests of small tensors: nothing is gained by waiting for other threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def exact_sqrt(monkeypatch: pytest.MonkeyPatch):
     """A correctly rounded torch.sqrt: MKL's, which torch calls, is an ulp off for a CPU-dependent share of numbers."""
     numpy = pytest.importorskip("numpy")  # its sqrt is the processor's instruction

@@ -29,27 +29,32 @@ class Interrupt(BaseException):
     """What ends a step: not an Exception, as KeyboardInterrupt is not."""
 
 
-Location = tuple[str, str, int, str]  # file, function, line, event
+Location = tuple[str, str, int, str]  # file, function, line or instruction, event
 
 
 class Tracer:
-    """Counts the lines that a call runs through in our code, or raises at one of them."""
+    """Counts the lines that a call runs through in our code, or raises at one of them. With ``opcodes`` also the instructions
+    of which lines are made."""
 
-    def __init__(self, at: tuple[Location, int] | None = None, error: type[BaseException] = Interrupt) -> None:
+    def __init__(
+        self, at: tuple[Location, int] | None = None, error: type[BaseException] = Interrupt, opcodes: bool = False
+    ) -> None:
         self.seen: dict[Location, int] = {}  # how often
         self.has_raised = False
-        self._at, self._error = at, error
+        self._at, self._error, self._opcodes = at, error, opcodes
 
     def _call(self, frame: Any, event: str, _: Any) -> Any:
         # What is raised in a finalizer goes nowhere.
         if not frame.f_code.co_filename.startswith(OURS) or frame.f_code.co_name == "__del__":
             return None
+        frame.f_trace_opcodes = self._opcodes
         return self._line
 
     def _line(self, frame: Any, event: str, _: Any) -> Any:
         # A generator that is thrown away returns, too, and what is raised there goes nowhere.
-        if event == "line" or (event == "return" and not frame.f_code.co_flags & inspect.CO_GENERATOR):
-            here = frame.f_code.co_filename[len(OURS) :], frame.f_code.co_name, frame.f_lineno, event
+        if event in ("line", "opcode") or (event == "return" and not frame.f_code.co_flags & inspect.CO_GENERATOR):
+            number = frame.f_lasti if event == "opcode" else frame.f_lineno
+            here = frame.f_code.co_filename[len(OURS) :], frame.f_code.co_name, number, event
             count = self.seen[here] = self.seen.get(here, 0) + 1
             if self._at == (here, count):
                 self.has_raised = True

@@ -9,17 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import CASES, assert_same_bits, assert_unchanged, each, make_params, set_grads, snapshot, states
+from comparing import assert_same_bits, assert_unchanged, each, make, make_params, set_grads, snapshot, states
 from conftest import needs_library
 
 import fused_l2
 
 SIZES = (1000, 3, 0, 65, 40_000, 1)
 NORMS = pytest.mark.parametrize("norm_type", [2.0, math.inf])
-
-
-def make(name: str, params: Any, **options: Any) -> Any:
-    return getattr(fused_l2, name)(params, **CASES[name], **options)
 
 
 def true_norm(params: list[Any], norm_type: float) -> float:

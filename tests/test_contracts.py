@@ -13,29 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import CASES, assert_same_bits, assert_unchanged, each, make_params, run, set_grads, snapshot
+from comparing import CASES, assert_same_bits, assert_unchanged, each, make, make_params, run, set_grads, snapshot
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fused_l2
 from fused_l2.tables.modes import Mode
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = (5, 64, 0, 33)
 MODES = [mode.name.lower() for mode in Mode]
 KEPT = {mode.name.lower(): mode.state_name for mode in Mode if mode.state_name}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tensors are small: nothing is gained by waiting for other threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def make(name: str, params: Any, **options: Any) -> Any:
-    return getattr(fused_l2, name)(params, **{**CASES[name], **options})
 
 
 def continue_run(optimizer: Any, params: list[Any], first: int, steps: int) -> None:

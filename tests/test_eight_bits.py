@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import assert_same_bits, plan_of
+from comparing import assert_same_bits, plan_of, set_grad
 from conftest import needs_library
 
 import fused_l2
@@ -273,9 +273,7 @@ def run_both(rule, signature, variant, first, monkeypatch):
             if i == 1:
                 value = value.transpose(1, 2).contiguous().transpose(1, 2)
             p = torch.nn.Parameter(value)
-            if hasattr(p, "grad_dtype"):
-                p.grad_dtype = None
-            p.grad = torch.empty_like(value, dtype=grad_dtype).copy_(draw(shape, 7 * i + 1))
+            set_grad(p, torch.empty_like(value, dtype=grad_dtype).copy_(draw(shape, 7 * i + 1)))
             params.append(p)
         made = getattr(fused_l2, rule)(params, **settings, low_precision=mode, state_dtype="8bit", seed=5)
         for i, p in enumerate(params):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import CASES, assert_same_bits, each, make_params
+from comparing import assert_same_bits, each, make, make_params
 from torch.amp import GradScaler
 
 import fused_l2
@@ -60,10 +60,6 @@ def backward(scaler: GradScaler, params: list[Any], grads: list[torch.Tensor]) -
         p.grad = None
     loss = sum((p * g).sum() for p, g in zip(params, grads, strict=True))
     scaler.scale(loss).backward()
-
-
-def make(name: str, params: list[Any], **options: Any) -> Any:
-    return getattr(fused_l2, name)(params, **CASES[name], **options)
 
 
 SEQUENCES = {

@@ -5,7 +5,10 @@ Interrupts at random moments: tests/stress/signals.py.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -102,3 +105,72 @@ def test_statistics_are_not_those_of_two_steps() -> None:
     assert run.optimizer.statistics is None
     run.make()
     assert run.optimizer.statistics is not None
+
+
+# What changes param groups or options, in an optimizer of three groups that differ in all that is known of a group besides its
+# keys: what is done before, and what is interrupted.
+CHANGES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "a group was removed": (lambda optimizer: optimizer.param_groups.pop(0), lambda optimizer: optimizer.options),
+    "groups have changed places": (lambda optimizer: optimizer.param_groups.reverse(), repr),
+    "a group is added": (
+        lambda optimizer: setattr(optimizer, "decay_rule", "corrected"),
+        lambda optimizer: optimizer.add_param_group({"params": make_params((3,), seed=7), "lr": 0.3}),
+    ),
+    "clipping is switched on": (lambda optimizer: None, lambda optimizer: setattr(optimizer, "max_grad_norm", 0.01)),
+    "statistics are switched on": (lambda optimizer: None, lambda optimizer: setattr(optimizer, "statistics", True)),
+    "the rules are replaced": (
+        lambda optimizer: None,
+        lambda optimizer: setattr(optimizer, "decay_rule", ["fully_decoupled", "plain", "plain"]),
+    ),
+}
+SETTING = ("step/stepper.py", "optimizer.py")  # what sets something; what it calls does not
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_groups_and_options_change_as_a_whole_or_not_at_all(change: str) -> None:
+    """An interrupt between any two instructions: what an optimizer says of itself and what it does are those of before, or
+    those of after, and of no third one."""
+    prepare, interrupted = CHANGES[change]
+
+    def before() -> Any:
+        groups = [{"params": make_params((2, 4), seed=i), "lr": 0.1 * (i + 1)} for i in range(3)]
+        optimizer = fused_l2.AdamW(
+            groups,
+            weight_decay=0.3,
+            decay_rule=["plain", "corrected", "fully_decoupled"],
+            norm_process_group=["replicated", None, "world"],
+        )
+        for step in range(2):
+            steps(optimizer, step)
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.5  # from now on the lr that it was added with matters
+        prepare(optimizer)
+        return optimizer
+
+    def steps(optimizer: Any, step: int) -> None:
+        set_grads([p for group in optimizer.param_groups for p in group["params"]], step)
+        optimizer.step()
+
+    def after(optimizer: Any) -> tuple[Any, ...]:
+        for step in range(2, 4):
+            steps(optimizer, step)
+        weights = [p.tolist() for group in optimizer.param_groups for p in group["params"]]
+        norm = optimizer.grad_norm
+        return optimizer.options, weights, norm if norm is None else norm.item(), optimizer.statistics is None
+
+    def result_of(run: Callable[[Any], None]) -> tuple[Any, ...]:
+        optimizer = before()
+        run(optimizer)
+        return after(optimizer)
+
+    expected = [result_of(lambda optimizer: None), result_of(interrupted)]
+    tracer, seen = Tracer(opcodes=True), before()
+    tracer.run(lambda: interrupted(seen))
+    places = [(at, k) for at, count in tracer.seen.items() if at[0] in SETTING and at[3] == "opcode" for k in {1, count}]
+    assert len(places) > 100
+    for place in places:
+        optimizer, tracer = before(), Tracer(place, opcodes=True)
+        with contextlib.suppress(Interrupt):
+            tracer.run(functools.partial(interrupted, optimizer))
+        assert tracer.has_raised
+        assert after(optimizer) in expected, place

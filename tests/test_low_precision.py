@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from comparing import AWKWARD_SIZES, CASES, assert_same_bits, each, make_params, set_grads
+from comparing import AWKWARD_SIZES, CASES, assert_same_bits, each, make_params, set_grad, set_grads
 from conftest import needs_library
 
 import fused_l2
@@ -96,9 +96,7 @@ def test_the_library_and_plain_pytorch_have_the_bits_of_the_definition(signature
         params = []
         for i, n in enumerate(sizes):
             p = torch.nn.Parameter(weights(n, 7 * i).to(param_dtype))
-            if hasattr(p, "grad_dtype"):
-                p.grad_dtype = None
-            p.grad = weights(n, 7 * i + 1).to(grad_dtype)
+            set_grad(p, weights(n, 7 * i + 1).to(grad_dtype))
             params.append(p)
         made = getattr(fused_l2, rule)(params, **settings, low_precision=mode, seed=5)
         # float16 is none that can be asked for: a float16 model's moments may have it.

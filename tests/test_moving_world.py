@@ -19,17 +19,18 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import CASES, assert_same_bits, assert_unchanged, each, make_params, plan_of, run, set_grads, snapshot
+from comparing import CASES, assert_same_bits, assert_unchanged, each, make, make_params, plan_of, run, set_grads, snapshot
 from conftest import needs_library
 from torch import Tensor, nn
 
 import fused_l2
 from fused_l2.engines.cpu_part import CpuPart
 from fused_l2.engines.watch import NativeLook
-from fused_l2.step import plan, stepper
+from fused_l2.step import entry_maker, stepper
 from fused_l2.step.plan import Plan
 from fused_l2.tables import coefficients
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = (5, 64, 0, 33, 1, 17, 8)
 STEPS = 9
 WARM_UP = 2  # steps with every gradient, before things move
@@ -42,19 +43,6 @@ def _frozen() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tensors are small: nothing is gained by waiting for other threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def make(name: str, params: Any, **options: Any) -> Any:
-    return getattr(fused_l2, name)(params, **CASES[name], **options)
 
 
 class World:
@@ -274,7 +262,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
         return counted_make
 
     for name in ("make_entry", "plain_entry"):
-        monkeypatch.setattr(plan, name, counting(getattr(plan, name)))
+        monkeypatch.setattr(entry_maker, name, counting(getattr(entry_maker, name)))
     return counted
 
 

@@ -10,25 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import CASES, assert_same_bits, make_params, set_grads
+from comparing import assert_same_bits, make, make_params, set_grads
 from torch import nn
 
 import fused_l2
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = (5, 64, 0, 33)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tensors are small: nothing is gained by waiting for other threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def make(name: str, params: Any, **options: Any) -> Any:
-    return getattr(fused_l2, name)(params, **{**CASES[name], **options})
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from comparing import plan_of
 
 import fused_l2
 from fused_l2.engines import cpu, watch
-from fused_l2.engines.watch import SlotWatch, slot_offset
+from fused_l2.engines.slot_watch import SlotWatch, slot_offset
 
 LOOKS = ["python", "native"]
 
@@ -35,7 +35,7 @@ def stepped(shape: tuple[int, ...] = (4, 6)) -> tuple[Any, Any, Any]:
 
 
 def changes(plan: Any) -> list[int]:
-    params = list(plan._params)
+    params = list(plan._groups.params)
     found: list[int] | None = plan._look.changes(params, [p.grad for p in params])
     assert found is not None
     return found

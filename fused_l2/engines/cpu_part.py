@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..parameters.entry import Entry
-from ..statistics import Record
+from ..statistics import PartialSums
 from ..tables.control import FACTOR, Control, Prologue, on_host
 from ..tables.tensor_table import STATISTICS, Flag, Rule, address_of, norm_chunk, statistics_chunk
 from .cpu import failure
-from .part import TablePart
+from .table_part import TablePart
 
 
 class CpuPart(TablePart):
@@ -38,7 +38,7 @@ class CpuPart(TablePart):
         if self._statistics:
             chunks = [-(-e.numel // self._statistics_chunk) for e in entries]
             self._partials = torch.zeros(sum(chunks), len(STATISTICS), dtype=torch.float64, device="cpu")
-            self.record = Record([self._partials], chunks, [e.slot for e in entries])
+            self.sums = PartialSums([self._partials], chunks, [e.slot for e in entries])
 
     def _measured(self, largest: bool) -> float:
         assert self._library is not None

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..parameters.entry import Entry
-from ..statistics import Record
+from ..statistics import PartialSums
 from ..tables import coefficients
 from ..tables.control import Control, Prologue
 from ..tables.tensor_table import Flag, Rule
 from . import cpu, cuda
+from .bucket import Bucket, RowOf
 from .device_tables import DeviceTable, Measurer, Numbers, Rows
-from .part import Bucket, RowOf, TablePart
+from .table_part import TablePart
 
 
 class CudaPart(TablePart):
@@ -64,7 +65,7 @@ class CudaPart(TablePart):
             order = [e.slot if e.active else None for bucket in self.buckets for e in bucket.entries]
             partials = [table.partials for table in tables.values()]
             with self._device.current():
-                self.record = Record(partials, chunks, order, self._device.sent, self._device.used_by_current_stream)
+                self.sums = PartialSums(partials, chunks, order, self._device.sent, self._device.used_by_current_stream)
 
     def _make_table(self, bucket: Bucket) -> DeviceTable:
         kernel, reason = cuda.find_kernel(self._of, self._rule, bucket.flags, *bucket.dtypes)

@@ -25,13 +25,14 @@ from ..parameters.checks import is_count
 from ..parameters.entry import Entry
 from ..parameters.low_precision import narrowed, random_bits, widened
 from ..parameters.memory import has_plain_type
-from ..statistics import GivenRows, row_of
+from ..statistics import FinishedSums, row_of
 from ..tables import coefficients
 from ..tables.coefficients import AdamNumbers, SgdNumbers
 from ..tables.control import FACTOR, Control, Prologue, on_host
 from ..tables.modes import FLAGS, HALVES, RANDOM, Mode
 from ..tables.tensor_table import Flag, Rule
-from .part import Part, RowOf
+from .bucket import RowOf
+from .part import Part
 
 
 class TorchPart(Part):
@@ -78,7 +79,7 @@ class TorchPart(Part):
     def settle(self) -> bool:
         return False
 
-    def unexpected(self) -> list[Entry]:
+    def unexpected_counts(self) -> list[Entry]:
         # Fake ones have no values.
         counters = [(e, e.counter) for e in self.entries() if e.counter is not None and has_plain_type(e.counter)]
         return [e for e, counter in counters if counter.device.type == "cpu" and not is_count(float(counter))]
@@ -100,7 +101,7 @@ class TorchPart(Part):
         self._factor = control[FACTOR]
 
     def measure_skipped(self) -> None:
-        self.record = GivenRows(torch.stack([row_of(e.grad, e.weights(), e.weights()) for e in self.entries()]))
+        self.sums = FinishedSums(torch.stack([row_of(e.grad, e.weights(), e.weights()) for e in self.entries()]))
 
     @torch.no_grad()
     def launch(self) -> None:
@@ -120,7 +121,7 @@ class TorchPart(Part):
                 e.first_step = False
         if self._statistics:
             rows = [row_of(e.grad, b, e.weights()) for e, b in zip(entries, before, strict=True)]
-            self.record = GivenRows(torch.stack(rows))
+            self.sums = FinishedSums(torch.stack(rows))
 
     def _step(self, entries: list[Entry]) -> None:
         first = entries[0]

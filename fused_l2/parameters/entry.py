@@ -22,21 +22,16 @@ from .shards import LocalGradients, first_element, is_dtensor, local, matches, r
 GONE: Any = object()  # stands for a state that changed
 
 
-class Flight:
-    """Whether a step of a plan is under way, during which nothing that it uses may go; and which entries of the plan let go of
-    their states since it looked at them."""
+class InFlight:
+    """What a plan and its entries tell each other: whether a step is under way, during which nothing that it uses may go, and
+    which entries let go of their states since the plan looked at them."""
 
     def __init__(self) -> None:
-        self.is_under_way = False
-        self.kept: list[Any] = []
+        self.used: list[Any] | None = None  # what entries let go of while a step uses it; None: no step is under way
         self.without_state: list[int] = []  # slots
 
-    def end(self) -> None:
-        self.is_under_way = False
-        self.kept = []
 
-
-class Needs(NamedTuple):
+class GroupNeeds(NamedTuple):
     """What the parameters of one param group need besides themselves."""
 
     flags: int
@@ -46,7 +41,7 @@ class Needs(NamedTuple):
     counts_on_device: bool  # whether it is where a CUDA parameter is
     precision: LowPrecision
 
-    def of(self, param: Tensor) -> Kind:
+    def of(self, param: Tensor) -> ParamNeeds:
         """The same for one parameter, which is a matter of its dtype, and with 8-bit states of its shape and layout."""
         mode, has_codes = self.precision.mode_of(param), bool(self.state_names) and self.precision.has_codes(param)
         flags = int(self.flags | mode | (Flag.EIGHT_BIT if has_codes else 0))
@@ -57,13 +52,13 @@ class Needs(NamedTuple):
         names = (*states, *kept, *scales, *(("step",) if counts else ()))
         wanted = self.precision.state_dtype_of(param)
         is_plain = mode is Mode.ROUND and not has_codes and param.dtype in DTYPES
-        return Kind(self, flags, mode, has_codes, wanted, counts, names, is_plain)
+        return ParamNeeds(self, flags, mode, has_codes, wanted, counts, names, is_plain)
 
 
-class Kind(NamedTuple):
+class ParamNeeds(NamedTuple):
     """What a parameter of one param group and dtype needs besides itself."""
 
-    needs: Needs
+    of_group: GroupNeeds
     flags: int
     mode: Mode
     has_codes: bool  # whether states are 8-bit codes
@@ -75,6 +70,9 @@ class Kind(NamedTuple):
 
 class Entry:
     """A parameter that had a gradient, with the state its update rule needs. It lives until one of them is replaced.
+
+    ``states`` are the moments or the momentum; ``kept`` is what ``low_precision`` keeps beside the parameter (master weights, a
+    remainder or a compensation); ``scales`` belong to 8-bit states; ``counter`` is the ``step``.
 
     ``param`` and the state may be DTensors. The step works on their local shards: ``local``, ``states``, ``kept`` and
     ``scales`` are plain tensors that are sharded alike. ``ranks``: where something is measured, the process groups over which
@@ -92,10 +90,10 @@ class Entry:
         "counter",
         "first_step",
         "flags",
-        "flight",
         "grad_dtype",
         "gradients",
         "group",
+        "in_flight",
         "is_plain",
         "is_regular",
         "kept",
@@ -106,7 +104,7 @@ class Entry:
         "new",
         "numel",
         "param",
-        "place",
+        "part",
         "ranks",
         "record",
         "row",
@@ -140,11 +138,11 @@ class Entry:
     is_plain: bool  # of plain tensors on the CPU, which the watch has accepted
     is_regular: bool  # whether the tensors are such that an engine of ours can step them
     numel: int
-    flight: Flight
+    in_flight: InFlight
     # The plan's: what the watch saw, and where the parameter is stepped.
     record: array[int] | None
     active: bool
-    place: Any
+    part: Any
     bucket: Any
     row: int
 
@@ -158,12 +156,13 @@ class Entry:
 
     def let_go(self) -> None:
         """The state was changed by somebody: hold none of its tensors any more, once the step that uses them is over."""
-        if self.flight.is_under_way:
-            self.flight.kept.append((self.states, self.kept, self.scales, self.counter))
+        used = self.in_flight.used
+        if used is not None:
+            used.append((self.states, self.kept, self.scales, self.counter))
         self.state, self.states, self.kept, self.scales, self.counter = GONE, [], None, [], None
         if self.record is not None:
             self.record[0] = -1  # not to be read: it tells of tensors that may be gone
-        self.flight.without_state.append(self.slot)
+        self.in_flight.without_state.append(self.slot)
 
     def take(self, state: Any, tensors: Sequence[Tensor]) -> None:
         """Use these tensors of the state, in the order of ``names``."""
@@ -187,7 +186,14 @@ _COUNTERS = (torch.float32, torch.float64)
 
 
 def plain_entry(
-    param: Tensor, grad: Tensor, slot: int, group: int, state: Any, kind: Kind, gradients: LocalGradients, flight: Flight
+    param: Tensor,
+    grad: Tensor,
+    slot: int,
+    group: int,
+    state: Any,
+    needs: ParamNeeds,
+    gradients: LocalGradients,
+    in_flight: InFlight,
 ) -> Entry | None:
     """The entry of a parameter whose state is whole or does not exist yet, as almost all are; None if it takes a closer look.
 
@@ -199,35 +205,35 @@ def plain_entry(
         return None
     new: dict[str, Any] = {}
     counter: Any = None
-    names = kind.needs.state_names
+    names = needs.of_group.state_names
     if not state:
-        states = [torch.zeros_like(param, dtype=kind.wanted) for _ in names]
+        states = [torch.zeros_like(param, dtype=needs.wanted) for _ in names]
         new.update(zip(names, states, strict=True))
-        if kind.counts:
+        if needs.counts:
             counter = new["step"] = torch.tensor(0.0, dtype=scalar_dtype(), device="cpu")
-    elif len(state) != len(kind.names):
+    elif len(state) != len(needs.names):
         return None
     else:
         try:
             states = [state[key] for key in names]
             if states:
                 dtype = states[0].dtype
-            if kind.counts:
+            if needs.counts:
                 counter = state["step"]
                 if counter.dtype not in _COUNTERS:
                     return None
         except (KeyError, AttributeError):  # not there, or not a tensor
             return None
-    if kind.wanted not in (None, dtype) or (dtype is not param_dtype and not checks.is_state_dtype(dtype, param_dtype)):
+    if needs.wanted not in (None, dtype) or (dtype is not param_dtype and not checks.is_state_dtype(dtype, param_dtype)):
         return None
     e = Entry()
-    e.flight = flight
+    e.in_flight = in_flight
     e.param = e.local = param
-    e.slot, e.group, e.gradients, e.mode, e.flags, e.names = slot, group, gradients, kind.mode, kind.flags, kind.names
+    e.slot, e.group, e.gradients, e.mode, e.flags, e.names = slot, group, gradients, needs.mode, needs.flags, needs.names
     e.ranks, e.state, e.new, e.first_step, e.key = (), state, new, bool(new), 0
     e.states, e.kept, e.scales, e.counter, e.state_dtype, e.grad_dtype = states, None, [], counter, dtype, grad_dtype
     e.copies, e.is_plain, e.is_regular, e.numel = False, True, True, param.numel()
-    e.active, e.record, e.place, e.bucket, e.row = True, None, None, None, -1
+    e.active, e.record, e.part, e.bucket, e.row = True, None, None, None, -1
     return e
 
 
@@ -240,9 +246,9 @@ def make_entry(
     group: int,
     state: Any,
     pending: Mapping[str, Any],
-    kind: Kind,
+    needs: ParamNeeds,
     gradients: LocalGradients,
-    flight: Flight,
+    in_flight: InFlight,
     on_device: bool,
     name: Name,
 ) -> Entry:
@@ -254,31 +260,31 @@ def make_entry(
     Raises:
         RuntimeError: if the step cannot be made; the message names the parameter, what is wrong and what to do.
     """
-    mode, wanted, needs = kind.mode, kind.wanted, kind.needs
+    mode, wanted, of_group = needs.mode, needs.wanted, needs.of_group
     found: Mapping[str, Any] = {**(state or {}), **pending}
     checks.check_param(param, name)
     checks.check_grad(param, grad, lambda: gradients.of(param), name)
     checks.check_mode(param, mode, found, name)
-    checks.check_format(param, kind.has_codes, needs.precision.state_dtype, found, name)
+    checks.check_format(param, needs.has_codes, of_group.precision.state_dtype, found, name)
     missing = []
-    for key in needs.state_names:
-        entries = (CODES[key], SCALES[key]) if kind.has_codes else (key,)
+    for key in of_group.state_names:
+        entries = (CODES[key], SCALES[key]) if needs.has_codes else (key,)
         absent = [k for k in entries if found.get(k) is None]
-        if key not in needs.optional_states or len(absent) < len(entries):
+        if key not in of_group.optional_states or len(absent) < len(entries):
             missing += absent
-    if needs.counts and found.get("step") is None:
+    if of_group.counts and found.get("step") is None:
         missing.append("step")
     checks.check_whole(found, missing, name)
 
     e = Entry()
-    e.flight = flight
+    e.in_flight = in_flight
     e.param, e.slot, e.group, e.gradients, e.mode = param, slot, group, gradients, mode
     e.local, e.ranks = local(param), ()
-    e.flags, e.names = kind.flags, kind.names
+    e.flags, e.names = needs.flags, needs.names
     e.state, e.new, e.first_step = state, dict(pending), False
     e.states, e.scales = [], []
-    for key in needs.state_names:
-        if kind.has_codes:
+    for key in of_group.state_names:
+        if needs.has_codes:
             _take_codes(e, key, found, pending, name)
             continue
         value = found.get(key)
@@ -290,20 +296,20 @@ def make_entry(
         e.states.append(local(value))
     e.kept = _kept(e, found, name)
     e.counter = None
-    if kind.counts:
+    if needs.counts:
         value = found.get("step")
-        counter = as_counter(value, param, on_device, bool(kind.flags & RANDOM), name)
+        counter = as_counter(value, param, on_device, bool(needs.flags & RANDOM), name)
         if not on_device and value is not None:
             checks.check_counter(counter, name)
         if counter is not value:
             e.new["step"] = counter
         e.counter = counter
-    e.state_dtype = torch.float32 if kind.has_codes else e.states[0].dtype if e.states else param.dtype
+    e.state_dtype = torch.float32 if needs.has_codes else e.states[0].dtype if e.states else param.dtype
     e.grad_dtype = grad.dtype
     e.numel = e.local.numel()
     e.key = 0
-    if kind.flags & RANDOM:
-        e.key = parameter_key(needs.precision.seed, number) | (first_element(param) & 0xFFFFFFFF) << 32
+    if needs.flags & RANDOM:
+        e.key = parameter_key(of_group.precision.seed, number) | (first_element(param) & 0xFFFFFFFF) << 32
     own = gradients.of(param)
     e.is_plain = False
     e.copies = needs_copy(e.local, own) if own.layout is torch.strided else False
@@ -312,9 +318,9 @@ def make_entry(
         and not own._is_zerotensor()
         and all(map(is_plain, (e.local, *e.states, *([] if e.kept is None else [e.kept]), *e.scales)))
         and is_dense(e.local)
-        and (kind.has_codes or all(s.dtype is e.state_dtype for s in e.states))
+        and (needs.has_codes or all(s.dtype is e.state_dtype for s in e.states))
     )
-    e.active, e.record, e.place, e.bucket, e.row = True, None, None, None, -1
+    e.active, e.record, e.part, e.bucket, e.row = True, None, None, None, -1
     return e
 
 

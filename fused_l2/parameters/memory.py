@@ -149,7 +149,7 @@ class Ranges:
             self._are_disjoint = all(a[1] <= b[0] for a, b in pairwise(self._sorted))
         return self._are_disjoint
 
-    def later(self, counts: Callable[[int], bool]) -> set[int]:
+    def overlapping(self, counts: Callable[[int], bool]) -> set[int]:
         """Of the slots that count, those that share memory with an earlier one. May name one too many, never one too few."""
         if self.are_disjoint:
             return set()

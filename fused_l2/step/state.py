@@ -52,14 +52,14 @@ class ParamState(dict[str, Any]):
         super().update(new)
 
     def _changed(self, keep: Sequence[Entry] = ()) -> None:
-        kept = []
+        staying = []
         for w in self._watchers:
             entry = w()
             if entry is not None and any(entry is k for k in keep):
-                kept.append(w)
+                staying.append(w)
             elif entry is not None:
                 entry.let_go()
-        self._watchers = tuple(kept)
+        self._watchers = tuple(staying)
 
 
 class OptimizerState(defaultdict[Any, Any]):

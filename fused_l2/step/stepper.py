@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..options import Options
 from ..parameters.shards import LocalGradients
-from ..statistics import Recorded, Statistics
+from ..statistics import LazyStatistics, Statistics
 from ..tables.control import INV_SCALE, NORM, SKIP, Control, Prologue
-from .plan import Groups, Plan
+from .groups import Groups
+from .plan import Plan
 from .rules import UpdateRule
 from .surroundings import dispatch_modes, functorch_level, outside_transforms, refuse_modes
 
@@ -30,12 +31,17 @@ class Stepper:
     ``param_groups`` and ``state`` are given to each step, because torch replaces them.
     """
 
+    options: Options
+    _decides: bool
+    _measures: bool
+    _prologue: Prologue
+
     def __init__(self, rule: UpdateRule, options: Options, first: int = 0) -> None:
         """``first``: which of an optimizer's parameters the first one is, for random bits."""
         self.rule, self._first = rule, first
         self.initial_lrs: dict[int, float] = {}  # by param group: its lr when it was added
         self.waiting: dict[Tensor, dict[str, Any]] = {}  # states set before the first step, by parameter
-        self._known: list[tuple[dict[str, Any], Any]] = []  # the param groups as they stood last, and their first parameters
+        self._groups_seen: list[tuple[dict[str, Any], Any]] = []  # with their first parameters
         self.warned: set[str] = set()  # what this optimizer has warned of
         self.singles: list[Any] = []  # what step_in_backward steps with
         self.tell_scaler: Callable[[Tensor], None] | None = None  # takes what was found in all processes
@@ -45,7 +51,7 @@ class Stepper:
         self._captured: list[Any] = []  # what CUDA graphs read
         self._control: Tensor | Control | None = None  # of the last step
         self._norm_dtype = torch.float32
-        self._recorded: Recorded | None = None  # what the last step's statistics are made of
+        self._lazy_statistics: LazyStatistics | None = None  # what the last step's statistics are made of
         self.set_options(options)
 
     def step(
@@ -68,11 +74,13 @@ class Stepper:
         drops = self._drops
         try:
             if plan is None or not plan.refresh(groups, state):
+                self.arrange(groups)
+                drops = self._drops  # what is dropped from now on is the plan that is made here
                 plan = self._make_plan(groups, state)
             plan.prepare()
             is_made = not self._decides or self._decide(plan, grad_scale, found_inf)
             if self._measures:
-                self._recorded = None  # what it is made of is about to be written to
+                self._lazy_statistics = None  # what it is made of is about to be written to
             if is_made:
                 if plan.uncommitted:
                     self._warn_of_lost_decay(plan)
@@ -87,7 +95,7 @@ class Stepper:
             if self.waiting:
                 self._forget_waiting(state)
         except BaseException:
-            if plan is not None and plan.committed:
+            if plan is not None:
                 plan.take_back(state)
             raise
         finally:
@@ -99,7 +107,6 @@ class Stepper:
 
     def _make_plan(self, groups: Groups, state: Any) -> Plan:
         self._gradients.clear()  # an interrupt may have left some
-        self.arrange(groups)
         plan = Plan(self.rule, self.options, self._gradients, self.initial_lrs, self.waiting, self.warned, self._first)
         if not plan.refresh(groups, state):
             raise RuntimeError(
@@ -115,47 +122,56 @@ class Stepper:
 
     def drop_plan(self) -> None:
         """Forget what was prepared for the next step; it will be prepared again."""
-        self._plan = None
-        self._drops += 1
+        self._set_at_once()
         for single in chain.from_iterable(self.singles):
             single.drop_plan()
 
+    def _set_at_once(self, **attributes: Any) -> None:
+        """Set these attributes, and drop the plan that was made for others. It is one call of C, so that an interrupt comes
+        before it or after it."""
+        plan = self._plan  # lives until all are set: in its finalizer, which is Python, an interrupt might come
+        vars(self).update(attributes, _plan=None, _drops=self._drops + 1)
+        del plan
+
     def set_options(self, options: Options) -> None:
         """Make the coming steps with these."""
-        self.options = options
-        self._decides, self._measures = options.decides, options.statistics
-        if not self._decides:
-            self._control = None
-        self.drop_plan()
+        limit = math.inf if options.max_grad_norm is None else options.max_grad_norm
+        self._set_at_once(
+            options=options,
+            _decides=options.decides,
+            _measures=options.statistics,
+            _prologue=Prologue(options.clips, options.is_largest, limit, options.skips_nonfinite),
+            _control=self._control if options.decides else None,
+        )
+        self.drop_plan()  # also those of step_in_backward
 
     def arrange(self, groups: Groups) -> None:
         """What is known of a param group goes with it, where others were removed or groups changed places.
 
         A group is known by its dict. One that somebody made anew, as loading does, is known by its first parameter.
         """
-        known = self._known
+        known = self._groups_seen
         if len(known) == len(groups) and all(g is k for g, (k, _) in zip(groups, known, strict=True)):
             return
-        self._known = [(g, next(iter(g["params"]), None)) for g in groups]
-        if not known:
-            return
+        now = [(g, next(iter(g["params"]), None)) for g in groups]
         by_dict = {id(k): i for i, (k, _) in enumerate(known)}
         by_first = {id(first): i for i, (_, first) in enumerate(known) if first is not None}
-        was = [by_dict.get(id(g), by_first.get(id(first), -1)) for g, first in self._known]
+        was = [by_dict.get(id(g), by_first.get(id(first), -1)) for g, first in now]
         for i, position in enumerate(was):  # what nobody knows took the place of what is gone, or is new
             if position < 0 and i not in was:
                 was[i] = i
         if was == [*range(len(was))]:
+            self._groups_seen = now
             return
         lrs = {i: self.initial_lrs[position] for i, position in enumerate(was) if position in self.initial_lrs}
-        self.initial_lrs.clear()
-        self.initial_lrs.update(lrs)
-        if not isinstance(self.options.decay_rule, str):
-            rules = [self.options.decay_rule_of(i).name.lower() if i >= 0 else "plain" for i in was]
-            self.options, self._plan = self.options.replaced("decay_rule", rules), None
-        if isinstance(self.options.norm_process_group, tuple):
-            processes = tuple(self.options.process_group_of(i) if i >= 0 else None for i in was)
-            self.options, self._plan = self.options.replaced("norm_process_group", processes), None
+        options = self.options
+        if not isinstance(options.decay_rule, str):
+            rules = [options.decay_rule_of(i).name.lower() if i >= 0 else "plain" for i in was]
+            options = options.replaced("decay_rule", rules)
+        if isinstance(options.norm_process_group, tuple):
+            processes = tuple(options.process_group_of(i) if i >= 0 else None for i in was)
+            options = options.replaced("norm_process_group", processes)
+        self._set_at_once(_groups_seen=now, initial_lrs=lrs, options=options)
 
     def _warn_of_lost_decay(self, plan: Plan) -> None:
         if "lost decay" not in self.warned and (message := plan.lost_decay()):
@@ -164,15 +180,14 @@ class Stepper:
 
     def _decide(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Measure this step's gradients and ask the GradScaler. False if the host knows that the step is to be skipped."""
-        options = self.options
-        limit = math.inf if options.max_grad_norm is None else options.max_grad_norm
-        prologue = Prologue(options.clips, options.is_largest, limit, options.skips_nonfinite)
+        options, measuring, prologue = self.options, plan.measuring, self._prologue
+        assert measuring is not None
         if options.amp_scaling:
             prologue = prologue._replace(grad_scale=grad_scale, found_inf=found_inf)
-        control = self._control = plan.decide(prologue)
-        if prologue.found_inf is not None and plan.is_shared and self.tell_scaler is not None:
+        control = self._control = measuring.decide(plan.parts, prologue)
+        if prologue.found_inf is not None and measuring.is_shared and self.tell_scaler is not None:
             self.tell_scaler(prologue.found_inf)
-        self._norm_dtype = plan.norm_dtype
+        self._norm_dtype = measuring.norm_dtype
         raises = options.raises_if_nonfinite
         if raises or plan.host_must_know or isinstance(control, Control):
             known = plan.read(control)
@@ -192,17 +207,18 @@ class Stepper:
         inv_scale = 1.0 if self._control is None or not self._decides else self._control[INV_SCALE]
         decays = [group["weight_decay"] for group in groups]
         # A tensor may be written to before somebody asks.
-        kept: Sequence[Any] = [d.detach().clone() if isinstance(d, Tensor) else d for d in decays]
-        self._recorded = plan.recorded(groups, list(kept), inv_scale)
+        read: Sequence[Any] = [d.detach().clone() if isinstance(d, Tensor) else d for d in decays]
+        assert plan.measuring is not None
+        self._lazy_statistics = plan.measuring.statistics(plan.parts, groups, list(read), inv_scale)
 
     # What the last step left.
 
     @property
     def statistics(self) -> Statistics | None:
-        return None if self._recorded is None else self._recorded.statistics()
+        return None if self._lazy_statistics is None else self._lazy_statistics.statistics()
 
     def forget_statistics(self) -> None:
-        self._recorded = None
+        self._lazy_statistics = None
 
     @property
     def grad_norm(self) -> Tensor | None:

@@ -265,6 +265,29 @@ class FakeDevice(cuda.Device):
         return FakeEvent(self)
 
 
+def step_side_by_side(
+    run: Run,
+    monkeypatch: Any,
+    ours: tuple[Any, list[Any]],
+    on_cpu: tuple[Any, list[Any]],
+    give: Callable[[list[Any], int], None],
+    steps: int = 3,
+) -> FakeDevice:
+    """Step an optimizer on a fake device and its twin on the CPU; ``give(params, step)`` sets the gradients of both."""
+    optimizer, params = ours
+    device = FakeDevice(run)
+    device.accessible = lambda: tensors_of(optimizer)
+    for step in range(steps):
+        give(params, step)
+        give(on_cpu[1], step)
+        with device.in_place(monkeypatch):
+            optimizer.step()
+        device.synchronize()
+        on_cpu[0].step()
+    assert device.launches
+    return device
+
+
 def tensors_of(optimizer: Any) -> list[Tensor]:
     """Every tensor a step of this optimizer may access."""
     found: list[Tensor] = []

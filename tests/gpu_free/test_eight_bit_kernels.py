@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from comparing import assert_same_bits
+from comparing import assert_same_bits, set_grad
 
 pytest.importorskip("triton", reason="Triton kernels need triton: pip install triton")
 pytest.importorskip("numpy")
@@ -17,7 +18,7 @@ import fused_l2
 from fused_l2.tables.tensor_table import Flag, Rule
 
 from . import aot
-from .fake_cuda import FakeDevice, emulated, interpreted_kernel, tensors_of
+from .fake_cuda import emulated, interpreted_kernel, step_side_by_side
 from .test_kernel_bits import SPECIAL, padded, poison_is_intact
 
 # Elements in one chunk and in several; blocks that are full and not; a tensor that keeps float32 between the others.
@@ -42,28 +43,14 @@ def give(params: list[Any], step: int, dtype: torch.dtype) -> None:
         grad = draw(p.shape, 100 * step + i, special=False).to(dtype)
         if step == 1 and p.numel() > 100:
             grad.view(-1)[40 : 40 + len(SPECIAL)] = torch.tensor(SPECIAL, dtype=torch.float64).to(dtype)
-        if dtype is not p.dtype:
-            p.grad = None
-            p.grad_dtype = None
-        p.grad = padded(grad.flatten(), (0, 1, 3)[i % 3]).view(p.shape)
+        set_grad(p, padded(grad.flatten(), (0, 1, 3)[i % 3]).view(p.shape))
 
 
 def check(run: Any, shapes: Any, monkeypatch: Any, rule: str, signature: tuple[Any, ...], **options: Any) -> None:
     param, grad, mode = signature
     ours, optimizer = build(rule, shapes, param, mode, **options)
     theirs, on_cpu = build(rule, shapes, param, mode, **options)
-    if grad is not param and not hasattr(ours[0], "grad_dtype"):
-        pytest.skip("this torch does not let a gradient have another dtype than its parameter")
-    device = FakeDevice(run)
-    device.accessible = lambda: tensors_of(optimizer)
-    for step in range(3):
-        give(ours, step, grad)
-        give(theirs, step, grad)
-        with device.in_place(monkeypatch):
-            optimizer.step()
-        device.synchronize()
-        on_cpu.step()
-    assert device.launches
+    step_side_by_side(run, monkeypatch, (optimizer, ours), (on_cpu, theirs), partial(give, dtype=grad))
     for mine, other in zip(ours, theirs, strict=True):
         where = f"{signature}, shape {tuple(mine.shape)}: "
         assert_same_bits(mine.detach(), other.detach(), where + "parameter")

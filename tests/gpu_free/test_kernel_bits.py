@@ -18,7 +18,7 @@ from fused_l2 import reference
 from fused_l2.tables import coefficients
 from fused_l2.tables.tensor_table import Flag, Rule
 
-from .fake_cuda import FakeDevice, emulated, interpreted_kernel, tensors_of
+from .fake_cuda import FakeDevice, emulated, interpreted_kernel, step_side_by_side, tensors_of
 
 DECAYS = (0, Flag.DECOUPLED, Flag.DECOUPLED | Flag.CAUTIOUS)
 SGD_FLAGS = [
@@ -138,16 +138,7 @@ def check(run: Any, sizes: tuple[int, ...], monkeypatch: Any, signature: tuple[A
     ours, theirs = make_params(sizes, param_dtype), make_params(sizes, param_dtype)
     optimizer = make_optimizer(rule, flags, ours, state_dtype)
     on_cpu = make_optimizer(rule, flags, theirs, state_dtype)
-    device = FakeDevice(run)
-    device.accessible = lambda: tensors_of(optimizer)
-    for step in range(STEPS):
-        give_grads(ours, step)
-        give_grads(theirs, step)
-        with device.in_place(monkeypatch):
-            optimizer.step()
-        device.synchronize()
-        on_cpu.step()
-    assert device.launches
+    device = step_side_by_side(run, monkeypatch, (optimizer, ours), (on_cpu, theirs), give_grads, STEPS)
     assert len(device.launches) == STEPS  # all groups, whatever the step counts
     words = 0
     for mine, other in zip(ours, theirs, strict=True):

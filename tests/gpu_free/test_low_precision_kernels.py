@@ -6,17 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import CASES, assert_same_bits
+from comparing import assert_same_bits, make, set_grad
 
 pytest.importorskip("triton", reason="Triton kernels need triton: pip install triton")
 pytest.importorskip("numpy")
 
-import fused_l2
 from fused_l2.tables.modes import Mode
 from fused_l2.tables.tensor_table import Flag, Rule
 
 from . import aot
-from .fake_cuda import FakeDevice, emulated, interpreted_kernel, tensors_of
+from .fake_cuda import emulated, interpreted_kernel, step_side_by_side
 from .test_kernel_bits import FEW_SIZES, SIZES, give_grads, make_params, poison_is_intact
 
 MODES = ["master", "remainder", "kahan", "stochastic", "remainder8"]
@@ -38,38 +37,24 @@ each_signature = pytest.mark.parametrize(
 each_rule = pytest.mark.parametrize("name", ["SGD", "AdamW"])
 
 
-def make(name: str, params: list[Any], signature: tuple[Any, ...], **options: Any) -> Any:
+def build(name: str, params: list[Any], signature: tuple[Any, ...], **options: Any) -> Any:
     mode, _, _, state = signature
     groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.05}]
-    return getattr(fused_l2, name)(groups, **CASES[name], low_precision=mode, state_dtype=state, seed=11, **options)
-
-
-def give(params: list[Any], step: int, dtype: torch.dtype) -> None:
-    give_grads(params, step)
-    for p in params:
-        if p.grad is not None and dtype is not p.dtype:
-            grad = p.grad.to(dtype)
-            p.grad = None
-            p.grad_dtype = None
-            p.grad = grad
+    return make(name, groups, low_precision=mode, state_dtype=state, seed=11, **options)
 
 
 def check(run: Any, sizes: tuple[int, ...], monkeypatch: Any, name: str, signature: tuple[Any, ...], **options: Any) -> None:
     _, param_dtype, grad_dtype, _ = signature
     ours, theirs = make_params(sizes, param_dtype), make_params(sizes, param_dtype)
-    if grad_dtype is not param_dtype and not hasattr(ours[0], "grad_dtype"):
-        pytest.skip("this torch does not let a gradient have another dtype than its parameter")
-    optimizer, on_cpu = make(name, ours, signature, **options), make(name, theirs, signature, **options)
-    device = FakeDevice(run)
-    device.accessible = lambda: tensors_of(optimizer)
-    for step in range(3):
-        give(ours, step, grad_dtype)
-        give(theirs, step, grad_dtype)
-        with device.in_place(monkeypatch):
-            optimizer.step()
-        device.synchronize()
-        on_cpu.step()
-    assert device.launches
+    optimizer, on_cpu = build(name, ours, signature, **options), build(name, theirs, signature, **options)
+
+    def give(params: list[Any], step: int) -> None:
+        give_grads(params, step)
+        for p in params:
+            if p.grad is not None:
+                set_grad(p, p.grad.to(grad_dtype))
+
+    step_side_by_side(run, monkeypatch, (optimizer, ours), (on_cpu, theirs), give)
     for mine, other in zip(ours, theirs, strict=True):
         assert_same_bits(mine.detach(), other.detach(), f"{signature}, size {mine.numel()}: parameter")
         assert optimizer.state[mine].keys() == on_cpu.state[other].keys()
