@@ -297,7 +297,8 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "host": ("host", host), "dtensor": ("dtensor", dtensor),
     "decay": ("precision", decay), "moments": ("precision", moments),
     "training": ("precision", training), "speed": ("precision", speed),
-    "gpu": ("", gpu), "gpu_headline": ("", gpu_headline), "gpu_around": ("", gpu_around), "gpu_bytes": ("", gpu_bytes), "gpu_modes": ("", gpu_modes),
+    "gpu": ("", gpu), "gpu_headline": ("", gpu_headline),
+    "gpu_around": ("", gpu_around), "gpu_bytes": ("", gpu_bytes), "gpu_modes": ("", gpu_modes),
 }  # fmt: skip
 
 

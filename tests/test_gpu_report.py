@@ -37,7 +37,9 @@ def test_a_dry_run_has_every_section(report, tmp_path, capsys):
     assert list(written) == list(report.SECTIONS)
     of_adamw = [r["case"] for r in written["results"] if r["optimizer"] == "AdamW"]
     measure = report.gpu_measure
-    assert [case for case in of_adamw if "around" not in case and case.split(",")[0] not in ("modes", "few-bytes")] == [c.name for c in measure.GPU_CASES]
+    assert [case for case in of_adamw if "around" not in case and case.split(",")[0] not in ("modes", "few-bytes")] == [
+        c.name for c in measure.GPU_CASES
+    ]
     assert {f"{case}, around" for case in measure.AROUND} | {"modes"} <= set(of_adamw)
     assert written["not measured"] == []
     assert written["machine"]["gpu"].startswith("none")
