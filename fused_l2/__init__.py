@@ -21,6 +21,7 @@ from torch.optim import Optimizer, lr_scheduler, swa_utils
 from . import weight_decay
 from ._sources import find_kernels as _find_kernels
 from ._version import __version__
+from ._warnings import FusedL2Warning
 from .adam import Adam, AdamW
 from .backward import step_in_backward
 from .checkpoint import load_master_state_dict, master_state_dict
@@ -35,6 +36,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "FusedL2Warning",
     "Optimizer",
     "Statistics",
     "__version__",

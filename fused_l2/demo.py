@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_l2
+from fused_l2.options import LowPrecisionName
 from fused_l2.weight_decay import from_lambda, param_groups, penalty
 
 SIZES = (100, 400)  # training images
@@ -176,7 +177,7 @@ def effective_lrs(data: Digits, weight_decay: float, epochs: int = 100) -> list[
     return found
 
 
-def bfloat16_decay(low_precision: str | None, steps: int = 1000) -> float:
+def bfloat16_decay(low_precision: LowPrecisionName | None, steps: int = 1000) -> float:
     """The share of AdamW's weight decay that arrives in a bfloat16 weight with gradients of zero."""
     torch.manual_seed(0)
     w = nn.Parameter(torch.randn(4096).bfloat16())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -18,6 +17,7 @@ from torch.optim.optimizer import (
 )
 
 from . import state_dicts
+from ._warnings import warn
 from .options import NAMES, OptionAttributes, Options, did_you_mean
 from .parameters import checks, eight_bits
 from .parameters.entry import scalar_dtype
@@ -128,10 +128,9 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             if hint:
                 raise AttributeError(f"{type(self).__name__} has no option {name!r}{hint}")
             if name in self.__dict__.get("defaults", ()):
-                warnings.warn(
+                warn(
                     f"fused_l2: setting optimizer.{name} changes no step: hyperparameters are keys of the param groups, "
                     f"optimizer.param_groups[i][{name!r}]",
-                    stacklevel=2,
                 )
         super().__setattr__(name, value)
 

@@ -14,9 +14,11 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar, get_args, get_type_hints
 
 import torch
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self, overload
 
 from .parameters.low_precision import LowPrecision
@@ -27,6 +29,12 @@ from .tables.tensor_table import Flag
 
 _T = TypeVar("_T")
 
+# What strings options take: for editors and type checkers, and for the checks below.
+DecayRuleName = Literal["plain", "fully_decoupled", "corrected"]
+LowPrecisionName = Literal["round", "master", "remainder", "kahan", "stochastic", "remainder8"]
+StateDtype = torch.dtype | Literal["8bit"] | None
+RanksOfGroup = Literal["replicated", "world"] | str | ProcessGroup | DeviceMesh | None
+
 
 class OptionArguments(TypedDict, total=False):
     """The keyword arguments that all optimizers share; see :class:`Options`."""
@@ -36,14 +44,14 @@ class OptionArguments(TypedDict, total=False):
     error_if_nonfinite: bool
     skip_if_nonfinite: bool
     amp_scaling: bool
-    decay_rule: str | Sequence[str]
+    decay_rule: DecayRuleName | Sequence[DecayRuleName]
     max_lr: float | None
     cautious: bool
     statistics: bool
-    low_precision: str
-    state_dtype: torch.dtype | str | None
+    low_precision: LowPrecisionName
+    state_dtype: StateDtype
     seed: int
-    norm_process_group: Any
+    norm_process_group: RanksOfGroup | Sequence[RanksOfGroup]
 
 
 # Checks: each takes what the user passed and returns what is kept, or raises and says what to pass instead.
@@ -75,7 +83,7 @@ def _norm_type(value: Any) -> float:
     return order
 
 
-_DECAY_RULES = {rule.name.lower(): rule for rule in DecayRule}
+_DECAY_RULES = {name: DecayRule[name.upper()] for name in get_args(DecayRuleName)}
 _EXPECTED_RULES = "'plain', 'fully_decoupled' or 'corrected'"
 
 
@@ -105,7 +113,7 @@ def _max_lr(value: Any) -> float | None:
 
 
 def _low_precision(value: Any) -> str:
-    names = [mode.name.lower() for mode in Mode]
+    names = get_args(LowPrecisionName)
     if value not in names:
         raise ValueError(f"low_precision must be one of {', '.join(map(repr, names))}, got {value!r}")
     return str(value)
@@ -420,13 +428,13 @@ class OptionAttributes:
     error_if_nonfinite = OptionAttribute[bool]()
     skip_if_nonfinite = OptionAttribute[bool]()
     amp_scaling = OptionAttribute[bool]()
-    decay_rule = OptionAttribute["str | Sequence[str]"]()
+    decay_rule = OptionAttribute[DecayRuleName | Sequence[DecayRuleName]]()
     max_lr = OptionAttribute["float | None"]()
     cautious = OptionAttribute[bool]()
-    low_precision = OptionAttribute[str]()
-    state_dtype = OptionAttribute["torch.dtype | str | None"]()
+    low_precision = OptionAttribute[LowPrecisionName]()
+    state_dtype = OptionAttribute[StateDtype]()
     seed = OptionAttribute[int]()
-    norm_process_group = OptionAttribute[Any]()
+    norm_process_group = OptionAttribute[RanksOfGroup | Sequence[RanksOfGroup]]()
 
 
 _Class = TypeVar("_Class", bound=type)
@@ -452,4 +460,4 @@ def with_options(optimizer: _Class) -> _Class:
 
 @functools.cache
 def _annotations() -> dict[str, Any]:
-    return {name: _FIELDS[name].type for name in NAMES}
+    return get_type_hints(OptionArguments)

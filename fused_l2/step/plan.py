@@ -8,7 +8,6 @@ raised is thrown away by its owner, so that nothing half-seen stays.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from operator import is_
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import engines
+from .._warnings import warn
 from ..engines import cuda
 from ..engines.cuda_part import CudaPart
 from ..engines.part import Part
@@ -229,7 +229,7 @@ class Plan:
             rate = coefficients.rate_of(group.numbers, bool(group.needs.flags & Flag.DECOUPLED))
             if rate > 1 and "excess decay" not in self._warned:
                 self._warned.add("excess decay")
-                warnings.warn(_EXCESS.format(i, group.numbers.lr, group.numbers.weight_decay, rate), stacklevel=6)
+                warn(_EXCESS.format(i, group.numbers.lr, group.numbers.weight_decay, rate))
             old = self._groups[i] if i < len(self._groups) else None
             if old is None or old.needs != group.needs:
                 self._stale |= {e.slot for e in self._entries if e is not None and e.group == i}
@@ -733,11 +733,10 @@ class Plan:
             raise RuntimeError(_capture_refused("a hyperparameter is a tensor that no step has seen yet. " + _FIRST_STEP))
         for i, group in enumerate(groups):
             if not is_on_device(group["lr"]):
-                warnings.warn(
+                warn(
                     f"fused_l2: a step is being captured into a CUDA graph with the lr of param group {i} as a number: every "
                     f"replay will use {float(group['lr'])}. To follow a schedule, make it a tensor on the device, "
-                    f"lr=torch.tensor({float(group['lr'])}, device='cuda').",
-                    stacklevel=2,
+                    f"lr=torch.tensor({float(group['lr'])}, device='cuda')."
                 )
                 break
 

@@ -7,7 +7,6 @@ for; make new state visible; launch.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._warnings import warn
 from ..options import Options
 from ..parameters.shards import LocalGradients
 from ..statistics import Recorded, Statistics
@@ -160,7 +160,7 @@ class Stepper:
     def _warn_of_lost_decay(self, plan: Plan) -> None:
         if "lost decay" not in self.warned and (message := plan.lost_decay()):
             self.warned.add("lost decay")
-            warnings.warn(message, stacklevel=5)
+            warn(message)
 
     def _decide(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Measure this step's gradients and ask the GradScaler. False if the host knows that the step is to be skipped."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, Literal
+
+from .._warnings import warn
 
 Reduction = Literal["mean", "sum"]
 
@@ -35,10 +36,9 @@ def from_lambda(lam: float, n: int, reduction: Reduction = "mean") -> float:
     """
     strength, divisor = _checked(lam, "lam"), _divisor(n, reduction)
     if reduction == "mean" and strength > divisor:
-        warnings.warn(
+        warn(
             f"fused_l2: from_lambda got lam={lam}, which is larger than n={n}, the number of training examples: a step would "
-            f"take more than lr times each weight. Were they exchanged? The call is from_lambda(lam, n).",
-            stacklevel=2,
+            f"take more than lr times each weight. Were they exchanged? The call is from_lambda(lam, n)."
         )
     return strength / divisor
 
