@@ -308,11 +308,12 @@ def run(seeds: int = 10, out: Path = Path("demo_results")) -> dict[tuple[str, in
             print(f"  weight_decay {strength:<6g} after the first epoch {curve[0]:.4f}, after the last {curve[-1]:.4f}")
 
         print("\nAdamW in bfloat16, lr 3e-4, weight_decay 0.1, gradients of zero, 1000 steps: the decay that arrives")
-        for label, mode in (
-            ("torch default", None),
-            ("fused_l2", "round"),
-            ("fused_l2, low_precision='remainder'", "remainder"),
-        ):
+        modes: dict[str, LowPrecisionName | None] = {
+            "torch default": None,
+            "fused_l2": "round",
+            "fused_l2, low_precision='remainder'": "remainder",
+        }
+        for label, mode in modes.items():
             print(f"  {label:<36}{bfloat16_decay(mode):>6.0%}")
 
         print("\nBits: parameters that differ after the same training (seed 0, lambda 1)")
