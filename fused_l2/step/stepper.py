@@ -1,6 +1,6 @@
 """Makes the steps of one optimizer, or of one parameter of it (``step_in_backward``).
 
-The way of one step: look at what changed and mend the plan; compute coefficients; decide about clipping and skipping, if asked
+One step: look at what changed and update the plan; compute coefficients; decide about clipping and skipping, if asked
 for; make new state visible; launch.
 """
 
