@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
 
 from . import state_dicts
 from ._warnings import warn
-from .options import NAMES, OptionAttributes, Options, did_you_mean
+from .options import NAMES, OptionAttributes, Options, did_you_mean, why_unused
 from .parameters import checks, eight_bits
 from .parameters.entry import scalar_dtype
 from .parameters.low_precision import narrowed, widened
@@ -60,7 +60,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")  # torch's own words
         self._rule.numbers(self._values(defaults), options, None, 0.0)
         self._stepper = Stepper(self._rule, options)
-        super().__init__(params, defaults)
+        super().__init__(checks.given(params), defaults)
         options.check_groups(len(self.param_groups))
         self.state = OptimizerState()
 
@@ -92,6 +92,8 @@ class FusedOptimizer(OptionAttributes, Optimizer):
     def _step(self, closure: Callable[[], _T] | None = None) -> _T | None:
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"step takes a closure that returns the loss, or nothing, got {type(closure).__name__}")
             with torch.enable_grad():
                 loss = closure()
         stepper = self._stepper
@@ -258,8 +260,11 @@ class FusedOptimizer(OptionAttributes, Optimizer):
 
         Raises:
             ValueError: if there are more or fewer, or one has another shape than its parameter; nothing has changed then.
+            TypeError: if it is no sequence of tensors.
         """
         params = self._all_params()
+        if not isinstance(weights, Sequence) or not all(isinstance(w, Tensor) for w in weights):
+            raise TypeError(f"load_master_params needs a list of tensors, got {type(weights).__name__}")
         if len(weights) != len(params):
             raise ValueError(f"load_master_params got {len(weights)} tensors for {len(params)} parameters")
         for i, (p, w) in enumerate(zip(params, weights, strict=True)):
@@ -292,6 +297,10 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         initial_lrs = self._stepper.initial_lrs
         try:
             if isinstance(param_group, dict):
+                if "params" not in param_group:
+                    raise KeyError(
+                        f"param group {index} has no 'params', only {', '.join(map(repr, param_group)) or 'nothing'}"
+                    )
                 group = {**self.defaults, **param_group}
                 initial_lrs[index] = number(group["lr"], "learning rate", f" of param group {index}")
                 self._rule.numbers(self._values(group), self._stepper.options, index, initial_lrs[index])
@@ -299,6 +308,9 @@ class FusedOptimizer(OptionAttributes, Optimizer):
                     raise ValueError(_NOT_DIFFERENTIABLE)
             super().add_param_group(param_group)
             self._stepper.arrange(self.param_groups)
+            for key in param_group:
+                if reason := why_unused(key, self.defaults):
+                    warn(f"fused_l2: param group {index} has the key {key!r}, which changes no step{reason}")
         except BaseException:
             initial_lrs.pop(index, None)
             raise

@@ -58,6 +58,8 @@ class OptionArguments(TypedDict, total=False):
 
 
 def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
     return hasattr(value, "__float__") and not isinstance(value, (str, bytes))
 
 
@@ -150,13 +152,26 @@ def _one_process_group(value: Any) -> Any:
     )
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+_SHARED = ("weight_decay", "maximize", "differentiable")  # torch's arguments of all three
+
+
+def did_you_mean(name: str, known: Iterable[str], likeness: float = 0.8) -> str:
     """A question for the end of a message, if the name is nearly one of those."""
     plain = {k.replace("_", "").lower(): k for k in known}
     asked = name.replace("_", "").lower()
     # A short name has many neighbours.
-    close = [asked] if asked in plain else difflib.get_close_matches(asked, [k for k in plain if len(k) > 5], 1, 0.8)
+    close = [asked] if asked in plain else difflib.get_close_matches(asked, [k for k in plain if len(k) > 5], 1, likeness)
     return f": did you mean {plain[close[0]]!r}?" if close else ""
+
+
+def why_unused(key: str, hyperparameters: Iterable[str]) -> str:
+    """What is wrong with a key of a param group, for the end of a message; empty if it is known, or somebody's own."""
+    if key in ("params", "param_names") or key in hyperparameters:
+        return ""
+    if key in NAMES and key != "max_lr":  # which schedulers leave there
+        return ". It is an option of the whole optimizer: pass it to the constructor, or set it as an attribute"
+    # Somebody's own "weight_decay_mult" is not nearly "weight_decay".
+    return did_you_mean(key, hyperparameters, 0.88)
 
 
 def _option(default: Any, check: Callable[[Any], Any], description: str) -> Any:
@@ -274,7 +289,7 @@ class Options:
         """
         for name in given:
             if name not in NAMES:
-                hint = did_you_mean(name, NAMES)
+                hint = ": did you mean 'lr'?" if name == "learning_rate" else did_you_mean(name, (*NAMES, *_SHARED))
                 raise TypeError(f"{optimizer}.__init__() got an unexpected keyword argument {name!r}{hint}")
         made = cls(
             **{name: _FIELDS[name].metadata["check"](value) for name, value in given.items()},

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from ..options import NAMES, did_you_mean
+from .conversion import checked
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -103,9 +104,10 @@ def param_groups(
         not decayed: 26 parameters in 4 tensors
 
     Raises:
-        TypeError: if ``model`` is no module, a rule is neither a string nor a module nor a type of modules, or a keyword is
-            nearly one that is known.
-        ValueError: if a rule matches nothing, or one parameter is named by both ``decay`` and ``no_decay``.
+        TypeError: if ``model`` is no module, ``weight_decay`` no number, a rule neither a string nor a module nor a type of
+            modules, or a keyword is nearly one that is known.
+        ValueError: if ``weight_decay`` is negative or not finite, a rule matches nothing, or one parameter is named by both
+            ``decay`` and ``no_decay``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs a torch.nn.Module, got {type(model).__name__}")
@@ -114,7 +116,9 @@ def param_groups(
             raise TypeError(f"param_groups: {keyword} is an option of the whole optimizer. Pass it there")
         if keyword not in _KEYS and (hint := did_you_mean(keyword, (*_ARGUMENTS, *_KEYS))):
             raise TypeError(f"param_groups() got an unexpected keyword argument {keyword!r}{hint}")
-    chosen = _UserRules(decay=list(_one_or_many(decay)), no_decay=list(_one_or_many(no_decay)))
+    if not isinstance(weight_decay, Tensor):
+        checked(weight_decay, "weight_decay")
+    chosen = _UserRules(decay=_one_or_many(decay, "decay"), no_decay=_one_or_many(no_decay, "no_decay"))
 
     uses: dict[nn.Parameter, list[_Use]] = {}
     for path, module in model.named_modules():
@@ -199,7 +203,7 @@ class _UserRules:
             if isinstance(rule, nn.Module):
                 self._within[i] = set(rule.modules())
             elif not isinstance(rule, str) and not (isinstance(rule, type) and issubclass(rule, nn.Module)):
-                raise TypeError(f"{argument}: expected parameter names, modules or module types, got {rule!r}")
+                raise TypeError(f"{argument}: {_EXPECTED}, got {_shown(rule)}")
 
     def decide(self, where: list[_Use]) -> tuple[bool, str] | None:
         by_name: dict[bool, str] = {}
@@ -234,8 +238,21 @@ class _UserRules:
                 raise ValueError(f"{argument}: {shown} matches no parameter of the model; remove it or correct it")
 
 
-def _one_or_many(rules: Any) -> Iterable[Rules]:
-    return (rules,) if isinstance(rules, (str, type, nn.Module)) else rules
+def _one_or_many(rules: Any, argument: str) -> list[Rules]:
+    if isinstance(rules, (str, type, nn.Module)):
+        return [rules]
+    if isinstance(rules, Tensor) or not isinstance(rules, Iterable):
+        raise TypeError(f"{argument}: {_EXPECTED}, got {_shown(rules)}")
+    return list(rules)
+
+
+_EXPECTED = "expected parameter names, modules or module types"
+
+
+def _shown(rule: Any) -> str:
+    if isinstance(rule, Tensor):
+        return f"a tensor of shape {tuple(rule.shape)}: pass its name, as model.named_parameters() has it"
+    return repr(rule)
 
 
 _ARGUMENTS = ("weight_decay", "decay", "no_decay", "prefix")
