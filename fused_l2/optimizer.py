@@ -309,7 +309,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             super().add_param_group(param_group)
             self._stepper.arrange(self.param_groups)
             for key in param_group:
-                if reason := why_unused(key, self.defaults):
+                if reason := why_unused(key, self.defaults, self._stepper.options):
                     warn(f"fused_l2: param group {index} has the key {key!r}, which changes no step{reason}")
         except BaseException:
             initial_lrs.pop(index, None)

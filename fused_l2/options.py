@@ -164,11 +164,14 @@ def did_you_mean(name: str, known: Iterable[str], likeness: float = 0.8) -> str:
     return f": did you mean {plain[close[0]]!r}?" if close else ""
 
 
-def why_unused(key: str, hyperparameters: Iterable[str]) -> str:
+def why_unused(key: str, hyperparameters: Iterable[str], options: Options) -> str:
     """What is wrong with a key of a param group, for the end of a message; empty if it is known, or somebody's own."""
     if key in ("params", "param_names") or key in hyperparameters:
         return ""
-    if key in NAMES and key != "max_lr":  # which schedulers leave there
+    if key in NAMES:
+        # Schedulers leave max_lr there, and ZeroRedundancyOptimizer all that it passed to the constructor.
+        if key == "max_lr" or key in options.changed():
+            return ""
         return ". It is an option of the whole optimizer: pass it to the constructor, or set it as an attribute"
     # Somebody's own "weight_decay_mult" is not nearly "weight_decay".
     return did_you_mean(key, hyperparameters, 0.88)

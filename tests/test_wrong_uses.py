@@ -110,3 +110,5 @@ def test_keys_of_somebody_elses_are_nobodys_business() -> None:
     own = ("name", "lr_scale", "lr_mult", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
     others = ("weight_decay_mult", "wd_mult", "apply_weight_decay", "layer", "decay_mult", "fan_in", "momentum_factor")
     fused_l2.SGD([{"params": [MODEL.weight], **dict.fromkeys((*own, *others), 1.0)}])
+    # ZeroRedundancyOptimizer puts into its groups what it passes to the constructor.
+    fused_l2.SGD([{"params": [MODEL.weight], "max_grad_norm": 1.0}], max_grad_norm=1.0)

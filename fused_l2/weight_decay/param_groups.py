@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from .. import _html
 from ..options import NAMES, did_you_mean
 from .conversion import checked
 
@@ -28,6 +29,9 @@ _KEYS = (
 )
 
 
+_HEADER = ("parameter", "shape", "decayed", "why")
+
+
 @dataclass(frozen=True)
 class ParamRule:
     """What was decided for one parameter, and why."""
@@ -39,22 +43,32 @@ class ParamRule:
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """Param groups for an optimizer: the decayed parameters, then the others. ``print`` shows ``rules`` as a table."""
+    """Param groups for an optimizer: the decayed parameters, then the others. ``print``, and a notebook, show ``rules``
+    as a table."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], rules: list[ParamRule]) -> None:
         super().__init__(groups)
         self.rules = rules
 
     def __str__(self) -> str:
-        rows = [(r.name, str(r.shape), "yes" if r.decayed else "no", r.reason) for r in self.rules]
-        rows.insert(0, ("parameter", "shape", "decayed", "why"))
+        rows = [_HEADER, *self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join((*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3])) for row in rows]
+        return "\n".join((*lines, *self._totals()))
+
+    def _repr_html_(self) -> str:
+        return _html.table(_HEADER, self._rows()) + "".join(f"<p>{total}</p>" for total in self._totals())
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        return [(r.name, str(r.shape), "yes" if r.decayed else "no", r.reason) for r in self.rules]
+
+    def _totals(self) -> list[str]:
+        totals = []
         for decayed, title in ((True, "decayed"), (False, "not decayed")):
             chosen = [r for r in self.rules if r.decayed is decayed and not r.reason.startswith("frozen")]
             count = sum(_numel(r.shape) for r in chosen)
-            lines.append(f"{title}: {count:,} parameters in {len(chosen)} tensors")
-        return "\n".join(lines)
+            totals.append(f"{title}: {count:,} parameters in {len(chosen)} tensor{'s' * (len(chosen) != 1)}")
+        return totals
 
 
 def param_groups(
