@@ -9,8 +9,8 @@ Change the import, nothing else::
 ``optim.lr_scheduler``, ``optim.swa_utils`` and ``optim.Optimizer`` are torch's own; other optimizers are in ``torch.optim``.
 
 ``fused_l2.weight_decay`` turns the lambda of a loss with L2 regularization into ``weight_decay`` and back, makes param groups
-and reports the penalty; ``fused_l2.capabilities()`` tells which engine serves which device; ``fused_l2.warmup()`` compiles GPU
-kernels ahead; ``fused_l2.doctor.examine()`` says what any optimizer really does to a model's weights.
+and reports the penalty. ``fused_l2.capabilities()`` tells which engine serves which device. ``fused_l2.warmup()`` compiles
+GPU kernels ahead. ``fused_l2.doctor.examine()`` says what any optimizer really does to a model's weights.
 """
 
 from typing import Any

@@ -256,7 +256,8 @@ class FusedOptimizer(OptionAttributes, Optimizer):
     @torch.no_grad()
     def load_master_params(self, weights: Sequence[Tensor]) -> None:
         """Set every parameter to these weights, in the order of the param groups, and what is kept beside 16-bit ones to what
-        their dtype cannot hold: the inverse of :meth:`master_params`, or a float32 model's weights after it was cast.
+        their dtype cannot hold. It is the inverse of :meth:`master_params`, and takes a float32 model's weights after that
+        was cast.
 
         Raises:
             ValueError: if there are more or fewer, or one has another shape than its parameter; nothing has changed then.

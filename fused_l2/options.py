@@ -254,9 +254,9 @@ class Options:
         _state_dtype,
         """``torch.float32`` or ``torch.bfloat16``: the dtype of moments and momentum. None: the parameter's own.
 
-        ``"8bit"``: codes of 8 bits with a scale for each 32 elements (1.03 bytes an element), rounded at random with the right
-        mean, for parameters of float32, bfloat16 and float16 with at least 4096 elements and slices along dimension 0 of a
-        multiple of 32; others, such as biases, keep float32. Not with ``amsgrad``. See docs/low-precision.md. Setting it
+        ``"8bit"``: codes of 8 bits with a scale for each 32 elements (1.03 bytes an element), rounded at random with the
+        right mean. For parameters of float32, bfloat16 and float16 with at least 4096 elements and slices along dimension 0
+        of a multiple of 32; others, such as biases, keep float32. Not with ``amsgrad``. See docs/low-precision.md. Setting it
         converts the states that there are.""",
     )
     seed: int = _option(

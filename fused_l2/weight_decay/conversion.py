@@ -94,8 +94,8 @@ def timescale(lr: float, weight_decay: float, batch_size: float | None = None, n
     """Over how many steps the weights of AdamW are an average of their updates: 1 / (lr * weight_decay).
 
     w <- (1 - lr * weight_decay) * w - lr * u makes w an exponential moving average of -u / weight_decay. Wang & Aitchison
-    (2024, "How to set AdamW's weight decay as you scale model and dataset size") found its best timescale to be about the same
-    number of *epochs* whatever the sizes of model and data set. With ``batch_size`` and ``n``, the number of training
+    (2024, "How to set AdamW's weight decay as you scale model and dataset size") found that its best timescale is about the
+    same number of *epochs*, whatever the sizes of model and data set. With ``batch_size`` and ``n``, the number of training
     examples, that is what is returned.
 
     Example::

@@ -82,9 +82,9 @@ def param_groups(
 ) -> ParamGroups:
     """Split a model's trainable parameters into a decayed group and one with ``weight_decay=0``.
 
-    Left out of the decay are biases and other vectors and scalars (by shape; the weight of a linear or convolution layer is
-    decayed whatever its shape), all parameters of normalization layers and embeddings
-    (by module type: torch.nn's, and modules whose class name contains "Norm" or "Embedding"). A parameter that
+    Biases and other vectors and scalars are left out of the decay, by shape; the weight of a linear or convolution layer is
+    decayed whatever its shape. All parameters of normalization layers and embeddings are left out by module type: torch.nn's,
+    and modules whose class name contains "Norm" or "Embedding". A parameter that
     several modules share is listed once, under its first name, and left out if any of its uses says so. A parametrized
     tensor (``torch.nn.utils.parametrizations``) is judged by the module that has it. Frozen parameters
     (``requires_grad=False``) are in neither group. Both groups carry ``param_names``, as torch.optim's do.
@@ -93,8 +93,8 @@ def param_groups(
         model: any module.
         weight_decay: for the decayed group; see :func:`from_lambda`.
         decay, no_decay: rules that win over the above. A string is matched against a parameter's full name, with ``*`` and
-            ``?`` as wildcards; a module type covers the parameters that such modules own; a module of this model those of
-            it and of all within it. A name wins over a module, and a module over a type.
+            ``?`` as wildcards. A module type covers the parameters that such modules own. A module of this model covers its
+            own and those of all within it. A name wins over a module, and a module over a type.
         prefix: what stands before all names, as in ``named_parameters``: where ``model`` is a part of another one, its name
             there, so that names are those of the whole.
         options: more keys for both groups, such as ``lr``.
