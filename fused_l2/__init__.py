@@ -9,8 +9,8 @@ Change the import, nothing else::
 ``optim.lr_scheduler``, ``optim.swa_utils`` and ``optim.Optimizer`` are torch's own; other optimizers are in ``torch.optim``.
 
 ``fused_l2.weight_decay`` turns the lambda of a loss with L2 regularization into ``weight_decay`` and back, makes param groups
-and reports the penalty; ``fused_l2.capabilities()`` tells which engine serves which device; ``fused_l2.warmup()`` compiles GPU
-kernels ahead; ``fused_l2.doctor.examine()`` says what any optimizer really does to a model's weights.
+and reports the penalty. ``fused_l2.capabilities()`` tells which engine serves which device. ``fused_l2.warmup()`` compiles
+GPU kernels ahead. ``fused_l2.doctor.examine()`` says what any optimizer really does to a model's weights.
 """
 
 from typing import Any
@@ -21,6 +21,7 @@ from torch.optim import Optimizer, lr_scheduler, swa_utils
 from . import weight_decay
 from ._sources import find_kernels as _find_kernels
 from ._version import __version__
+from ._warnings import FusedL2Warning
 from .adam import Adam, AdamW
 from .backward import step_in_backward
 from .checkpoint import load_master_state_dict, master_state_dict
@@ -35,6 +36,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "FusedL2Warning",
     "Optimizer",
     "Statistics",
     "__version__",

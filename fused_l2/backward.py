@@ -150,9 +150,9 @@ def step_in_backward(optimizer: FusedOptimizer, *, ddp: Any = None, gradients_ar
         optimizer: one of fused_l2.
         ddp: the ``DistributedDataParallel`` model that averages the gradients; its parameters are stepped when their bucket has
             been averaged, through its communication hook. FSDP2 (``fully_shard``) needs nothing.
-        gradients_are_final: say that gradients are to be used as they arrive, where that cannot be seen: on each rank its own,
-            which nothing averages any more (``ddp``'s are averaged); no GradScaler has scaled them; and with reentrant
-            checkpoints, each weight is used at one place.
+        gradients_are_final: say that each rank uses its own gradients as they arrive, where that cannot be seen. Nothing
+            averages them later (``ddp``'s are averaged), no GradScaler has scaled them, and with reentrant checkpoints each
+            weight is used at one place.
 
     Raises:
         TypeError: if it is not an optimizer of fused_l2, or ``ddp`` is no DistributedDataParallel model.

@@ -36,10 +36,12 @@ def load_master_state_dict(model: nn.Module, optimizer: FusedOptimizer, state_di
     :func:`master_state_dict`.
 
     Raises:
-        TypeError: if it is not an optimizer of fused_l2.
+        TypeError: if it is not an optimizer of fused_l2, or the state dict no dict.
         RuntimeError: from ``model.load_state_dict``, if names or shapes are not the model's; nothing has changed then.
     """
     names = _names(model, optimizer)
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"load_master_state_dict needs a dict of names and tensors, got {type(state_dict).__name__}")
     own = model.state_dict()
     if missing := sorted(set(own) ^ set(state_dict)):
         raise RuntimeError(
@@ -62,6 +64,8 @@ def _params(optimizer: FusedOptimizer) -> list[Tensor]:
 
 def _names(model: nn.Module, optimizer: FusedOptimizer) -> dict[Tensor, list[str]]:
     """All names of each parameter: tied ones have several."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"expected an optimizer of fused_l2, got {type(optimizer).__name__}")
     found: dict[Tensor, list[str]] = {}

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_l2
+from fused_l2.options import LowPrecisionName
 from fused_l2.weight_decay import from_lambda, param_groups, penalty
 
 SIZES = (100, 400)  # training images
@@ -176,7 +177,7 @@ def effective_lrs(data: Digits, weight_decay: float, epochs: int = 100) -> list[
     return found
 
 
-def bfloat16_decay(low_precision: str | None, steps: int = 1000) -> float:
+def bfloat16_decay(low_precision: LowPrecisionName | None, steps: int = 1000) -> float:
     """The share of AdamW's weight decay that arrives in a bfloat16 weight with gradients of zero."""
     torch.manual_seed(0)
     w = nn.Parameter(torch.randn(4096).bfloat16())
@@ -307,11 +308,12 @@ def run(seeds: int = 10, out: Path = Path("demo_results")) -> dict[tuple[str, in
             print(f"  weight_decay {strength:<6g} after the first epoch {curve[0]:.4f}, after the last {curve[-1]:.4f}")
 
         print("\nAdamW in bfloat16, lr 3e-4, weight_decay 0.1, gradients of zero, 1000 steps: the decay that arrives")
-        for label, mode in (
-            ("torch default", None),
-            ("fused_l2", "round"),
-            ("fused_l2, low_precision='remainder'", "remainder"),
-        ):
+        modes: dict[str, LowPrecisionName | None] = {
+            "torch default": None,
+            "fused_l2": "round",
+            "fused_l2, low_precision='remainder'": "remainder",
+        }
+        for label, mode in modes.items():
             print(f"  {label:<36}{bfloat16_decay(mode):>6.0%}")
 
         print("\nBits: parameters that differ after the same training (seed 0, lambda 1)")

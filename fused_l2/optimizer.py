@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -18,7 +17,8 @@ from torch.optim.optimizer import (
 )
 
 from . import state_dicts
-from .options import NAMES, OptionAttributes, Options, did_you_mean
+from ._warnings import warn
+from .options import NAMES, OptionAttributes, Options, did_you_mean, why_unused
 from .parameters import checks, eight_bits
 from .parameters.entry import scalar_dtype
 from .parameters.low_precision import narrowed, widened
@@ -60,7 +60,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")  # torch's own words
         self._rule.numbers(self._values(defaults), options, None, 0.0)
         self._stepper = Stepper(self._rule, options)
-        super().__init__(params, defaults)
+        super().__init__(checks.given(params), defaults)
         options.check_groups(len(self.param_groups))
         self.state = OptimizerState()
 
@@ -92,6 +92,8 @@ class FusedOptimizer(OptionAttributes, Optimizer):
     def _step(self, closure: Callable[[], _T] | None = None) -> _T | None:
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"step takes a closure that returns the loss, or nothing, got {type(closure).__name__}")
             with torch.enable_grad():
                 loss = closure()
         stepper = self._stepper
@@ -128,10 +130,9 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             if hint:
                 raise AttributeError(f"{type(self).__name__} has no option {name!r}{hint}")
             if name in self.__dict__.get("defaults", ()):
-                warnings.warn(
+                warn(
                     f"fused_l2: setting optimizer.{name} changes no step: hyperparameters are keys of the param groups, "
                     f"optimizer.param_groups[i][{name!r}]",
-                    stacklevel=2,
                 )
         super().__setattr__(name, value)
 
@@ -255,12 +256,16 @@ class FusedOptimizer(OptionAttributes, Optimizer):
     @torch.no_grad()
     def load_master_params(self, weights: Sequence[Tensor]) -> None:
         """Set every parameter to these weights, in the order of the param groups, and what is kept beside 16-bit ones to what
-        their dtype cannot hold: the inverse of :meth:`master_params`, or a float32 model's weights after it was cast.
+        their dtype cannot hold. It is the inverse of :meth:`master_params`, and takes a float32 model's weights after that
+        was cast.
 
         Raises:
             ValueError: if there are more or fewer, or one has another shape than its parameter; nothing has changed then.
+            TypeError: if it is no sequence of tensors.
         """
         params = self._all_params()
+        if not isinstance(weights, Sequence) or not all(isinstance(w, Tensor) for w in weights):
+            raise TypeError(f"load_master_params needs a list of tensors, got {type(weights).__name__}")
         if len(weights) != len(params):
             raise ValueError(f"load_master_params got {len(weights)} tensors for {len(params)} parameters")
         for i, (p, w) in enumerate(zip(params, weights, strict=True)):
@@ -293,6 +298,10 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         initial_lrs = self._stepper.initial_lrs
         try:
             if isinstance(param_group, dict):
+                if "params" not in param_group:
+                    raise KeyError(
+                        f"param group {index} has no 'params', only {', '.join(map(repr, param_group)) or 'nothing'}"
+                    )
                 group = {**self.defaults, **param_group}
                 initial_lrs[index] = number(group["lr"], "learning rate", f" of param group {index}")
                 self._rule.numbers(self._values(group), self._stepper.options, index, initial_lrs[index])
@@ -300,6 +309,9 @@ class FusedOptimizer(OptionAttributes, Optimizer):
                     raise ValueError(_NOT_DIFFERENTIABLE)
             super().add_param_group(param_group)
             self._stepper.arrange(self.param_groups)
+            for key in param_group:
+                if reason := why_unused(key, self.defaults, self._stepper.options):
+                    warn(f"fused_l2: param group {index} has the key {key!r}, which changes no step{reason}")
         except BaseException:
             if len(self.param_groups) == index:  # else it was added, and something came in between afterwards
                 initial_lrs.pop(index, None)

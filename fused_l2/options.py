@@ -14,9 +14,11 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar, get_args, get_type_hints
 
 import torch
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self, overload
 
 from .parameters.low_precision import LowPrecision
@@ -27,6 +29,12 @@ from .tables.tensor_table import Flag
 
 _T = TypeVar("_T")
 
+# What strings options take: for editors and type checkers, and for the checks below.
+DecayRuleName = Literal["plain", "fully_decoupled", "corrected"]
+LowPrecisionName = Literal["round", "master", "remainder", "kahan", "stochastic", "remainder8"]
+StateDtype = torch.dtype | Literal["8bit"] | None
+RanksOfGroup = Literal["replicated", "world"] | str | ProcessGroup | DeviceMesh | None
+
 
 class OptionArguments(TypedDict, total=False):
     """The keyword arguments that all optimizers share; see :class:`Options`."""
@@ -36,20 +44,22 @@ class OptionArguments(TypedDict, total=False):
     error_if_nonfinite: bool
     skip_if_nonfinite: bool
     amp_scaling: bool
-    decay_rule: str | Sequence[str]
+    decay_rule: DecayRuleName | Sequence[DecayRuleName]
     max_lr: float | None
     cautious: bool
     statistics: bool
-    low_precision: str
-    state_dtype: torch.dtype | str | None
+    low_precision: LowPrecisionName
+    state_dtype: StateDtype
     seed: int
-    norm_process_group: Any
+    norm_process_group: RanksOfGroup | Sequence[RanksOfGroup]
 
 
 # Checks: each takes what the user passed and returns what is kept, or raises and says what to pass instead.
 
 
 def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
     return hasattr(value, "__float__") and not isinstance(value, (str, bytes))
 
 
@@ -75,7 +85,7 @@ def _norm_type(value: Any) -> float:
     return order
 
 
-_DECAY_RULES = {rule.name.lower(): rule for rule in DecayRule}
+_DECAY_RULES = {name: DecayRule[name.upper()] for name in get_args(DecayRuleName)}
 _EXPECTED_RULES = "'plain', 'fully_decoupled' or 'corrected'"
 
 
@@ -105,7 +115,7 @@ def _max_lr(value: Any) -> float | None:
 
 
 def _low_precision(value: Any) -> str:
-    names = [mode.name.lower() for mode in Mode]
+    names = get_args(LowPrecisionName)
     if value not in names:
         raise ValueError(f"low_precision must be one of {', '.join(map(repr, names))}, got {value!r}")
     return str(value)
@@ -142,13 +152,29 @@ def _one_process_group(value: Any) -> Any:
     )
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+_SHARED = ("weight_decay", "maximize", "differentiable")  # torch's arguments of all three
+
+
+def did_you_mean(name: str, known: Iterable[str], likeness: float = 0.8) -> str:
     """A question for the end of a message, if the name is nearly one of those."""
     plain = {k.replace("_", "").lower(): k for k in known}
     asked = name.replace("_", "").lower()
     # A short name has many neighbours.
-    close = [asked] if asked in plain else difflib.get_close_matches(asked, [k for k in plain if len(k) > 5], 1, 0.8)
+    close = [asked] if asked in plain else difflib.get_close_matches(asked, [k for k in plain if len(k) > 5], 1, likeness)
     return f": did you mean {plain[close[0]]!r}?" if close else ""
+
+
+def why_unused(key: str, hyperparameters: Iterable[str], options: Options) -> str:
+    """What is wrong with a key of a param group, for the end of a message; empty if it is known, or somebody's own."""
+    if key in ("params", "param_names") or key in hyperparameters:
+        return ""
+    if key in NAMES:
+        # Schedulers leave max_lr there, and ZeroRedundancyOptimizer all that it passed to the constructor.
+        if key == "max_lr" or key in options.changed():
+            return ""
+        return ". It is an option of the whole optimizer: pass it to the constructor, or set it as an attribute"
+    # Somebody's own "weight_decay_mult" is not nearly "weight_decay".
+    return did_you_mean(key, hyperparameters, 0.88)
 
 
 def _option(default: Any, check: Callable[[Any], Any], description: str) -> Any:
@@ -228,9 +254,9 @@ class Options:
         _state_dtype,
         """``torch.float32`` or ``torch.bfloat16``: the dtype of moments and momentum. None: the parameter's own.
 
-        ``"8bit"``: codes of 8 bits with a scale for each 32 elements (1.03 bytes an element), rounded at random with the right
-        mean, for parameters of float32, bfloat16 and float16 with at least 4096 elements and slices along dimension 0 of a
-        multiple of 32; others, such as biases, keep float32. Not with ``amsgrad``. See docs/low-precision.md. Setting it
+        ``"8bit"``: codes of 8 bits with a scale for each 32 elements (1.03 bytes an element), rounded at random with the
+        right mean. For parameters of float32, bfloat16 and float16 with at least 4096 elements and slices along dimension 0
+        of a multiple of 32; others, such as biases, keep float32. Not with ``amsgrad``. See docs/low-precision.md. Setting it
         converts the states that there are.""",
     )
     seed: int = _option(
@@ -266,7 +292,7 @@ class Options:
         """
         for name in given:
             if name not in NAMES:
-                hint = did_you_mean(name, NAMES)
+                hint = ": did you mean 'lr'?" if name == "learning_rate" else did_you_mean(name, (*NAMES, *_SHARED))
                 raise TypeError(f"{optimizer}.__init__() got an unexpected keyword argument {name!r}{hint}")
         made = cls(
             **{name: _FIELDS[name].metadata["check"](value) for name, value in given.items()},
@@ -420,13 +446,13 @@ class OptionAttributes:
     error_if_nonfinite = OptionAttribute[bool]()
     skip_if_nonfinite = OptionAttribute[bool]()
     amp_scaling = OptionAttribute[bool]()
-    decay_rule = OptionAttribute["str | Sequence[str]"]()
+    decay_rule = OptionAttribute[DecayRuleName | Sequence[DecayRuleName]]()
     max_lr = OptionAttribute["float | None"]()
     cautious = OptionAttribute[bool]()
-    low_precision = OptionAttribute[str]()
-    state_dtype = OptionAttribute["torch.dtype | str | None"]()
+    low_precision = OptionAttribute[LowPrecisionName]()
+    state_dtype = OptionAttribute[StateDtype]()
     seed = OptionAttribute[int]()
-    norm_process_group = OptionAttribute[Any]()
+    norm_process_group = OptionAttribute[RanksOfGroup | Sequence[RanksOfGroup]]()
 
 
 _Class = TypeVar("_Class", bound=type)
@@ -452,4 +478,4 @@ def with_options(optimizer: _Class) -> _Class:
 
 @functools.cache
 def _annotations() -> dict[str, Any]:
-    return {name: _FIELDS[name].type for name in NAMES}
+    return get_type_hints(OptionArguments)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _html
 from .tables.tensor_table import STATISTICS
 
 GRADS, PARAMS, UPDATES, NONFINITE = range(len(STATISTICS))
@@ -48,6 +49,10 @@ class Statistics:
         """The figures as numbers, for a logger. Waits for the device."""
         named = [f.name for f in fields(self) if not f.name.startswith("_")]
         return dict(zip(named, torch.stack([getattr(self, name) for name in named]).tolist(), strict=True))
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the figures as a table. Waits for the device."""
+        return _html.table(("figure", "value"), [(name, f"{value:.6g}") for name, value in self.as_dict().items()])
 
     def by_group(self) -> list[Statistics]:
         """The same figures of each param group. If ``norm_process_group`` says that other processes have other parts, here and

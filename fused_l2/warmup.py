@@ -48,6 +48,8 @@ def warmup(optimizer: FusedOptimizer, *architectures: int | str) -> list[Warmed]
     if reason := cuda.why_unavailable():
         raise RuntimeError(f"There is nothing to compile kernels with: {reason}")
     for architecture in architectures:
+        if isinstance(architecture, str) and not architecture.startswith("gfx"):
+            raise ValueError(f"an architecture is a number as 90 or a name as 'gfx942', got {architecture!r}")
         if isinstance(architecture, bool) or not isinstance(architecture, (int, str)):
             raise TypeError(f"an architecture is a number as 90 or a name as 'gfx942', got {architecture!r}")
     here = [] if architectures else [torch.device("cuda", i) for i in range(torch.cuda.device_count())]

@@ -27,6 +27,14 @@ def test_snippets_run(page, monkeypatch, tmp_path):
         assert not output or printed.getvalue().strip() == output.strip(), snippet
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_code_fits_its_column(page):
+    """85 columns: wider code scrolls in the site and on GitHub."""
+    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in snippet.splitlines():
+            assert len(line) <= 85, line
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
 def test_tables_are_tables(page):
     """Header, rule and rows have as many cells: otherwise a table is printed as text, or loses cells."""

@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from .. import _html
 from .findings import DOUBTFUL, NOTE, SEVERITIES, WRONG, Finding
 from .layers import Layer
 
@@ -75,20 +76,13 @@ class Report:
     def _repr_html_(self) -> str:
         header, *body = self._cells(self.layers)
 
-        def cells(row: Sequence[str], tag: str) -> str:
-            return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-
         found = "".join(
             f"<li><b>{f.severity}: {f.code}</b> {html.escape(f.what)} {html.escape(f.why)}<br>"
             f"<small>{html.escape(', '.join(f.parameters))}</small><br><code>{html.escape(f.fix)}</code></li>"
             for f in self.findings
         )
-        rows = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in body)
         unknown = "".join(f"<p>not known: {html.escape(text)}</p>" for text in self.unknown)
-        return (
-            f"<h4>{html.escape(self.title)}: {self.summary()}</h4><ul>{found}</ul>{unknown}"
-            f"<table><thead><tr>{cells(header, 'th')}</tr></thead><tbody>{rows}</tbody></table>"
-        )
+        return f"<h4>{html.escape(self.title)}: {self.summary()}</h4><ul>{found}</ul>{unknown}" + _html.table(header, body)
 
     def _cells(self, rows: Sequence[Layer]) -> list[list[str]]:
         """Columns that say something, the header first."""

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._warnings import warn
 from ..parameters.entry import Entry
 from ..parameters.memory import has_memory, has_plain_type, is_dense, is_plain
 from ..parameters.ranks import Sharing
@@ -190,4 +190,4 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, stacklevel=2)
+        warn(message)

@@ -24,7 +24,10 @@ from ..tables.tensor_table import int64_array, layout
 CAPABILITY_VARIABLE = "FUSED_L2_CPU_CAPABILITY"
 _FILE = {"win32": "fused_l2.dll", "darwin": "libfused_l2.dylib"}.get(sys.platform, "libfused_l2.so")
 _TORCH_FILE = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
-_REMEDY = "Install a C++17 compiler (g++ or clang++) and run `pip install --force-reinstall --no-deps --no-cache-dir fused_l2`."
+_REMEDY = (
+    "Install a C++17 compiler (g++ or clang++) and, in a checkout of its sources, run "
+    "`pip install --force-reinstall --no-deps --no-cache-dir .`"
+)
 
 _POINTER, _INTEGER, _TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
 # The functions of csrc/library.cpp, in its order: result and arguments. fused_l2_layout is asked before these are known to fit.

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -20,6 +20,29 @@ from .shards import is_dtensor, local, why_refused
 Name = Callable[[], str]
 
 KNOWN = ("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def given(params: Any) -> Any:
+    """What an optimizer's constructor was given as parameters. What a slip of the pen made of it is refused, and named."""
+    kind = type(params).__name__
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(f"params is a module ({kind}). Pass its parameters: model.parameters()")
+    if callable(params) and not hasattr(params, "__iter__"):
+        raise TypeError(f"params is a {kind}. Call it: model.parameters()")
+    if isinstance(params, Mapping) and any(isinstance(key, str) for key in params):
+        raise TypeError(
+            f"params is of type {kind}. Pass model.parameters(), or a list of param groups: [{{'params': ..., 'lr': ...}}]"
+        )
+    if isinstance(params, (str, bytes)) or not (hasattr(params, "__iter__") or hasattr(params, "__getitem__")):
+        raise TypeError(f"params must be parameters, named parameters or param groups, got {params!r}. Pass model.parameters()")
+    if isinstance(params, Iterator):
+        params = list(params)
+    if isinstance(params, Sized) and not isinstance(params, Tensor) and len(params) == 0:
+        raise ValueError(
+            "optimizer got an empty parameter list. The model has no parameters, none that requires a gradient, or "
+            "model.parameters() was used up by a loop before: call it again."
+        )
+    return params
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 
 from torch import Tensor
 
 from .. import engines
+from .._warnings import warn
 from ..engines import cuda
 from ..options import Options
 from ..tables.control import Prologue
@@ -35,11 +35,10 @@ def refuse_capture(
         raise _refused("a hyperparameter is a tensor that no step has seen yet. " + _FIRST_STEP)
     for i, group in enumerate(groups):
         if not is_on_device(group["lr"]):
-            warnings.warn(
+            warn(
                 f"fused_l2: a step is being captured into a CUDA graph with the lr of param group {i} as a number: every "
                 f"replay will use {float(group['lr'])}. To follow a schedule, make it a tensor on the device, "
-                f"lr=torch.tensor({float(group['lr'])}, device='cuda').",
-                stacklevel=2,
+                f"lr=torch.tensor({float(group['lr'])}, device='cuda')."
             )
             break
 

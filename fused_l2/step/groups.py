@@ -5,13 +5,13 @@ A *slot* is the place of a parameter among all of an optimizer's, in the order o
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
 
+from .._warnings import warn
 from ..options import Options
 from ..parameters import checks
 from ..parameters.entry import GroupNeeds
@@ -102,7 +102,7 @@ class ParamGroups:
             rate = coefficients.rate_of(group.numbers, bool(group.needs.flags & Flag.DECOUPLED))
             if rate > 1 and "excess decay" not in self._warned:
                 self._warned.add("excess decay")
-                warnings.warn(_EXCESS.format(i, group.numbers.lr, group.numbers.weight_decay, rate), stacklevel=6)
+                warn(_EXCESS.format(i, group.numbers.lr, group.numbers.weight_decay, rate))
             old = self.known[i] if i < len(self.known) else None
             if old is None or old.needs != group.needs:
                 with_other_needs.add(i)

@@ -1,13 +1,12 @@
 """Makes the steps of one optimizer, or of one parameter of it (``step_in_backward``).
 
-The way of one step: look at what changed and mend the plan; compute coefficients; decide about clipping and skipping, if asked
+One step: look at what changed and update the plan; compute coefficients; decide about clipping and skipping, if asked
 for; make new state visible; launch.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._warnings import warn
 from ..options import Options
 from ..parameters.shards import LocalGradients
 from ..statistics import LazyStatistics, Statistics
@@ -176,7 +176,7 @@ class Stepper:
     def _warn_of_lost_decay(self, plan: Plan) -> None:
         if "lost decay" not in self.warned and (message := plan.lost_decay()):
             self.warned.add("lost decay")
-            warnings.warn(message, stacklevel=5)
+            warn(message)
 
     def _decide(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Measure this step's gradients and ask the GradScaler. False if the host knows that the step is to be skipped."""

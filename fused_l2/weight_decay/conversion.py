@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, Literal
+
+from .._warnings import warn
 
 Reduction = Literal["mean", "sum"]
 
@@ -33,12 +34,11 @@ def from_lambda(lam: float, n: int, reduction: Reduction = "mean") -> float:
 
     Warns where ``lam`` is larger than ``n``: they may have been exchanged.
     """
-    strength, divisor = _checked(lam, "lam"), _divisor(n, reduction)
+    strength, divisor = checked(lam, "lam"), _divisor(n, reduction)
     if reduction == "mean" and strength > divisor:
-        warnings.warn(
+        warn(
             f"fused_l2: from_lambda got lam={lam}, which is larger than n={n}, the number of training examples: a step would "
-            f"take more than lr times each weight. Were they exchanged? The call is from_lambda(lam, n).",
-            stacklevel=2,
+            f"take more than lr times each weight. Were they exchanged? The call is from_lambda(lam, n)."
         )
     return strength / divisor
 
@@ -55,7 +55,7 @@ def to_lambda(weight_decay: float, n: int, reduction: Reduction = "mean") -> flo
         ValueError, TypeError: if ``weight_decay`` is negative or not finite, ``n`` is no positive whole number, or
             ``reduction`` is unknown.
     """
-    return _checked(weight_decay, "weight_decay") * _divisor(n, reduction)
+    return checked(weight_decay, "weight_decay") * _divisor(n, reduction)
 
 
 def from_normalized(weight_decay_norm: float, batch_size: float, n: float, epochs: float) -> float:
@@ -73,7 +73,7 @@ def from_normalized(weight_decay_norm: float, batch_size: float, n: float, epoch
     Raises:
         ValueError: if ``weight_decay_norm`` is negative or not finite, or another argument is not positive and finite.
     """
-    return _checked(weight_decay_norm, "weight_decay_norm") * _per_root_step(batch_size, n, epochs)
+    return checked(weight_decay_norm, "weight_decay_norm") * _per_root_step(batch_size, n, epochs)
 
 
 def to_normalized(weight_decay: float, batch_size: float, n: float, epochs: float) -> float:
@@ -87,15 +87,15 @@ def to_normalized(weight_decay: float, batch_size: float, n: float, epochs: floa
     Raises:
         ValueError: if ``weight_decay`` is negative or not finite, or another argument is not positive and finite.
     """
-    return _checked(weight_decay, "weight_decay") / _per_root_step(batch_size, n, epochs)
+    return checked(weight_decay, "weight_decay") / _per_root_step(batch_size, n, epochs)
 
 
 def timescale(lr: float, weight_decay: float, batch_size: float | None = None, n: float | None = None) -> float:
     """Over how many steps the weights of AdamW are an average of their updates: 1 / (lr * weight_decay).
 
     w <- (1 - lr * weight_decay) * w - lr * u makes w an exponential moving average of -u / weight_decay. Wang & Aitchison
-    (2024, "How to set AdamW's weight decay as you scale model and dataset size") found its best timescale to be about the same
-    number of *epochs* whatever the sizes of model and data set. With ``batch_size`` and ``n``, the number of training
+    (2024, "How to set AdamW's weight decay as you scale model and dataset size") found that its best timescale is about the
+    same number of *epochs*, whatever the sizes of model and data set. With ``batch_size`` and ``n``, the number of training
     examples, that is what is returned.
 
     Example::
@@ -149,7 +149,7 @@ def _positive(value: float, argument: str) -> float:
     return result
 
 
-def _checked(value: float, argument: str) -> float:
+def checked(value: float, argument: str) -> float:
     result = _number(value, argument)
     if not (math.isfinite(result) and result >= 0):
         raise ValueError(f"{argument} must be a finite number >= 0, got {value}")

@@ -64,8 +64,13 @@ def normalized_weights(
             mode and without gradients; a use of the layer's output besides the normalization is then not noticed.
 
     Raises:
+        TypeError: if ``model`` is no module, or ``optimizer`` no optimizer.
         ValueError: if torch.fx cannot trace the model and there are no ``example_inputs``.
     """
+    if not isinstance(model, nn.Module) or not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"normalized_weights needs a model and its optimizer, got {type(model).__name__} and {type(optimizer).__name__}"
+        )
     feeds = _run(model, example_inputs) if example_inputs is not None else _trace(model)
     settings = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     users: dict[int, list[str]] = {}

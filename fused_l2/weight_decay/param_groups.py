@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from .. import _html
 from ..options import NAMES, did_you_mean
+from .conversion import checked
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -27,6 +29,9 @@ _KEYS = (
 )
 
 
+_HEADER = ("parameter", "shape", "decayed", "why")
+
+
 @dataclass(frozen=True)
 class ParamRule:
     """What was decided for one parameter, and why."""
@@ -38,22 +43,32 @@ class ParamRule:
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """Param groups for an optimizer: the decayed parameters, then the others. ``print`` shows ``rules`` as a table."""
+    """Param groups for an optimizer: the decayed parameters, then the others. ``print``, and a notebook, show ``rules``
+    as a table."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], rules: list[ParamRule]) -> None:
         super().__init__(groups)
         self.rules = rules
 
     def __str__(self) -> str:
-        rows = [(r.name, str(r.shape), "yes" if r.decayed else "no", r.reason) for r in self.rules]
-        rows.insert(0, ("parameter", "shape", "decayed", "why"))
+        rows = [_HEADER, *self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join((*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3])) for row in rows]
+        return "\n".join((*lines, *self._totals()))
+
+    def _repr_html_(self) -> str:
+        return _html.table(_HEADER, self._rows()) + "".join(f"<p>{total}</p>" for total in self._totals())
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        return [(r.name, str(r.shape), "yes" if r.decayed else "no", r.reason) for r in self.rules]
+
+    def _totals(self) -> list[str]:
+        totals = []
         for decayed, title in ((True, "decayed"), (False, "not decayed")):
             chosen = [r for r in self.rules if r.decayed is decayed and not r.reason.startswith("frozen")]
             count = sum(_numel(r.shape) for r in chosen)
-            lines.append(f"{title}: {count:,} parameters in {len(chosen)} tensors")
-        return "\n".join(lines)
+            totals.append(f"{title}: {count:,} parameters in {len(chosen)} tensor{'s' * (len(chosen) != 1)}")
+        return totals
 
 
 def param_groups(
@@ -67,9 +82,9 @@ def param_groups(
 ) -> ParamGroups:
     """Split a model's trainable parameters into a decayed group and one with ``weight_decay=0``.
 
-    Left out of the decay are biases and other vectors and scalars (by shape; the weight of a linear or convolution layer is
-    decayed whatever its shape), all parameters of normalization layers and embeddings
-    (by module type: torch.nn's, and modules whose class name contains "Norm" or "Embedding"). A parameter that
+    Biases and other vectors and scalars are left out of the decay, by shape; the weight of a linear or convolution layer is
+    decayed whatever its shape. All parameters of normalization layers and embeddings are left out by module type: torch.nn's,
+    and modules whose class name contains "Norm" or "Embedding". A parameter that
     several modules share is listed once, under its first name, and left out if any of its uses says so. A parametrized
     tensor (``torch.nn.utils.parametrizations``) is judged by the module that has it. Frozen parameters
     (``requires_grad=False``) are in neither group. Both groups carry ``param_names``, as torch.optim's do.
@@ -78,8 +93,8 @@ def param_groups(
         model: any module.
         weight_decay: for the decayed group; see :func:`from_lambda`.
         decay, no_decay: rules that win over the above. A string is matched against a parameter's full name, with ``*`` and
-            ``?`` as wildcards; a module type covers the parameters that such modules own; a module of this model those of
-            it and of all within it. A name wins over a module, and a module over a type.
+            ``?`` as wildcards. A module type covers the parameters that such modules own. A module of this model covers its
+            own and those of all within it. A name wins over a module, and a module over a type.
         prefix: what stands before all names, as in ``named_parameters``: where ``model`` is a part of another one, its name
             there, so that names are those of the whole.
         options: more keys for both groups, such as ``lr``.
@@ -103,9 +118,10 @@ def param_groups(
         not decayed: 26 parameters in 4 tensors
 
     Raises:
-        TypeError: if ``model`` is no module, a rule is neither a string nor a module nor a type of modules, or a keyword is
-            nearly one that is known.
-        ValueError: if a rule matches nothing, or one parameter is named by both ``decay`` and ``no_decay``.
+        TypeError: if ``model`` is no module, ``weight_decay`` no number, a rule neither a string nor a module nor a type of
+            modules, or a keyword is nearly one that is known.
+        ValueError: if ``weight_decay`` is negative or not finite, a rule matches nothing, or one parameter is named by both
+            ``decay`` and ``no_decay``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs a torch.nn.Module, got {type(model).__name__}")
@@ -114,7 +130,9 @@ def param_groups(
             raise TypeError(f"param_groups: {keyword} is an option of the whole optimizer. Pass it there")
         if keyword not in _KEYS and (hint := did_you_mean(keyword, (*_ARGUMENTS, *_KEYS))):
             raise TypeError(f"param_groups() got an unexpected keyword argument {keyword!r}{hint}")
-    chosen = _UserRules(decay=list(_one_or_many(decay)), no_decay=list(_one_or_many(no_decay)))
+    if not isinstance(weight_decay, Tensor):
+        checked(weight_decay, "weight_decay")
+    chosen = _UserRules(decay=_one_or_many(decay, "decay"), no_decay=_one_or_many(no_decay, "no_decay"))
 
     uses: dict[nn.Parameter, list[_Use]] = {}
     for path, module in model.named_modules():
@@ -199,7 +217,7 @@ class _UserRules:
             if isinstance(rule, nn.Module):
                 self._within[i] = set(rule.modules())
             elif not isinstance(rule, str) and not (isinstance(rule, type) and issubclass(rule, nn.Module)):
-                raise TypeError(f"{argument}: expected parameter names, modules or module types, got {rule!r}")
+                raise TypeError(f"{argument}: {_EXPECTED}, got {_shown(rule)}")
 
     def decide(self, where: list[_Use]) -> tuple[bool, str] | None:
         by_name: dict[bool, str] = {}
@@ -234,8 +252,21 @@ class _UserRules:
                 raise ValueError(f"{argument}: {shown} matches no parameter of the model; remove it or correct it")
 
 
-def _one_or_many(rules: Any) -> Iterable[Rules]:
-    return (rules,) if isinstance(rules, (str, type, nn.Module)) else rules
+def _one_or_many(rules: Any, argument: str) -> list[Rules]:
+    if isinstance(rules, (str, type, nn.Module)):
+        return [rules]
+    if isinstance(rules, Tensor) or not isinstance(rules, Iterable):
+        raise TypeError(f"{argument}: {_EXPECTED}, got {_shown(rules)}")
+    return list(rules)
+
+
+_EXPECTED = "expected parameter names, modules or module types"
+
+
+def _shown(rule: Any) -> str:
+    if isinstance(rule, Tensor):
+        return f"a tensor of shape {tuple(rule.shape)}: pass its name, as model.named_parameters() has it"
+    return repr(rule)
 
 
 _ARGUMENTS = ("weight_decay", "decay", "no_decay", "prefix")

@@ -40,10 +40,13 @@ def penalty(
 
     Raises:
         RuntimeError: if an optimizer's parameters are seen to be parts, and its ``norm_process_group`` says nothing.
+        TypeError: if ``groups`` is neither.
         ValueError: if only one of ``lam`` and ``n`` is given, a group has no ``weight_decay``, or a value is out of its range.
     """
     if (lam is None) != (n is None):
         raise ValueError("penalty needs both lam and n, or neither: then each group's own weight_decay counts")
+    if not isinstance(groups, Optimizer) and not isinstance(groups, Iterable):
+        raise TypeError(f"penalty needs an optimizer, or param groups as given to one, got {type(groups).__name__}")
     coefficient = None if lam is None or n is None else from_lambda(lam, n, reduction)
     decayed: list[Tensor] = []
     weights: list[float] = []

@@ -1,0 +1,75 @@
+"""What a type checker and an editor see of the public signatures: the strings that options take."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import typing
+
+import pytest
+from conftest import ROOT
+
+import fused_l2
+from fused_l2 import options
+from fused_l2.tables.coefficients import DecayRule
+from fused_l2.tables.modes import EIGHT_BIT, Mode
+
+GOOD = """
+import torch
+import fused_l2
+
+model = torch.nn.Linear(2, 2)
+fused_l2.AdamW(model.parameters(), lr=torch.tensor(0.1), weight_decay=torch.tensor(0.1), norm_process_group="world")
+fused_l2.Adam(model.parameters(), decay_rule=["plain", "corrected"], state_dtype=torch.bfloat16)
+fused_l2.SGD(fused_l2.weight_decay.param_groups(model, 0.1), low_precision="remainder8", state_dtype="8bit")
+optimizer = fused_l2.AdamW(model.parameters(), decay_rule="corrected", statistics=True)
+optimizer.low_precision = "master"
+statistics = optimizer.statistics
+if statistics is not None:
+    figures: dict[str, float] = statistics.as_dict()
+"""
+BAD = """
+import torch
+import fused_l2
+
+model = torch.nn.Linear(2, 2)
+fused_l2.AdamW(model.parameters(), low_precision="remaindr")
+fused_l2.Adam(model.parameters(), decay_rule="sometimes")
+fused_l2.Adam(model.parameters(), decay_rule=["plain", "sometimes"])
+fused_l2.SGD(model.parameters(), state_dtype="4bit")
+fused_l2.SGD(model.parameters(), norm_process_group=1.5)
+fused_l2.SGD(model.parameters(), wieght_decay=0.1)
+optimizer = fused_l2.AdamW(model.parameters())
+optimizer.low_precision = "remaindr"
+optimizer.state_dtype = "4bit"
+"""
+
+
+def test_the_strings_are_those_of_the_modes_and_rules() -> None:
+    assert set(typing.get_args(options.LowPrecisionName)) == {mode.name.lower() for mode in Mode}
+    assert set(typing.get_args(options.DecayRuleName)) == {rule.name.lower() for rule in DecayRule}
+    assert typing.Literal[EIGHT_BIT] in typing.get_args(options.StateDtype)
+
+
+def test_the_signature_shows_the_strings() -> None:
+    import inspect
+
+    annotation = inspect.signature(fused_l2.AdamW).parameters["low_precision"].annotation
+    assert "remainder8" in typing.get_args(annotation)
+
+
+def test_mypy_takes_what_is_right_and_finds_each_typo(tmp_path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "good.py").write_text(GOOD)
+    (tmp_path / "bad.py").write_text(BAD)
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml")]
+    done = subprocess.run(
+        [*command, str(tmp_path / "good.py"), str(tmp_path / "bad.py")], cwd=ROOT, capture_output=True, text=True
+    )
+    found = [int(line) for line in re.findall(r"bad\.py:(\d+): error", done.stdout)]
+    first = BAD.splitlines().index('fused_l2.AdamW(model.parameters(), low_precision="remaindr")') + 1
+    lines = BAD.splitlines()
+    expected = [i for i in range(first, len(lines) + 1) if not lines[i - 1].startswith("optimizer = ")]
+    assert "good.py" not in done.stdout, done.stdout
+    assert sorted(set(found)) == expected, done.stdout
