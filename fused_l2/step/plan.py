@@ -30,7 +30,7 @@ from ..parameters.low_precision import lost_decay
 from ..parameters.memory import Ranges
 from ..parameters.ranks import Ranks, Sharing
 from ..parameters.shards import LocalGradients, Shards, gradients_of, is_dtensor, local
-from ..statistics import GivenRows, Record, Recorded, chosen_rows, rows_of, with_penalty
+from ..statistics import Decay, GivenRows, Record, Recorded, chosen_rows, rows_of, totals_of
 from ..tables import coefficients
 from ..tables.control import Control, Prologue
 from ..tables.modes import CODES, EIGHT_BIT_NAMES, HALVES, STATE_NAMES, Mode
@@ -647,20 +647,35 @@ class Plan:
             part.release()
         self._flight.end()
 
-    def recorded(self, groups: Groups, weight_decays: list[float | Tensor], inv_scale: float | Tensor) -> Recorded:
+    def recorded(self, groups: Groups, inv_scale: float | Tensor) -> Recorded:
         """What the last step left of its tensors."""
         if self._measured is None:
             slots = [e.slot for part in self.parts for e in part.entries()]
             self._measured = slots, [self._group_of[slot] for slot in slots], self._labels(groups, slots)
         slots, of_group, names = self._measured
+        decays = list(map(self._decay_of, self._groups))
         records: list[Record] = [part.record for part in self.parts if part.record is not None]
         if not self.is_shared:
-            return Recorded(records, of_group, names, weight_decays, inv_scale)
+            return Recorded(records, of_group, names, decays, inv_scale)
         # Now, because somebody may ask for them in one process only.
         slots, rows = self._rows_over_ranks(slots, rows_of(records))
         of_group, names = [self._group_of[slot] for slot in slots], self._labels(groups, slots)
-        whole, parts = self._totals_over_ranks(slots, rows, weight_decays)
-        return Recorded([GivenRows(rows)], of_group, names, weight_decays, inv_scale, whole, parts)
+        whole, parts = self._totals_over_ranks(slots, rows, decays)
+        return Recorded([GivenRows(rows)], of_group, names, decays, inv_scale, whole, parts)
+
+    @torch.no_grad()
+    def _decay_of(self, group: _Group) -> Decay:
+        """Of the step that was made. Tensors on a device may be written to before somebody asks, so copies of them."""
+        numbers = group.numbers
+        if any(group.sources):
+            read: dict[str, Any] = {
+                name: getattr(group.values, name, None) for name in ("lr", "weight_decay", "momentum", "dampening")
+            }
+            on_device = {name: value for name, value in read.items() if is_on_device(value)}
+            numbers = numbers._replace(
+                **{name: value.detach().reshape(()).to(torch.float64, copy=True) for name, value in on_device.items()}
+            )
+        return Decay(numbers.weight_decay, self._rule.decay_rate(numbers, group.needs.flags))
 
     @torch.no_grad()
     def _rows_over_ranks(self, slots: list[int], rows: Tensor) -> tuple[list[int], Tensor]:
@@ -678,11 +693,9 @@ class Plan:
         return list(here), torch.stack(list(here.values())) if here else rows
 
     @torch.no_grad()
-    def _totals_over_ranks(
-        self, slots: list[int], rows: Tensor, weight_decays: list[float | Tensor]
-    ) -> tuple[Tensor | None, list[bool]]:
+    def _totals_over_ranks(self, slots: list[int], rows: Tensor, decays: Sequence[Decay]) -> tuple[Tensor | None, list[bool]]:
         """The totals of what other processes have other parts of, and which tensors those are. There may be other param groups
-        there, so that the penalty is made here."""
+        there, so that totals of theirs are made there."""
         sharing = self._sharing
         assert sharing is not None
         beyonds = [sharing.beyond[slot] for slot in slots]
@@ -693,7 +706,7 @@ class Plan:
             members = [i for i, beyond in enumerate(beyonds) if beyond == ranks]
             if ranks:
                 groups = [self._group_of[slots[i]] for i in members]
-                terms[ranks] = with_penalty(torch.cat(chosen_rows(rows, members)), groups, weight_decays)
+                terms[ranks] = totals_of(torch.cat(chosen_rows(rows, members)), groups, decays)
         nothing = torch.zeros_like(next(iter(terms.values())))
         return sharing.reduced({(): nothing, **terms}), list(map(bool, beyonds))
 

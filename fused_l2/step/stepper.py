@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -190,10 +190,7 @@ class Stepper:
 
     def _remember(self, plan: Plan, groups: Groups) -> None:
         inv_scale = 1.0 if self._control is None or not self._decides else self._control[INV_SCALE]
-        decays = [group["weight_decay"] for group in groups]
-        # A tensor may be written to before somebody asks.
-        kept: Sequence[Any] = [d.detach().clone() if isinstance(d, Tensor) else d for d in decays]
-        self._recorded = plan.recorded(groups, list(kept), inv_scale)
+        self._recorded = plan.recorded(groups, inv_scale)
 
     # What the last step left.
 
