@@ -55,10 +55,10 @@ test: $(STAMP)
 	$(PYTHON) -m pytest
 
 # Our optimizers in the trainers of others. timm comes without what it requires: PyPI's torchvision is built for one torch with CUDA, and
-# asking for it would replace torch.
+# asking for it would replace torch. peft and diffusers, whose models the doctor examines, need nothing that is not there.
 test-integrations: $(STAMP)
 	$(call install,accelerate lightning transformers) huggingface_hub pyyaml
-	$(PYTHON) -m pip install -q --no-deps 'timm>=1.0.12'
+	$(PYTHON) -m pip install -q --no-deps 'timm>=1.0.12' peft diffusers
 	$(PYTHON) -m pytest tests/integrations tests/test_docs.py
 
 # With other torches and tritons, in environments of their own in build/matrix (8 GB); MATRIX="2.13.0+3.6.0" for one of them.

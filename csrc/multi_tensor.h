@@ -8,8 +8,8 @@ namespace FUSED_L2_NAMESPACE {
 // What a step with flag::statistics adds up, of the whole vectors of a piece. Order and rounding differ from one
 // instruction set to another in the last digits of float64.
 template <class V> struct Measured {
-  using Sum = std::conditional_t<std::is_same_v<V, F32>, SquaresF32, SquaresF64>;
-  Sum grads, params, updates;
+  using Sum = std::conditional_t<std::is_same_v<V, F32>, ProductsF32, ProductsF64>;
+  Sum grads, params, updates, returned;
   FUSED_L2_INLINE Measured() {}  // written out, so that it is compiled for the instruction set
 };
 struct Unmeasured {};
@@ -20,6 +20,7 @@ template <class V, class P, class S, class Rule> struct Sweep {
   static constexpr int width = V::width, block = 2 * width, states = Rule::states;
   // Any order of lanes does as long as all streams share it, so it takes one storage type.
   static constexpr bool interleaved = std::is_same_v<P, S> || states == 0;
+  static constexpr bool rounds = sizeof(P) < sizeof(typename V::T);
   template <class M> static constexpr bool measures = !std::is_same_v<M, Unmeasured>;
 
   template <class M>
@@ -31,19 +32,21 @@ template <class V, class P, class S, class Rule> struct Sweep {
       for (int k = 0; k < states; ++k) load2<V, interleaved>(state[k], s[0][k], s[1][k]);
     [[maybe_unused]] const V before[2] = {p[0], p[1]};
     if constexpr (measures<M>) {
-      measured.grads.add(g[0]);
-      measured.grads.add(g[1]);
-      measured.params.add(p[0]);
-      measured.params.add(p[1]);
+      for (const V& x : g) measured.grads.add(x, x);
+      for (const V& x : p) measured.params.add(x, x);
     }
     rule(p[0], g[0], s[0]);
     rule(p[1], g[1], s[1]);
     store2<interleaved>(param, p[0], p[1]);
     for (int k = 0; k < states; ++k) store2<interleaved>(state[k], s[0][k], s[1][k]);
     if constexpr (measures<M>) {
-      if constexpr (sizeof(P) < sizeof(typename V::T)) load2<V, interleaved>(param, p[0], p[1]);  // as rounded
-      measured.updates.add(p[0] - before[0]);
-      measured.updates.add(p[1] - before[1]);
+      const V exact[2] = {p[0], p[1]};
+      if constexpr (rounds) load2<V, interleaved>(param, p[0], p[1]);
+      for (int i = 0; i < 2; ++i) {
+        const V change = p[i] - before[i];
+        measured.updates.add(change, change);
+        if constexpr (rounds) measured.returned.add(before[i], p[i] - exact[i]);
+      }
     }
   }
 
@@ -106,6 +109,7 @@ template <class V, class P, class S, class Rule> struct Sweep {
       out[statistic::grads] += sums.grads.total();
       out[statistic::params] += sums.params.total();
       out[statistic::updates] += sums.updates.total();
+      out[statistic::returned] += sums.returned.total();
     } else if (blocks > 0) {
       step_blocks(rule, param, grad, state, blocks, ahead, unmeasured);
     }
@@ -121,6 +125,8 @@ template <class V, class P, class S, class Rule> struct Sweep {
       if (Rule::reads_states) std::memcpy(state_tail[k], state[k] + stepped, tail * sizeof(S));
       state_at[k] = state_tail[k];
     }
+    if constexpr (rounds)
+      if (out != nullptr) out[statistic::returned] += returned(rule, param_tail, grad_tail, state_at, tail);
     step_blocks(rule, param_tail, grad_tail, state_at, 1, false, unmeasured);
     if (out != nullptr) {
       for (size_t i = 0; i < tail; ++i) {
@@ -133,6 +139,27 @@ template <class V, class P, class S, class Rule> struct Sweep {
     }
     std::memcpy(param + stepped, param_tail, tail * sizeof(P));
     for (int k = 0; k < states; ++k) std::memcpy(state[k] + stepped, state_tail[k], tail * sizeof(S));
+  }
+
+  // What rounding will give back of a tail's step: once more, in float32.
+  static double returned(const Rule& rule, const P* param, const P* grad, S* const* state, size_t tail) {
+    using T = typename V::T;
+    alignas(64) T exact[block], wide_grad[block], wide_state[states + 1][block] = {};
+    T* state_at[states + 1];
+    for (int i = 0; i < block; ++i) {
+      exact[i] = widen(param[i]);
+      wide_grad[i] = widen(grad[i]);
+      for (int k = 0; k < states; ++k) wide_state[k][i] = widen(state[k][i]);
+    }
+    for (int k = 0; k < states; ++k) state_at[k] = wide_state[k];
+    Unmeasured unmeasured;
+    Sweep<V, T, T, Rule>::step_blocks(rule, exact, wide_grad, state_at, 1, false, unmeasured);
+    P stored[block];
+    for (size_t i = 0; i < tail; ++i) narrow(exact[i], stored[i]);
+    double sum = 0;
+    for (size_t i = 0; i < tail; ++i)
+      sum += static_cast<double>(widen(param[i])) * static_cast<double>(widen(stored[i]) - exact[i]);
+    return sum;
   }
 };
 

@@ -148,6 +148,13 @@ inline double sum_of_changes(const float* before, const float* after, int64_t co
   return sum;
 }
 
+inline double sum_of_returned(const float* before, const float* exact, const float* after, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i)
+    sum += static_cast<double>(before[i]) * (static_cast<double>(after[i]) - static_cast<double>(exact[i]));
+  return sum;
+}
+
 // The stretches of a piece of such a tensor: brought to float32, and back.
 struct Staged {
   const Piece& piece;
@@ -156,7 +163,7 @@ struct Staged {
   Stretch param, grad, state[3];
   float* state_at[3];
   alignas(64) uint32_t bits[kStretch];
-  alignas(64) float before[kStretch];
+  alignas(64) float before[kStretch], exact[kStretch];
 
   Staged(const Piece& given, int state_count, bool reads)
       : piece(given),
@@ -220,11 +227,13 @@ template <class Loop> void step_staged(const Piece& piece, int states, bool read
     double measured[statistic::count] = {};
     std::copy(param, param + here.count, staged.before);
     loop(param, staged.grad.at, staged.state_at, here.count, measured);
+    std::copy(param, param + here.count, staged.exact);
     staged.store(here, step);
     load_param(here, staged.param);  // as it was rounded
     piece.measured[statistic::grads] += measured[statistic::grads];
     piece.measured[statistic::params] += measured[statistic::params];
     piece.measured[statistic::updates] += sum_of_changes(staged.before, staged.param.at, here.count);
+    piece.measured[statistic::returned] += sum_of_returned(staged.before, staged.exact, staged.param.at, here.count);
   }
 }
 

@@ -41,6 +41,7 @@ void step_chunk(const Piece& chunk, PieceFunction update, double* out) {
     Piece piece = chunk;
     piece.measured = out;
     update(piece);
+    out[statistic::stepped] = out[statistic::params];
   }
   const bool skipped = update == nullptr;
   switch (chunk.bucket->grad_dtype) {

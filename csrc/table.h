@@ -41,8 +41,9 @@ namespace fused_l2 {
 // Flags of a row.
 #define FUSED_L2_ROW_FLAGS(X) X(first_step)
 // What a step with flag::statistics leaves of each chunk, as float64: sums of g^2, of w^2 before the step, of the
-// update^2, and how many gradients are not finite.
-#define FUSED_L2_STATISTICS(X) X(grads) X(params) X(updates) X(nonfinite)
+// update^2; how many gradients are not finite; the second sum again, 0 for a step that was not made; and how much of
+// the step rounding to 16 bits gave back, the sum of w * (stored - exact), w before the step.
+#define FUSED_L2_STATISTICS(X) X(grads) X(params) X(updates) X(nonfinite) X(stepped) X(returned)
 
 #define FUSED_L2_ENUMERATOR(name) name,
 namespace column {

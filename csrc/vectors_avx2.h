@@ -60,25 +60,27 @@ FUSED_L2_INLINE F64 where_agree(F64 u, F64 p, F64 a, F64 b) {
 }
 FUSED_L2_INLINE bool all_finite(F64) { return false; }
 
-// Sums of squares in float64, of the lanes of a vector.
-struct SquaresF64 {
+// Sums of products in float64, of the lanes of vectors.
+struct ProductsF64 {
   __m256d sums;
-  FUSED_L2_INLINE SquaresF64() : sums(_mm256_setzero_pd()) {}
-  FUSED_L2_INLINE void add(F64 a) { sums = _mm256_fmadd_pd(a.v, a.v, sums); }
+  FUSED_L2_INLINE ProductsF64() : sums(_mm256_setzero_pd()) {}
+  FUSED_L2_INLINE void add(F64 a, F64 b) { sums = _mm256_fmadd_pd(a.v, b.v, sums); }
   double total() const {
     alignas(32) double lane[4];
     _mm256_store_pd(lane, sums);
     return (lane[0] + lane[1]) + (lane[2] + lane[3]);
   }
 };
-struct SquaresF32 {
-  SquaresF64 low, high;
-  FUSED_L2_INLINE SquaresF32() {}
-  FUSED_L2_INLINE void add(F32 a) {
-    low.add({_mm256_cvtps_pd(_mm256_castps256_ps128(a.v))});
-    high.add({_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))});
+struct ProductsF32 {
+  ProductsF64 low, high;
+  FUSED_L2_INLINE ProductsF32() {}
+  FUSED_L2_INLINE void add(F32 a, F32 b) {
+    low.add(lower(a), lower(b));
+    high.add(upper(a), upper(b));
   }
   double total() const { return low.total() + high.total(); }
+  static FUSED_L2_INLINE F64 lower(F32 a) { return {_mm256_cvtps_pd(_mm256_castps256_ps128(a.v))}; }
+  static FUSED_L2_INLINE F64 upper(F32 a) { return {_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))}; }
 };
 
 // bfloat16: the upper half of a float. Round to nearest even in integers; a NaN keeps its upper bits and is made quiet.

@@ -60,21 +60,22 @@ FUSED_L2_INLINE F64 where_agree(F64 u, F64 p, F64 a, F64 b) {
 }
 FUSED_L2_INLINE bool all_finite(F64) { return false; }
 
-// Sums of squares in float64, of the lanes of a vector.
-struct SquaresF32 {
+// Sums of products in float64, of the lanes of vectors.
+struct ProductsF32 {
   __m512d low, high;
-  FUSED_L2_INLINE SquaresF32() : low(_mm512_setzero_pd()), high(_mm512_setzero_pd()) {}
-  FUSED_L2_INLINE void add(F32 a) {
-    const __m512d x = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), y = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
-    low = _mm512_fmadd_pd(x, x, low);
-    high = _mm512_fmadd_pd(y, y, high);
+  FUSED_L2_INLINE ProductsF32() : low(_mm512_setzero_pd()), high(_mm512_setzero_pd()) {}
+  FUSED_L2_INLINE void add(F32 a, F32 b) {
+    low = _mm512_fmadd_pd(lower(a), lower(b), low);
+    high = _mm512_fmadd_pd(upper(a), upper(b), high);
   }
   double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
+  static FUSED_L2_INLINE __m512d lower(F32 a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)); }
+  static FUSED_L2_INLINE __m512d upper(F32 a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)); }
 };
-struct SquaresF64 {
+struct ProductsF64 {
   __m512d sums;
-  FUSED_L2_INLINE SquaresF64() : sums(_mm512_setzero_pd()) {}
-  FUSED_L2_INLINE void add(F64 a) { sums = _mm512_fmadd_pd(a.v, a.v, sums); }
+  FUSED_L2_INLINE ProductsF64() : sums(_mm512_setzero_pd()) {}
+  FUSED_L2_INLINE void add(F64 a, F64 b) { sums = _mm512_fmadd_pd(a.v, b.v, sums); }
   double total() const { return _mm512_reduce_add_pd(sums); }
 };
 

@@ -33,11 +33,11 @@ template <class T_, int N> struct Lanes {
 using F32 = Lanes<float, 4>;
 using F64 = Lanes<double, 2>;
 
-// Sums of squares in float64, of the lanes of a vector.
-template <class V> struct Squares {
+// Sums of products in float64, of the lanes of vectors.
+template <class V> struct Products {
   double lane[V::width] = {};
-  FUSED_L2_INLINE void add(V a) {
-    for (int i = 0; i < V::width; ++i) lane[i] += static_cast<double>(a.lane[i]) * static_cast<double>(a.lane[i]);
+  FUSED_L2_INLINE void add(V a, V b) {
+    for (int i = 0; i < V::width; ++i) lane[i] += static_cast<double>(a.lane[i]) * static_cast<double>(b.lane[i]);
   }
   double total() const {
     double sum = 0;
@@ -45,8 +45,8 @@ template <class V> struct Squares {
     return sum;
   }
 };
-using SquaresF32 = Squares<F32>;
-using SquaresF64 = Squares<F64>;
+using ProductsF32 = Products<F32>;
+using ProductsF64 = Products<F64>;
 
 template <class V> FUSED_L2_INLINE V fma(V a, V b, V c) {
   return V::make([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });

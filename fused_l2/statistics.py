@@ -13,18 +13,26 @@ from torch import Tensor
 from . import _html
 from .tables.tensor_table import STATISTICS
 
-GRADS, PARAMS, UPDATES, NONFINITE = range(len(STATISTICS))
+GRADS, PARAMS, UPDATES, NONFINITE, STEPPED, RETURNED = range(len(STATISTICS))
+PENALTY, ASKED, ARRIVED = range(len(STATISTICS), len(STATISTICS) + 3)  # behind the sums, where there are totals
+
+
+class Decay(NamedTuple):
+    """Of a param group, at one step."""
+
+    weight_decay: float | Tensor
+    rate: float | Tensor  # which share of each weight a step takes: UpdateRule.decay_rate
 
 
 class TensorSums(NamedTuple):
     """What a step added up over each of its tensors."""
 
-    rows: Tensor  # float64 [tensors][4]: sums of g^2, w^2, update^2; the count of gradients that are not finite
+    rows: Tensor  # float64 [tensors][STATISTICS]
     groups: Sequence[int]
     names: Sequence[str]
-    weight_decays: Sequence[float | Tensor]  # of each param group
+    decays: Sequence[Decay]  # of each param group
     inv_scale: float | Tensor  # what gradients are multiplied by to undo a loss scale
-    whole: Tensor | None = None  # float64 [5]: such sums, and the penalty, of tensors that several processes have parts of,
+    whole: Tensor | None = None  # float64: such sums, and totals behind them, of tensors that several processes have parts of,
     parts: Sequence[bool] = ()  # which are these: their rows are of the parts in this process
 
 
@@ -35,6 +43,18 @@ class Statistics:
     Norms are 2-norms over all parameters that had a gradient. Gradients are those given, without a GradScaler's scale and
     before clipping. Weights are those before the step, for which the loss was computed; the update is weights after minus
     before, as stored, and zero for a skipped step.
+
+    How much of the weight decay arrives, as it lowers sum w^2 / 2. Decay alone, in exact arithmetic, takes ``r * w`` of a
+    weight at a step: ``decay_asked`` is the sum of ``w * (r * w)``. The step goes from w to an exact value u and stores s:
+    rounding to 16 bits gives back the sum of ``w * (s - u)``, and ``decay_arrived`` is what is left of the asked. Both are in
+    squares of the weights' unit, so that those of several steps add up: a share of many steps is the ratio of two sums, and
+    that of one step is one draw of it, with noise where few weights are rounded. It may be below 0 or above 1. Of float32
+    and float64 parameters, and of 16-bit ones whose mode keeps what rounding leaves out, all arrives.
+
+    ``r`` is lr * weight_decay, with decoupled decay as ``decay_rule`` says. L2 in SGD's gradient goes through the momentum:
+    r = lr * weight_decay * (1 - dampening) / (1 - momentum), which it is after the first 1 / (1 - momentum) steps. Where decay
+    has no rate the three figures are NaN: L2 in Adam's gradient is divided by sqrt(v), and with ``cautious`` the gradients
+    say which weights decay. Param groups without decay do not count.
     """
 
     grad_norm: Tensor
@@ -43,6 +63,9 @@ class Statistics:
     update_ratio: Tensor  # update_norm / param_norm
     penalty: Tensor  # sum over param groups of weight_decay / 2 * sum w^2, which is lambda / 2n * sum w^2
     nonfinite_grads: Tensor  # how many elements of gradients are inf or NaN
+    decay_asked: Tensor  # sum of r * w^2; 0 for a skipped step
+    decay_arrived: Tensor  # decay_asked - sum of w * (stored - exact)
+    decay_share: Tensor  # decay_arrived / decay_asked; NaN where nothing was asked
     _sums: TensorSums = field(repr=False, compare=False)
 
     def as_dict(self) -> dict[str, float]:
@@ -57,7 +80,7 @@ class Statistics:
     def by_group(self) -> list[Statistics]:
         """The same figures of each param group. If ``norm_process_group`` says that other processes have other parts, here and
         in :meth:`by_tensor` they are of what this process has."""
-        groups = range(len(self._sums.weight_decays))
+        groups = range(len(self._sums.decays))
         return [self._of([i for i, g in enumerate(self._sums.groups) if g == group]) for group in groups]
 
     def by_tensor(self) -> dict[str, Statistics]:
@@ -79,10 +102,9 @@ def make_statistics(given: TensorSums) -> Statistics:
     if given.whole is not None:
         own = [i for i, is_part in enumerate(given.parts) if not is_part]
         rows, groups = torch.cat(chosen_rows(rows, own)), [groups[i] for i in own]
-    sums = with_penalty(rows, groups, given.weight_decays)
+    totals = totals_of(rows, groups, given.decays)
     if given.whole is not None:
-        sums = sums + given.whole.to(sums.device)
-    totals, penalty = sums[: len(STATISTICS)], sums[len(STATISTICS)]
+        totals = totals + given.whole.to(totals.device)
     grad_norm, param_norm, update_norm = (totals[i].sqrt() for i in (GRADS, PARAMS, UPDATES))
     inv_scale = _beside(given.inv_scale, rows)
     return Statistics(
@@ -90,21 +112,30 @@ def make_statistics(given: TensorSums) -> Statistics:
         param_norm=param_norm,
         update_norm=update_norm,
         update_ratio=update_norm / param_norm,
-        penalty=penalty.clone(),
+        penalty=totals[PENALTY].clone(),
         nonfinite_grads=totals[NONFINITE].clone(),
+        decay_asked=totals[ASKED].clone(),
+        decay_arrived=totals[ARRIVED].clone(),
+        decay_share=totals[ARRIVED] / totals[ASKED],
         _sums=given,
     )
 
 
-def with_penalty(rows: Tensor, groups: Sequence[int], weight_decays: Sequence[float | Tensor]) -> Tensor:
-    """The sums over these rows, and after them the penalty. ``groups``: the param group of each row."""
-    penalty = torch.zeros((), dtype=torch.float64, device=rows.device)
+def totals_of(rows: Tensor, groups: Sequence[int], decays: Sequence[Decay]) -> Tensor:
+    """The sums over these rows, and after them PENALTY, ASKED, ARRIVED. ``groups``: the param group of each row."""
+    penalty = asked = arrived = torch.zeros((), dtype=torch.float64, device=rows.device)
     for group in sorted(set(groups)):
         members = [i for i, g in enumerate(groups) if g == group]
-        decay = _beside(weight_decays[group], rows)
+        weight_decay, rate = (_beside(number, rows) for number in decays[group])
         for part in chosen_rows(rows, members):
-            penalty = penalty + part[:, PARAMS].sum() * (decay / 2)
-    return torch.cat([rows.sum(0), penalty.reshape(1)])
+            penalty = penalty + part[:, PARAMS].sum() * (weight_decay / 2)
+            if not isinstance(rate, Tensor) and rate == 0:
+                continue
+            here = part[:, STEPPED].sum() * rate
+            returned = part[:, RETURNED].sum()
+            asked = asked + here
+            arrived = arrived + here - (torch.where(rate == 0, 0.0, returned) if isinstance(rate, Tensor) else returned)
+    return torch.cat([rows.sum(0), torch.stack([penalty, asked, arrived])])
 
 
 def chosen_rows(rows: Tensor, members: list[int]) -> list[Tensor]:
@@ -137,9 +168,9 @@ class PartialSums:
         sent: Callable[[Sequence[int]], Tensor] = _on_host,
         used: Callable[[Tensor], None] = lambda tensor: None,
     ) -> None:
-        """``partials``: float64 [chunks][4] for each bucket. ``chunks``: how many each tensor has. ``slots``: which of the
-        optimizer's parameters each tensor is, None for one without a gradient. ``sent`` brings integers to where the partials
-        are; ``used`` is told of what the current stream is about to read."""
+        """``partials``: float64 [chunks][STATISTICS] for each bucket. ``chunks``: how many each tensor has. ``slots``: which of
+        the optimizer's parameters each tensor is, None for one without a gradient. ``sent`` brings integers to where the
+        partials are; ``used`` is told of what the current stream is about to read."""
         where = [i for slot, i in sorted((slot, i) for i, slot in enumerate(slots) if slot is not None)]
         # Now: to bring them when somebody reads would make the reader wait.
         self._partials, self._chunks, self._order, self._used = partials, sent(chunks), sent(where), used
@@ -169,7 +200,7 @@ class LazyStatistics(NamedTuple):
     partial_sums: Sequence[PartialSums]
     groups: Sequence[int]
     names: Sequence[str]
-    weight_decays: Sequence[float | Tensor]
+    decays: Sequence[Decay]
     inv_scale: float | Tensor
     whole: Tensor | None = None
     parts: Sequence[bool] = ()
@@ -190,9 +221,21 @@ def rows_of(partial_sums: Sequence[PartialSums]) -> Tensor:
 
 
 @torch.no_grad()
-def row_of(grad: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """The row of one tensor, in plain PyTorch."""
-    wide = [t.detach().double().reshape(-1) for t in (grad, before)]
-    update = after.detach().double().reshape(-1) - wide[1]
-    sums = [x.square().sum() for x in (*wide, update)]
-    return torch.stack([*sums, (~wide[0].isfinite()).sum().double()]).to(dtype=torch.float64)
+def row_of(grad: Tensor, before: Tensor, after: Tensor | None = None, returned: Tensor | None = None) -> Tensor:
+    """The row of one tensor, in plain PyTorch; without ``after`` of a step that was not made."""
+    grads, params = (_wide(t) for t in (grad, before))
+    sums = [x.square().sum() for x in (grads, params)]
+    nothing = torch.zeros_like(sums[1])
+    updates = nothing if after is None else (_wide(after) - params).square().sum()
+    stepped = nothing if after is None else sums[1]
+    nonfinite = (~grads.isfinite()).sum().double()
+    return torch.stack([*sums, updates, nonfinite, stepped, nothing if returned is None else returned]).to(dtype=torch.float64)
+
+
+def returned_of(before: Tensor, exact: Tensor, after: Tensor) -> Tensor:
+    """What rounding gave back of one tensor's step, in plain PyTorch."""
+    return (_wide(before) * (_wide(after) - _wide(exact))).sum()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().reshape(-1)

@@ -167,6 +167,11 @@ def fused_l2_step(
         tl.store(out + at, a[0] + b[0])
         tl.store(out + 1 + at, a[1] + b[1])
         tl.store(out + 2 + at, a[2] + b[2])
+        stepped = a[1] + b[1]
+        if BUCKET_FLAGS & SCALED:
+            stepped = tl.where(is_made, stepped, 0.0)
+        tl.store(out + 4 + at, stepped)
+        tl.store(out + 5 + at, a[3] + b[3])
         # Gradients are looked at once more only if their sum is not finite. Of float64 ones finite ones overflow, too.
         tl.debug_barrier()
         total = tl.load(out)
@@ -191,10 +196,14 @@ def step_range(
     BLOCK: tl.constexpr,
 ):
     """Apply the rule to the elements from ``begin`` to ``end``, a block at a time. With STATISTICS a step that is not made is
-    measured all the same; returned are the sums of the squares of gradients, parameters before the step, and updates."""
+    measured all the same; returned are the sums of the squares of gradients, parameters before the step, and updates, and of
+    the products of parameters before the step with what rounding to 16 bits added."""
     param_at, grad_at, state0_at, state1_at, state2_at, kept_at = pointers
     random_key, first_element = random
     OPMATH: tl.constexpr = scalars[0].dtype
+    # With a master or a remainder nothing is rounded away.
+    IS_HALF: tl.constexpr = param_at.dtype.element_ty.primitive_bitwidth == 16
+    ROUNDS: tl.constexpr = IS_HALF and BUCKET_FLAGS & STATISTICS and not BUCKET_FLAGS & (MASTER | REMAINDER)
     scale0_at, scale1_at = scales
     if BUCKET_FLAGS & EIGHT_BIT:
         # A group is a row, which the threads of a warp share. Where a loop ends, groups do.
@@ -206,6 +215,8 @@ def step_range(
         grads = tl.full(lanes.shape, 0.0, tl.float64)
         params = tl.full(lanes.shape, 0.0, tl.float64)
         updates = tl.full(lanes.shape, 0.0, tl.float64)
+    if ROUNDS:
+        returned = tl.full(lanes.shape, 0.0, tl.float64)
     for start in range(begin, end, BLOCK):
         at = start + lanes
         inside = at < end
@@ -270,6 +281,9 @@ def step_range(
             if BUCKET_FLAGS & KEEPS:
                 after = widened(stored, kept, BUCKET_FLAGS)
             updates += square(after.to(OPMATH) - before, written)
+            if ROUNDS:
+                added = tl.where(written, after.to(OPMATH) - param, 0.0).to(tl.float64)
+                returned += tl.where(written, before, 0.0).to(tl.float64) * added
         if BUCKET_FLAGS & EIGHT_BIT:
             is_written = is_group
             if BUCKET_FLAGS & STATISTICS and BUCKET_FLAGS & SCALED:
@@ -287,10 +301,12 @@ def step_range(
             tl.store(state1_at + at, state1.to(state1_at.dtype.element_ty), mask=written)
         if STATES > 2:
             tl.store(state2_at + at, state2.to(state2_at.dtype.element_ty), mask=written)
-    if BUCKET_FLAGS & STATISTICS:
-        return summed(grads), summed(params), summed(updates)
+    if ROUNDS:
+        return summed(grads), summed(params), summed(updates), summed(returned)
+    elif BUCKET_FLAGS & STATISTICS:
+        return summed(grads), summed(params), summed(updates), 0.0
     else:
-        return 0.0, 0.0, 0.0
+        return 0.0, 0.0, 0.0, 0.0
 
 
 @triton.jit

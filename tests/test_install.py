@@ -108,7 +108,7 @@ FLOORS = [
     {"weight_decay"},
     # The doctor looks at all of it, and nothing but the command line asks for the doctor.
     {"doctor.rules", "doctor.findings"},
-    {"doctor.subject"},
+    {"doctor.subject", "doctor.memory"},
     {"doctor.normalized", "doctor.precision"},
     {"doctor.layers"},
     {"doctor.report"},

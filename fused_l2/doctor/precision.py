@@ -2,7 +2,7 @@
 
 A step computes w + u - d in float32, u being the update and d = rate * w the decay, and stores the nearest 16-bit number. What
 is stored falls by d in the mean only if u is noise that reaches across the gap to the next number. With u normal around 0 the
-mean follows from the neighbours of each weight; no random number is drawn.
+mean follows from the neighbours of each weight, and from what updates remember (``memory.py``); no random number is drawn.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor
 from ..parameters.shards import local
 from ..tables.modes import HALVES
 from . import rules
+from .memory import WIDE, remembered_fall
 from .subject import Weight
 
 SAMPLE = 1 << 16  # elements of a tensor that are looked at; the share of that many has a standard error below 0.2 %
 _NEIGHBOURS = 6  # on each side; noise as wide as 1.5 gaps rarely reaches further, and wider noise loses nothing
-_WIDE = 1.5
+_DIGITS = {torch.bfloat16: 7, torch.float16: 10}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def rounding(weight: Weight) -> Rounding | None:
     share = None
     if rate:
         share = decay_share(w, rate, size, weight.dtype, separate)
-        share += _ratchet(w, size, weight.dtype, _memory(weight)) / float(rate * w.sum())
+        start, own = _start(w, rate, weight.dtype, separate)
+        share += remembered_fall(w, start, size, own, _DIGITS[weight.dtype], _memory(weight)) / float(rate * w.sum())
     half_gap = (_neighbour(w, weight.dtype, 1) - w) / 2
     # An update of Adam's is about lr where gradients agree, and three times that at most for a moment.
     reach = torch.full_like(w, lr) if rules.is_adaptive(optimizer, settings) else size.expand_as(w)
@@ -150,10 +152,8 @@ def decay_share(w: Tensor, rate: float, size: Tensor, dtype: torch.dtype, separa
     asked = (rate * w).sum()
     if not asked:
         return 1.0
-    start, decay = w, rate * w
-    if separate:
-        start = (w.float() * (1 - rate)).to(dtype).double()
-        decay = torch.zeros_like(w)
+    start, own = _start(w, rate, dtype, separate)
+    decay = own * w
     gap = _neighbour(start, dtype, 1) - start
     fall = torch.zeros_like(w)
     scale = size.clamp_min(1e-300)
@@ -162,8 +162,13 @@ def decay_share(w: Tensor, rate: float, size: Tensor, dtype: torch.dtype, separa
         fall -= (further - above) * _beyond(((above + further) / 2 - start + decay) / scale)
         below, further = _neighbour(start, dtype, -j), _neighbour(start, dtype, -j - 1)
         fall += (below - further) * _beyond((start - decay - (below + further) / 2) / scale)
-    fall = torch.where((size > _WIDE * gap) | (decay > 4 * gap), decay, fall) + (w - start)
+    fall = torch.where((size > WIDE * gap) | (decay > 4 * gap), decay, fall) + (w - start)
     return float(fall.sum() / asked)
+
+
+def _start(w: Tensor, rate: float, dtype: torch.dtype, separate: bool) -> tuple[Tensor, float]:
+    """What updates are added to, and the share of decay that is rounded together with them."""
+    return ((w.float() * (1 - rate)).to(dtype).double(), 0.0) if separate else (w, rate)
 
 
 def _memory(weight: Weight) -> float:
@@ -172,50 +177,6 @@ def _memory(weight: Weight) -> float:
     betas = settings.get("betas")
     kept = betas[0] if betas is not None and len(betas) == 2 else settings.get("momentum", 0.0)
     return min(max(rules.number(kept) or 0.0, 0.0), 0.999)
-
-
-def _ratchet(w: Tensor, size: Tensor, dtype: torch.dtype, memory: float) -> float:
-    """By how much magnitudes fall, in sum, because updates remember each other.
-
-    Numbers below a power of two are twice as dense as those above. Noise moves a weight more easily down across it than up
-    again, and with a momentum goes on in its direction: rounding pulls weights to 0 where there is no decay at all. With f(u)
-    what of an update u arrives, each power of two takes half the difference, between its sides, of the sum over k >= 1 of
-    E[f(u_0) f(u_k)], times the density of weights there.
-    """
-    if memory == 0:
-        return 0.0
-    digits = {torch.bfloat16: 7, torch.float16: 10}[dtype]
-    fall = 0.0
-    for exponent in range(-14, 5):
-        power = 2.0**exponent
-        near = (w > power * 0.875) & (w < power * 1.125)
-        count = int(near.sum())
-        if not count:
-            continue
-        sigma = float((size[near] if size.numel() == w.numel() else size).square().mean().sqrt())
-        gap = power * 2.0**-digits
-        if 0.05 * gap < sigma < 20 * gap:
-            fall += count / (power / 4) * 0.5 * (_remembered(gap / 2, sigma, memory) - _remembered(gap, sigma, memory))
-    return fall
-
-
-def _remembered(gap: float, sigma: float, memory: float) -> float:
-    """Sum over k >= 1 of E[f(u_0) f(u_k)] for normal u of correlation memory^k, f rounding to multiples of the gap.
-
-    With the coefficients c_n of f in Hermite polynomials, E[f(u_0) f(u_k)] is the sum of c_n^2 memory^(k n) (Mehler).
-    """
-    if sigma > _WIDE * gap:
-        return sigma**2 * memory / (1 - memory)
-    steps = [(j + 0.5) * gap / sigma for j in range(8) if (j + 0.5) * gap / sigma < 12]
-    total, before, here = 0.0, [0.0] * len(steps), [1.0] * len(steps)  # He_{n-1}(t) / sqrt((n-1)!) at the edges t of f
-    for n in range(1, 80):
-        if n % 2:
-            edges = sum(math.exp(-t * t / 2) * h for t, h in zip(steps, here, strict=True))
-            coefficient = 2 * gap * edges / math.sqrt(2 * math.pi * n)
-            total += coefficient**2 * memory**n / (1 - memory**n)
-        after = [(t * h - math.sqrt(n - 1) * b) / math.sqrt(n) for t, h, b in zip(steps, here, before, strict=True)]
-        before, here = here, after
-    return total
 
 
 def _float32_share(w: Tensor, rate: float) -> float:

@@ -79,12 +79,23 @@ def decay_kind(optimizer: Any, group: Mapping[str, Any]) -> str | None:
     return None
 
 
+RENAMED = "weight_decay_rate"  # what BERT's first optimizers called it
+
+
+def decay_key(optimizer: Any, group: Mapping[str, Any]) -> str:
+    """The key of a group that holds its decay. The classes that are known read weight_decay and nothing else; of others, the
+    one that is there."""
+    if known_class(optimizer) is None and RENAMED in group and "weight_decay" not in group:
+        return RENAMED
+    return "weight_decay"
+
+
 def decay_rate(optimizer: Any, index: int, group: Mapping[str, Any], lr: float | None) -> float | None:
     """By which share each step shrinks a weight in the long run, at this lr; None where that is not one number.
 
     Coupled decay through a momentum arrives 1 / (1 - momentum) times; Adam's is divided by sqrt(v), other for each weight.
     """
-    decay = number(group.get("weight_decay"))
+    decay = number(group.get(decay_key(optimizer, group)))
     if lr is None or decay is None or decay == 0:
         return None
     if is_ours(optimizer):

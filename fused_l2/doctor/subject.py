@@ -38,6 +38,10 @@ class Group:
     def decays(self) -> bool:
         return bool(self.weight_decay)
 
+    @property
+    def decay_key(self) -> str:
+        return rules.decay_key(self.optimizer, self.settings)
+
     def code(self, key: str, value: str) -> str:
         """Python that sets a key of this group."""
         return f'optimizer.param_groups[{self.index}]["{key}"] = {value}'
@@ -169,6 +173,11 @@ def collect(optimizers: Sequence[Any], model: nn.Module | None) -> Subject:
                 f"{type(optimizer).__module__}.{type(optimizer).__qualname__} is no class that is known here: examined is what "
                 f"its param groups and states show. How it decays, where it rounds and how fast it is are not."
             )
+            if any({rules.RENAMED, "weight_decay"} <= set(group) for group in optimizer.param_groups):
+                subject.unknown.append(
+                    f"Groups have weight_decay_rate and weight_decay. Which of them {type(optimizer).__qualname__} reads is "
+                    f"not known; weight_decay is shown."
+                )
     if not any(w.uses for w in weights):
         subject.unknown.append(
             "No live module owns these parameters: tensors are named by group and position, and what they are for is not known."
@@ -179,10 +188,11 @@ def collect(optimizers: Sequence[Any], model: nn.Module | None) -> Subject:
 def make_group(optimizer: Any, which: int, index: int, settings: Mapping[str, Any]) -> Group:
     lr = rules.number(settings.get("lr"))
     known = [rules.number(settings.get(key)) for key in ("lr", "initial_lr", "max_lr")]
+    decay_key = rules.decay_key(optimizer, settings)
     peak = max((value for value in known if value is not None), default=None)
     return Group(
         optimizer, which, index, settings, lr, peak,
-        rules.number(settings["weight_decay"]) if "weight_decay" in settings else None,
+        rules.number(settings[decay_key]) if decay_key in settings else None,
         rules.decay_kind(optimizer, settings),
         rules.decay_rate(optimizer, index, settings, lr), rules.decay_rate(optimizer, index, settings, peak),
         rules.implementation(optimizer, settings),

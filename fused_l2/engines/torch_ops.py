@@ -25,7 +25,7 @@ from ..parameters.checks import is_count
 from ..parameters.entry import Entry
 from ..parameters.low_precision import narrowed, random_bits, widened
 from ..parameters.memory import has_plain_type
-from ..statistics import FinishedSums, row_of
+from ..statistics import FinishedSums, returned_of, row_of
 from ..tables import coefficients
 from ..tables.coefficients import AdamNumbers, SgdNumbers
 from ..tables.control import FACTOR, Control, Prologue, on_host
@@ -101,12 +101,13 @@ class TorchPart(Part):
         self._factor = control[FACTOR]
 
     def measure_skipped(self) -> None:
-        self.sums = FinishedSums(torch.stack([row_of(e.grad, e.weights(), e.weights()) for e in self.entries()]))
+        self.sums = FinishedSums(torch.stack([row_of(e.grad, e.weights()) for e in self.entries()]))
 
     @torch.no_grad()
     def launch(self) -> None:
         entries = self.entries()
-        before = [e.weights().clone() for e in entries] if self._statistics else []
+        before = {e: e.weights().clone() for e in entries} if self._statistics else {}
+        returned: dict[Entry, Tensor] = {}
         increment_version([e.param for e in entries if e.local is not e.param])
 
         # Neighbours that share a param group are stepped in one call; but not those that may share memory and would not see
@@ -116,17 +117,20 @@ class TorchPart(Part):
 
         for _, found in groupby(entries, key=lambda e: (e.group, e.flags, e.first_step, e.mode, alone(e))):
             alike = list(found)
-            self._step(alike)
-            for e in alike:
+            exact = self._step(alike)
+            for e, unrounded in zip(alike, exact, strict=True):
                 e.first_step = False
+                if self._statistics:
+                    returned[e] = returned_of(before[e], unrounded, e.weights())
         if self._statistics:
-            rows = [row_of(e.grad, b, e.weights()) for e, b in zip(entries, before, strict=True)]
+            rows = [row_of(e.grad, before[e], e.weights(), returned[e]) for e in entries]
             self.sums = FinishedSums(torch.stack(rows))
 
-    def _step(self, entries: list[Entry]) -> None:
+    def _step(self, entries: list[Entry]) -> list[Tensor]:
+        """Their new values before rounding to 16 bits."""
         first = entries[0]
         self._begun.update(entries)
-        step(
+        return step(
             self._rule,
             first.flags,
             self._numbers[first.group],
@@ -207,8 +211,9 @@ def step(
     kept: Sequence[Tensor | None] = (),
     keys: Sequence[int] = (),
     scales: Sequence[Sequence[Tensor]] = (),
-) -> None:
-    """Step parameters of one param group in place, with their states and counters. Gradients are left as they are.
+) -> list[Tensor]:
+    """Step parameters of one param group in place, with their states and counters. Gradients are left as they are. Returned
+    are the parameters' new values before rounding to 16 bits.
 
     ``numbers`` are the group's ``SgdNumbers`` or ``AdamNumbers``. ``factor``: what gradients are multiplied by first, on any
     device. ``kept``: what is kept beside each parameter, and ``keys`` of random bits, where ``flags`` say a low-precision mode.
@@ -253,6 +258,7 @@ def step(
             beside = kept[i]
             assert beside is not None
             beside.copy_(left)
+    return wide_params
 
 
 def _random_bits(param: Tensor, key: int, counter: Tensor) -> Tensor:

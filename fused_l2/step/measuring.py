@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,12 @@ from ..engines.torch_ops import TorchPart, combined, total
 from ..options import Options
 from ..parameters.entry import Entry
 from ..parameters.ranks import Ranks, Sharing
-from ..statistics import FinishedSums, LazyStatistics, PartialSums, chosen_rows, rows_of, with_penalty
+from ..statistics import Decay, FinishedSums, LazyStatistics, PartialSums, chosen_rows, rows_of, totals_of
 from ..tables.control import Control, Prologue
 from . import captures
-from .groups import Groups, ParamGroups
+from .groups import Groups, GroupValues, ParamGroups
+from .hyperparameters import is_on_device
+from .rules import UpdateRule
 
 
 class Measuring:
@@ -27,8 +30,8 @@ class Measuring:
 
     _sharing: Sharing
 
-    def __init__(self, options: Options, known: ParamGroups) -> None:
-        self._options, self._known = options, known
+    def __init__(self, rule: UpdateRule, options: Options, known: ParamGroups) -> None:
+        self._rule, self._options, self._known = rule, options, known
         self._order_of: list[Part] | None = None  # what the three below are of
         self._slots: list[int] = []
         self._groups: list[int] = []
@@ -102,21 +105,34 @@ class Measuring:
 
     # After a step.
 
-    def statistics(
-        self, parts: list[Part], groups: Groups, weight_decays: list[float | Tensor], inv_scale: float | Tensor
-    ) -> LazyStatistics:
+    def statistics(self, parts: list[Part], groups: Groups, inv_scale: float | Tensor) -> LazyStatistics:
         """What the step left of its tensors. ``parts``: a list that is another one when other tensors are stepped."""
         if self._order_of is not parts:
             self._order_of, self._slots = parts, [e.slot for part in parts for e in part.entries()]
             self._groups, self._names = self._described(groups, self._slots)
         partial_sums: list[PartialSums] = [part.sums for part in parts if part.sums is not None]
+        decays = [self._decay_of(group) for group in self._known.known]
         if not self.is_shared:
-            return LazyStatistics(partial_sums, self._groups, self._names, weight_decays, inv_scale)
+            return LazyStatistics(partial_sums, self._groups, self._names, decays, inv_scale)
         # Now, because somebody may ask for them in one process only.
         slots, rows = self._rows_over_ranks(self._slots, rows_of(partial_sums))
         of_group, names = self._described(groups, slots)
-        whole, are_parts = self._totals_over_ranks(slots, rows, weight_decays)
-        return LazyStatistics([FinishedSums(rows)], of_group, names, weight_decays, inv_scale, whole, are_parts)
+        whole, are_parts = self._totals_over_ranks(slots, rows, decays)
+        return LazyStatistics([FinishedSums(rows)], of_group, names, decays, inv_scale, whole, are_parts)
+
+    @torch.no_grad()
+    def _decay_of(self, group: GroupValues) -> Decay:
+        """Of the step that was made. Tensors on a device may be written to before somebody asks, so copies of them."""
+        numbers = group.numbers
+        if any(group.sources):
+            read: dict[str, Any] = {
+                name: getattr(group.values, name, None) for name in ("lr", "weight_decay", "momentum", "dampening")
+            }
+            on_device = {name: value for name, value in read.items() if is_on_device(value)}
+            numbers = numbers._replace(
+                **{name: value.detach().reshape(()).to(torch.float64, copy=True) for name, value in on_device.items()}
+            )
+        return Decay(numbers.weight_decay, self._rule.decay_rate(numbers, group.needs.flags))
 
     def _described(self, groups: Groups, slots: list[int]) -> tuple[list[int], list[str]]:
         """The param groups of these parameters, and what statistics call them. No two have one name."""
@@ -142,11 +158,9 @@ class Measuring:
         return list(here), torch.stack(list(here.values())) if here else rows
 
     @torch.no_grad()
-    def _totals_over_ranks(
-        self, slots: list[int], rows: Tensor, weight_decays: list[float | Tensor]
-    ) -> tuple[Tensor | None, list[bool]]:
+    def _totals_over_ranks(self, slots: list[int], rows: Tensor, decays: Sequence[Decay]) -> tuple[Tensor | None, list[bool]]:
         """The totals of what other processes have other parts of, and which tensors those are. There may be other param groups
-        there, so that the penalty is made here."""
+        there, so that totals of theirs are made there."""
         sharing = self._sharing
         beyonds = [sharing.beyond[slot] for slot in slots]
         if not any(sharing.beyonds):
@@ -156,6 +170,6 @@ class Measuring:
             members = [i for i, beyond in enumerate(beyonds) if beyond == ranks]
             if ranks:
                 groups = [self._known.group_of[slots[i]] for i in members]
-                terms[ranks] = with_penalty(torch.cat(chosen_rows(rows, members)), groups, weight_decays)
+                terms[ranks] = totals_of(torch.cat(chosen_rows(rows, members)), groups, decays)
         nothing = torch.zeros_like(next(iter(terms.values())))
         return sharing.reduced({(): nothing, **terms}), list(map(bool, beyonds))

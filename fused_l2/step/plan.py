@@ -56,7 +56,7 @@ class Plan:
         self._groups = ParamGroups(rule, options, initial_lrs, warned)
         self._states = EntryStates(self._look, self._in_flight)
         self._placement = Placement(rule, options, self._look)
-        self.measuring = Measuring(options, self._groups) if options.decides or options.statistics else None
+        self.measuring = Measuring(rule, options, self._groups) if options.decides or options.statistics else None
         self._maker = EntryMaker(
             options, self._groups, self._states, self._look, self.measuring, gradients, waiting, first, self._in_flight
         )

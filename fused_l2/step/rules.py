@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
+from torch import Tensor
+
 from ..options import Options
 from ..tables import coefficients
 from ..tables.coefficients import AdamNumbers, DecayRule, SgdNumbers
@@ -83,6 +85,24 @@ class UpdateRule(ABC):
     @abstractmethod
     def counts_on_device(self, options: Options, groups: list[dict[str, Any]]) -> bool:
         """Whether step counts of CUDA tensors are on their device."""
+
+    def decay_rate(self, numbers: Any, flags: int) -> Any:
+        """The share of each weight that the decay alone takes per step, of numbers or of tensors; NaN where there is none.
+
+        L2 in SGD's gradient goes through the momentum, and arrives (1 - dampening) / (1 - momentum) times in the end; in
+        Adam's it is divided by sqrt(v), other for each weight. With ``cautious`` the gradients say which weights decay.
+        """
+        if not isinstance(numbers.weight_decay, Tensor) and numbers.weight_decay == 0:
+            return 0.0
+        decoupled = bool(flags & Flag.DECOUPLED)
+        if flags & Flag.CAUTIOUS or (self.rule is Rule.ADAM and not decoupled):
+            return math.nan
+        rate = coefficients.decay_rate(numbers.lr, numbers.max_lr, numbers.decay_rule) * numbers.weight_decay
+        if decoupled or not flags & Flag.MOMENTUM:
+            return rate
+        if not isinstance(numbers.momentum, Tensor) and numbers.momentum >= 1:
+            return math.nan  # there is no end
+        return rate * (1 - numbers.dampening) / (1 - numbers.momentum)
 
     def decay_share(self, numbers: Any, flags: int) -> float:
         """The share of each weight that the decay takes per step; 0 where it passes through Adam's moments."""

@@ -7,7 +7,7 @@ for; make new state visible; launch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -205,11 +205,8 @@ class Stepper:
 
     def _remember(self, plan: Plan, groups: Groups) -> None:
         inv_scale = 1.0 if self._control is None or not self._decides else self._control[INV_SCALE]
-        decays = [group["weight_decay"] for group in groups]
-        # A tensor may be written to before somebody asks.
-        read: Sequence[Any] = [d.detach().clone() if isinstance(d, Tensor) else d for d in decays]
         assert plan.measuring is not None
-        self._lazy_statistics = plan.measuring.statistics(plan.parts, groups, list(read), inv_scale)
+        self._lazy_statistics = plan.measuring.statistics(plan.parts, groups, inv_scale)
 
     # What the last step left.
 

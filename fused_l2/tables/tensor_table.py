@@ -27,9 +27,10 @@ WIDTH = len(COLUMNS)
 
 BUCKET = ("rule", "flags", "param_dtype", "grad_dtype", "state_dtype", "rows", "table", "coefficients", "steps", "factor")
 
-# What a step with Flag.STATISTICS leaves of each chunk: sums of g^2, of w^2 before the step, of the update^2, and how many
-# gradients are not finite.
-STATISTICS = ("grads", "params", "updates", "nonfinite")
+# What a step with Flag.STATISTICS leaves of each chunk: sums of g^2, of w^2 before the step, of the update^2; how many
+# gradients are not finite; the second sum again, 0 for a step that was not made; and how much of the step rounding to 16 bits
+# gave back, the sum of w * (stored - exact), w before the step.
+STATISTICS = ("grads", "params", "updates", "nonfinite", "stepped", "returned")
 
 # Sums over a chunk are made in this many lanes: csrc/sums.h says how, and why.
 LANES = 512

@@ -169,6 +169,27 @@ def test_an_unknown_class_says_what_is_not_known():
     assert "decayed-bias" in report.codes()
 
 
+@pytest.mark.parametrize("also", [None, 0.3])
+def test_the_key_that_berts_optimizer_had(also):
+    """Of a class that is not known it is the decay if there is no weight_decay; with both, which is read cannot be known."""
+
+    class BertAdam(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            defaults = {"lr": 1e-4, "weight_decay_rate": 0.1}
+            super().__init__(params, defaults if also is None else {**defaults, "weight_decay": also})
+
+        def step(self, closure: Any = None) -> None:
+            pass
+
+    model = block()
+    report = fused_l2.doctor.examine(BertAdam(model.parameters()), model, n=100)
+    assert {row.weight_decay for row in report.layers} == {also or 0.1}
+    assert {row.lam for row in report.layers} == {100 * (also or 0.1)}
+    assert "decayed-bias" in report.codes()
+    assert "decay-not-read" not in report.codes()
+    assert any("weight_decay_rate and weight_decay" in text for text in report.unknown) == (also is not None)
+
+
 def test_a_subclass_with_torchs_step_is_torchs():
     class Mine(torch.optim.AdamW):
         pass

@@ -55,6 +55,18 @@ def names_of_another_library() -> Made:
     return model, torch.optim.AdamW(groups, lr=3e-4), {}
 
 
+@exhibit("decay-not-read", "wrong", *BIASES, *NORMS)
+def the_key_of_another_optimizer() -> Made:
+    """huggingface/transformers#525, namisan/mt-dnn#37: weight_decay_rate was the key of BERT's own optimizer. Biases decay."""
+    model = Gpt()
+    thin = [n for n, p in model.named_parameters() if p.dim() < 2]
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if n not in thin], "weight_decay_rate": 0.01},
+        {"params": [p for n, p in model.named_parameters() if n in thin], "weight_decay_rate": 0.0},
+    ]
+    return model, torch.optim.AdamW(groups, lr=5e-5, weight_decay=0.01), {}
+
+
 @exhibit("decayed-norm", "doubtful", *NORMS)
 @exhibit("decayed-bias", "doubtful", *BIASES)
 def norms_by_default() -> Made:

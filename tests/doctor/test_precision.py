@@ -12,9 +12,10 @@ from conftest import ROOT
 
 import fused_l2
 import fused_l2.doctor
-from fused_l2.doctor import precision
+from fused_l2.doctor import memory, precision
 
-ELEMENTS, DECAY, LR = 1 << 14, 0.1, 3e-4
+ELEMENTS, DECAY, LR = 1 << 16, 0.1, 3e-4  # as the bench has them
+WARM_UP = 50
 
 
 def share(optimizer: Any) -> float:
@@ -24,7 +25,8 @@ def share(optimizer: Any) -> float:
 
 
 def trained(make: Any, steps: int, noise: float = 1.0) -> tuple[float, float]:
-    """What arrived, as ``python -m bench precision`` measures it, and the mean of what was predicted on the way."""
+    """What arrived, as ``python -m bench precision`` measures it, and the mean of what was predicted on the way. After a
+    warm-up: the first steps of Adam are those of one or a few gradients, as large as lr."""
     generator = torch.Generator().manual_seed(0)
     start = (0.05 * (torch.rand(ELEMENTS // 2, generator=generator) + 0.5)).bfloat16().repeat(2)
     pool = noise * torch.randn(1 << 18, generator=generator).bfloat16()
@@ -33,8 +35,10 @@ def trained(make: Any, steps: int, noise: float = 1.0) -> tuple[float, float]:
     optimizer = make([p])
     group = optimizer.param_groups[0]
     predicted = []
-    for step in range(steps):
-        if step % 200 == 100:
+    for step in range(WARM_UP + steps):
+        if step == WARM_UP:
+            start = p.detach().clone()
+        if step >= WARM_UP and (step - WARM_UP) % 200 == 100:
             predicted.append(share(optimizer))
         begin = int(torch.randint(0, len(pool) - ELEMENTS, (), generator=generator))
         p.grad[: ELEMENTS // 2] = pool[begin : begin + ELEMENTS // 2]
@@ -44,14 +48,13 @@ def trained(make: Any, steps: int, noise: float = 1.0) -> tuple[float, float]:
     return math.log(float(start.double().sum() / p.detach().double().sum())) / asked, sum(predicted) / len(predicted)
 
 
-# Without momentum the formula is exact for normal updates; with it, it is the first term of an expansion in the memory of
-# updates, and 2 to 3 hundredths too large where that term is 27 of them.
+# Two hundredths are promised. Without momentum the formula is exact for normal updates.
 @pytest.mark.parametrize(
     ("make", "within"),
     [
         (lambda ps: fused_l2.AdamW(ps, LR / 4.36, (0.0, 0.999), weight_decay=4.36 * DECAY, state_dtype=torch.float32), 0.01),
-        (lambda ps: fused_l2.AdamW(ps, LR, weight_decay=DECAY), 0.035),
-        (lambda ps: torch.optim.AdamW(ps, LR, weight_decay=DECAY), 0.025),
+        (lambda ps: fused_l2.AdamW(ps, LR, weight_decay=DECAY), 0.02),
+        (lambda ps: torch.optim.AdamW(ps, LR, weight_decay=DECAY), 0.02),
         (lambda ps: fused_l2.AdamW(ps, LR / 10, weight_decay=DECAY), 0.01),
     ],
     ids=["no-momentum", "round", "for-loop", "small-lr"],
@@ -91,15 +94,48 @@ def test_what_the_bench_has_measured_is_zero_or_whole_where_we_say_so():
 
 def test_memory_of_updates_by_the_definition():
     """sum over k of E[f(u_0) f(u_k)], from 400,000 pairs: a standard error of half a percent."""
-    gap, sigma, memory = 2.4e-4, 7e-5, 0.9
+    gap, sigma, correlation = 2.4e-4, 7e-5, 0.9
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(400_000, generator=generator, dtype=torch.float64)
     first, total = (u * sigma / gap).round() * gap, 0.0
     for _ in range(80):
-        u = memory * u + math.sqrt(1 - memory**2) * torch.randn(400_000, generator=generator, dtype=torch.float64)
+        u = correlation * u + math.sqrt(1 - correlation**2) * torch.randn(400_000, generator=generator, dtype=torch.float64)
         total += float((first * (u * sigma / gap).round() * gap).mean())
-    assert precision._remembered(gap, sigma, memory) == pytest.approx(total, rel=0.05)
-    assert precision._remembered(sigma / 10, sigma, memory) == pytest.approx(sigma**2 * memory / (1 - memory))
+    assert memory.remembered(gap, sigma, correlation) == pytest.approx(total, rel=0.05)
+    assert memory.remembered(sigma / 10, sigma, correlation) == pytest.approx(sigma**2 * correlation / (1 - correlation))
+
+
+def test_the_fall_of_a_population_that_is_followed_from_its_beginning():
+    """Weights spread evenly, and normal updates of correlation 0.9 that know nothing of them: the joint distribution over all
+    numbers of bfloat16 and 65 values of an update, 150 steps on. Memory adds 24 percent of the decay to the fall."""
+    correlation, rate = 0.9, LR * DECAY
+    size = LR * math.sqrt((1 - correlation) / (1 + correlation))
+    first, last = (int(torch.tensor(x).bfloat16().view(torch.int16)) for x in (0.005, 0.095))
+    numbers = torch.arange(first, last, dtype=torch.int16).view(torch.bfloat16).double()
+    edges = (numbers[1:] + numbers[:-1]) / 2
+    z = torch.linspace(-4, 4, 65, dtype=torch.float64)
+    chances, turn = torch.exp(-z * z / 2), torch.exp(-((z - correlation * z[:, None]) ** 2) / (2 * (1 - correlation**2)))
+    chances, turn = chances / chances.sum(), turn / turn.sum(1, keepdim=True)
+    aim, half = numbers[:, None] * (1 - rate) + size * z, size * (z[1] - z[0]) / 2
+    low, high = torch.searchsorted(edges, aim - half), torch.searchsorted(edges, aim + half)
+    upper = torch.where(high > low, (aim + half - edges[(high - 1).clamp_min(0)]) / (2 * half), 0.0).clamp(0, 1)
+    moved = numbers[low] * (1 - upper) + numbers[high] * upper - numbers[:, None]
+    bounds = torch.cat([numbers[:1], edges, numbers[-1:]]).clamp(0.025, 0.075)
+    joint = (bounds[1:] - bounds[:-1])[:, None] * chances
+    places = [(at * 65 + torch.arange(65)).reshape(-1) for at in (low, high)]
+    for _ in range(150):
+        parts = [(joint * part).reshape(-1) for part in (1 - upper, upper)]
+        flat = torch.zeros(joint.numel(), dtype=torch.float64)
+        joint = flat.index_add_(0, places[0], parts[0]).index_add_(0, places[1], parts[1]).view_as(joint) @ turn
+    counts = joint.sum(1)
+    asked = rate * float((counts * numbers).sum())
+    remembered = -float(((joint - counts[:, None] * chances) * moved).sum()) / asked
+    weights = numbers.repeat_interleave((counts / counts.sum() * 1e6).round().long())
+    found = memory.remembered_fall(
+        weights, weights, torch.tensor([size], dtype=torch.float64), rate, 7, correlation
+    ) / (rate * float(weights.sum()))  # fmt: skip
+    assert remembered == pytest.approx(0.237, abs=0.005)
+    assert found == pytest.approx(remembered, abs=0.005)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -112,7 +112,7 @@ def test_what_reaches_the_driver_steps_the_tensors(stub):
     device.on = 0
     (launch,) = arguments_of(stub, optimizer.step, STEP)
     programs, threads, stream, arguments = launch
-    assert (programs, threads, stream) == (4, 128, 0)  # 1 + 0 + 2 + 1 chunks of 1024
+    assert (programs, threads, stream) == (4, 256, 0)  # 1 + 0 + 2 + 1 chunks of 1024
     assert arguments[2] == 1024
     device.synchronize()  # the uploads; the launches went into the stub
     emulator = Emulator(aot.compile_for(90, Rule.ADAM, int(Flag.DECOUPLED)).asm["ptx"])

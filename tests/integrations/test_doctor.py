@@ -54,13 +54,97 @@ def test_timms_factory(options: dict[str, Any]) -> None:
     assert report.codes("wrong") == report.codes("doubtful") == set(), str(report)
 
 
-def test_lora_of_peft() -> None:
+ADAPTERS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
+    "LoRA": ("LoraConfig", {"r": 4, "target_modules": ["c_attn"]}, set()),
+    "LoRA of embeddings": ("LoraConfig", {"r": 4, "target_modules": ["c_attn", "wte"]}, set()),
+    "LoRA, bias=all": ("LoraConfig", {"r": 4, "target_modules": ["c_attn"], "bias": "all"}, {"decayed-bias", "decayed-norm"}),
+    "DoRA": ("LoraConfig", {"r": 4, "target_modules": ["c_attn"], "use_dora": True}, set()),
+    "IA3": ("IA3Config", {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}, set()),
+    "VeRA": ("VeraConfig", {"r": 4, "target_modules": ["c_attn"]}, set()),
+    "prompt tuning": ("PromptTuningConfig", {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}, set()),
+    "prefix tuning": ("PrefixTuningConfig", {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}, set()),
+}
+
+
+@pytest.mark.parametrize("given", ["model.parameters()", "what is trained"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_of_peft(adapter: str, given: str) -> None:
+    """With all of the model's parameters, as many scripts have it, the frozen ones are noted."""
     peft = pytest.importorskip("peft", reason="pip install peft")
-    model = peft.get_peft_model(hugging_face("GPT-2"), peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    report = fused_l2.doctor.examine(optimizer, model)
+    config, options, asked = ADAPTERS[adapter]
+    options = options if "task_type" in options else {**options, "fan_in_fan_out": True}
+    model = peft.get_peft_model(hugging_face("GPT-2"), getattr(peft, config)(**options))
+    params = [p for p in model.parameters() if p.requires_grad or given == "model.parameters()"]
+    optimizer = torch.optim.AdamW(params, lr=3e-4)
+    for _ in range(2):
+        report = fused_l2.doctor.examine(optimizer, model)
+        assert report.codes("wrong") == set(), str(report)
+        assert report.codes("doubtful") == asked, str(report)
+        assert ("frozen-parameter" in report.codes("note")) == (given == "model.parameters()")
+        assert not report.unknown
+        tokens = torch.randint(0, 32, (2, 8))
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["torch", "ours"])
+def test_lora_plus_of_peft(ours: bool) -> None:
+    """Four param groups, two of which are empty here."""
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])
+    model = peft.get_peft_model(hugging_face("BERT"), config)
+    from peft.optimizers import create_loraplus_optimizer
+
+    kind = fused_l2.AdamW if ours else torch.optim.AdamW
+    optimizer = create_loraplus_optimizer(
+        model=model, optimizer_cls=kind, lr=5e-5, loraplus_lr_ratio=16, loraplus_weight_decay=0.01
+    )
+    report = fused_l2.doctor.examine(optimizer, model, n=67_349, batch_size=8, steps=10_000)
     assert report.codes("wrong") == report.codes("doubtful") == set(), str(report)
-    assert "frozen-parameter" in report.codes("note")
+
+
+def diffusers_model(kind: str) -> Any:
+    diffusers = pytest.importorskip("diffusers", reason="pip install diffusers")
+    small = {
+        "sample_size": 8,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+    }
+    if kind == "unconditional":
+        down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
+        return diffusers.UNet2DModel(in_channels=3, out_channels=3, down_block_types=down, up_block_types=up, **small)
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    return diffusers.UNet2DConditionModel(cross_attention_dim=8, down_block_types=down, up_block_types=up, **small)
+
+
+@pytest.mark.parametrize("kind", ["unconditional", "text to image", "text to image, LoRA"])
+def test_unets_of_diffusers(kind: str) -> None:
+    """As train_unconditional.py, train_text_to_image.py and train_text_to_image_lora.py have them: AdamW on all parameters,
+    whose decayed norms and biases an expert would ask about, or on the adapters; an average beside it that nobody steps."""
+    model = diffusers_model(kind)
+    from diffusers.training_utils import EMAModel
+
+    asked = {"decayed-norm", "decayed-bias"}
+    if kind.endswith("LoRA"):
+        peft = pytest.importorskip("peft", reason="pip install peft")
+        model.requires_grad_(False)
+        model.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_k", "to_q"]))
+        asked = set()
+    decay = 1e-6 if kind == "unconditional" else 1e-2
+    trained = [p for p in model.parameters() if p.requires_grad]
+    average = EMAModel(trained, decay=0.9999)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.95, 0.999), weight_decay=decay)
+    for _ in range(2):
+        report = fused_l2.doctor.examine(optimizer, model, n=8_189, batch_size=16, steps=51_200)
+        assert report.codes("wrong") == set(), str(report)
+        assert report.codes("doubtful") == asked, str(report)
+        image = torch.randn(2, 3 if kind == "unconditional" else 4, 8, 8)
+        text = () if kind == "unconditional" else (torch.randn(2, 3, 8),)
+        model(image, torch.tensor([1, 2]), *text).sample.square().mean().backward()
+        optimizer.step()
+        average.step(trained)
 
 
 def test_a_callback_of_lightning(tmp_path: Path) -> None:

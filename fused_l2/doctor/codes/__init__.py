@@ -12,6 +12,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     membership.foreign, membership.not_optimized, membership.twice, membership.tied, membership.frozen,
     states.of_another_model, states.frozen_second_moment, states.learning_rate_zero,
     groups.undecayed, groups.decayed,
-    strength.not_divided, strength.too_strong, strength.coupled, strength.without_effect, strength.before_normalization,
+    strength.not_read, strength.not_divided, strength.too_strong, strength.coupled, strength.without_effect,
+    strength.before_normalization,
     speed.known_broken, speed.many_launches, speed.slow,
 )  # fmt: skip

@@ -56,7 +56,7 @@ def ours(subject: Subject, which: int = 0, **options: Any) -> str:
 
 
 def set_decay(groups: list[Group], value: str) -> str:
-    return "; ".join(group.code("weight_decay", value) for group in groups)
+    return "; ".join(group.code(group.decay_key, value) for group in groups)
 
 
 def set_of(names: tuple[str, ...]) -> str:

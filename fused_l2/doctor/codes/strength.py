@@ -60,6 +60,27 @@ def not_divided(subject: Subject) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def not_read(subject: Subject) -> Iterator[Finding]:
+    """decay-not-read: a key that no class which is known reads."""
+    found = [
+        g for g in subject.groups
+        if rules.RENAMED in g.settings and g.decay_key != rules.RENAMED and rules.known_class(g.optimizer) is not None
+        and rules.number(g.settings[rules.RENAMED]) != g.weight_decay
+    ]  # fmt: skip
+    if found:
+        g = found[0]
+        yield Finding(
+            "decay-not-read", WRONG, _names(subject, found),
+            f"{rules.known_class(g.optimizer)} reads no weight_decay_rate, here {g.settings[rules.RENAMED]}: it decays by "
+            f"weight_decay, which is {g.weight_decay}.",
+            "Optimizers take any key in a param group, and read their own. BERT's first ones called it weight_decay_rate.",
+            "; ".join(
+                g.code("weight_decay", f'optimizer.param_groups[{g.index}].pop("weight_decay_rate")') for g in found
+            ),
+            "huggingface/transformers#525",
+        )  # fmt: skip
+
+
 def too_strong(subject: Subject) -> Iterator[Finding]:
     """decay-too-strong: a weight changes its sign, or is halved within an epoch."""
     over = [g for g in _decaying(subject) if g.lr is not None and (g.peak_rate or _plain(g)) > 1]
@@ -150,5 +171,5 @@ def _milder(subject: Subject, groups: list[Group]) -> str:
             value = f"fused_l2.weight_decay.from_timescale(20, lr={lr:g}, batch_size={subject.batch_size}, n={subject.n})"
         else:
             value = f"fused_l2.weight_decay.from_timescale(10_000, lr={lr:g})"
-        lines.append(g.code("weight_decay", value))
+        lines.append(g.code(g.decay_key, value))
     return "; ".join(lines)
