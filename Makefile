@@ -19,7 +19,7 @@ STAMP := $(ENVIRONMENT)/.fused_l2-installed
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations test-matrix stress stress-asan bench gpu-report sanitize lint format wheels docs clean
+.PHONY: help demo test test-all test-integrations test-matrix stress stress-asan bench gpu-report sanitize lint format wheels docs clean
 
 # Another checkout may have installed itself into the same environment since.
 INSTALLED := import importlib.util, os, sys; spec = importlib.util.find_spec('fused_l2'); \
@@ -37,7 +37,8 @@ install = $(PYTHON) -c "$(REQUIREMENTS)" | xargs $(PYTHON) -m pip install -q -c 
 
 help:
 	@echo "make demo               train on handwritten digits: what lambda does, and the bits of torch.optim (half a minute)"
-	@echo "make test               the tests"
+	@echo "make test               the tests, with a sample of the long lists of combinations (five minutes)"
+	@echo "make test-all           the tests, with all of them (half an hour)"
 	@echo "make test-integrations  the tests in the trainers of others, which it installs"
 	@echo "make test-matrix        the tests with other versions of torch and triton, which it installs (8 GB)"
 	@echo "make lint, make format  ruff, mypy, clang-format"
@@ -51,8 +52,14 @@ help:
 demo: $(STAMP)
 	$(PYTHON) -m fused_l2.demo
 
+# One process for each core. Threads that wait for others sleep, or those of one process would keep those of another from working.
+# pytest-benchmark, which only bench/ needs, warns where tests run in parallel.
+PYTEST := OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n auto --dist loadfile -p no:benchmark
 test: $(STAMP)
-	$(PYTHON) -m pytest
+	$(PYTEST) --sample
+
+test-all: $(STAMP)
+	$(PYTEST)
 
 # Our optimizers in the trainers of others. timm comes without what it requires: PyPI's torchvision is built for one torch with CUDA, and
 # asking for it would replace torch. peft and diffusers, whose models the doctor examines, need nothing that is not there.

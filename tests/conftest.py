@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +18,33 @@ from fused_l2.engines import cpu  # noqa: E402
 LIBRARY = cpu.library()
 CAPABILITIES = LIBRARY.available if LIBRARY else []
 needs_library = pytest.mark.skipif(LIBRARY is None, reason=f"C++ library: {cpu.why_unavailable()}")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sample",
+        action="store_true",
+        help="of tests marked sweep(n), which go through long lists of combinations, run each n-th one only, as `make test` does",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--sample"):
+        return
+    seen: Counter[tuple[Path, str]] = Counter()
+    taken, dropped = [], []
+    for item in items:
+        name = item.path, getattr(item, "originalname", item.name)
+        marker = item.get_closest_marker("sweep")
+        (dropped if marker is not None and seen[name] % marker.args[0] else taken).append(item)
+        seen[name] += 1
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = taken
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--sample"):
+        terminalreporter.write_line("A sample of the long lists of combinations (tests marked sweep). All of them: make test-all")
 
 
 def pytest_report_header() -> list[str]:

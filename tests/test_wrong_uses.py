@@ -38,7 +38,7 @@ def used_up() -> Any:
         (weight_decay.param_groups(torch.nn.ReLU(), 0.1), ValueError, "no parameters"),
         ([{"lr": 1.0}], KeyError, "param group 0 has no 'params', only 'lr'"),
     ],
-    ids=str,
+    ids=["module", "method", "state dict", "group", "string", "None", "empty", "used up", "no parameters", "no params"],
 )
 @pytest.mark.parametrize("cls", [fused_l2.SGD, fused_l2.AdamW])
 def test_what_is_passed_for_parameters(cls: Any, params: Any, error: type[Exception], message: str) -> None:
