@@ -73,10 +73,11 @@ test-matrix: $(STAMP)
 	$(PYTHON) tests/try_matrix.py $(MATRIX)
 
 # Random programs of training against torch's for-loop and the written definition, for any time; the first that differs is printed
-# at its shortest. To repeat: make stress STRESS="--seed N". stress-asan: the same with the C++ library under AddressSanitizer.
+# at its shortest; then interrupts at random moments. To repeat: make stress STRESS="--seed N". stress-asan: the same with the C++ library under AddressSanitizer.
 STRESS ?= --seconds 600
 stress: $(STAMP)
 	PYTHONPATH=tests $(PYTHON) -m stress $(STRESS)
+	$(PYTHON) tests/stress/signals.py $(STRESS)
 
 # libasan goes first, because the interpreter was linked without it. Leaks are not looked for: the interpreter and torch leave
 # blocks behind at exit by design. Nothing else is switched off.

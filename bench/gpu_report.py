@@ -73,15 +73,15 @@ def stands_on(device: str) -> dict[str, str]:
 def run_tests(device: str, seconds: float, log: Path | None) -> dict[str, Any]:
     """`pytest -m gpu`, interrupted when the time is over, so that it tells what failed until then. All it prints is in the file
     ``log``."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "gpu and not sanitizer"]
+    # pytest-benchmark warns where tests run in parallel, and warnings are failures.
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:benchmark", "-m", "gpu and not sanitizer"]
     command += map(str, sorted(ROOT.glob("tests/test_gpu*.py")))
     environment = dict(os.environ)
     if device == "cpu":
         command.append("--collect-only")
     elif importlib.util.find_spec("xdist"):
-        # pytest-benchmark warns where tests run in parallel, and our warnings are failures. A process has one thread, or those
-        # of all the processes would wait for each other.
-        command += ["-n", str(min(14, os.cpu_count() or 1)), "-p", "no:benchmark"]
+        # A process has one thread, or those of all the processes would wait for each other.
+        command += ["-n", str(min(14, os.cpu_count() or 1))]
         environment["OMP_NUM_THREADS"] = "1"
     return run_until(command, seconds, log, environment)
 

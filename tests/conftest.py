@@ -24,27 +24,44 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--sample",
         action="store_true",
-        help="of tests marked sweep(n), which go through long lists of combinations, run each n-th one only, as `make test` does",
+        help="of tests marked sweep(n), which go through long lists of combinations, run each n-th one, as `make test` does",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--sample"):
         return
-    seen: Counter[tuple[Path, str]] = Counter()
-    taken, dropped = [], []
+    of_test: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:
-        name = item.path, getattr(item, "originalname", item.name)
-        marker = item.get_closest_marker("sweep")
-        (dropped if marker is not None and seen[name] % marker.args[0] else taken).append(item)
-        seen[name] += 1
-    config.hook.pytest_deselected(items=dropped)
-    items[:] = taken
+        of_test.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    dropped = {item for alike in of_test.values() for item in left_out_of(alike)}
+    config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+    items[:] = [item for item in items if item not in dropped]
+
+
+def left_out_of(alike: list[pytest.Item]) -> list[pytest.Item]:
+    """What a sample leaves out of the cases of one test: it has each n-th, and every value of a parameter that has few."""
+    marker = alike[0].get_closest_marker("sweep")
+    if marker is None:
+        return []
+    if not marker.args:
+        return alike
+    given = [[(name, str(value)) for name, value in item.callspec.params.items()] for item in alike]  # type: ignore[attr-defined]
+    values = Counter(name for name, _ in {pair for pairs in given for pair in pairs})
+    seen: set[tuple[str, str]] = set()
+    dropped = []
+    for i, (item, pairs) in enumerate(zip(alike, given, strict=True)):
+        new = {pair for pair in pairs if values[pair[0]] <= 8} - seen
+        if new or i % marker.args[0] == 0:
+            seen |= new
+        else:
+            dropped.append(item)
+    return dropped
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if config.getoption("--sample"):
-        terminalreporter.write_line("A sample of the long lists of combinations (tests marked sweep). All of them: make test-all")
+        terminalreporter.write_line("Of long lists of combinations (tests marked sweep) a sample was run. All: make test-all")
 
 
 def pytest_report_header() -> list[str]:

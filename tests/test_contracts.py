@@ -269,6 +269,7 @@ ROADS: dict[str, Callable[[Any, list[Any], str, str], tuple[Any, list[Any]]]] = 
 }
 
 
+@pytest.mark.sweep(3)
 @each
 @pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("mode", ["remainder", "master", "kahan"])

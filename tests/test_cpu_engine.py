@@ -134,6 +134,7 @@ def test_the_plain_way_of_watching_agrees(monkeypatch):
     assert_same_bits(params, expected)
 
 
+@pytest.mark.sweep
 def test_fuzz_of_the_kernels_without_torch(tmp_path):
     """tests/fuzz_kernels.cpp, here without sanitizers (`make sanitize` runs it with them)."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")

@@ -70,6 +70,7 @@ SEQUENCES = {
 }
 
 
+@pytest.mark.sweep(3)
 @both_engines
 @each
 @pytest.mark.parametrize("overflows", SEQUENCES.values(), ids=SEQUENCES)

@@ -413,6 +413,7 @@ def test_T52_T38_one_step_applies_one_update_and_leaves_gradients(name):
     torch.testing.assert_close(params[0].detach().double(), p64.detach(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.sweep
 def test_T23_a_tensor_beyond_2_to_the_31_elements():
     needed = 10 << 30
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import gc
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from fused_l2.kernels.launch import SOURCES, Kernel
@@ -37,9 +38,13 @@ def why_unavailable() -> str:
     return ""
 
 
-@functools.cache
+_NAME = "fused_l2_stub_libcuda"  # in sys, because this module may be imported under two names, and Triton binds to one stub
+
+
 def library() -> Any:
     """The stub, built, and loaded under the name that Triton asks for."""
+    if (known := getattr(sys, _NAME, None)) is not None:
+        return known
     folder = Path(tempfile.mkdtemp(prefix="stub-libcuda-"))
     file = folder / "libcuda.so.1"
     source = Path(__file__).with_name("stub_libcuda.c")
@@ -49,6 +54,7 @@ def library() -> Any:
     triton.knobs.nvidia.libcuda_path = str(folder)
     loaded = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
     loaded.stub_launches.restype = loaded.stub_modules.restype = ctypes.c_int64
+    setattr(sys, _NAME, loaded)
     return loaded
 
 
@@ -78,7 +84,10 @@ def stub_driver() -> Iterator[Any]:
     try:
         yield stub
     finally:
-        gc.collect()  # kernels ask the driver when they go
+        gc.collect()
+        for kernel in gc.get_objects():  # those that are left would ask the driver when they go
+            if type(kernel) is CompiledKernel:
+                kernel.module = None
         driver._active = None
 
 
