@@ -53,6 +53,7 @@ def test_one_case_runs_and_writes_json(bench, tmp_path, capsys):
     assert {"date", "cpu", "threads", "torch", "python", "commit", "cpu flags"} <= found["machine"].keys()
 
 
+@pytest.mark.sweep
 @needs_library
 @pytest.mark.parametrize("topic", ["limit", "clip", "statistics", "train", "memory"])
 def test_every_topic_runs(bench, topic, capsys, monkeypatch):
@@ -131,6 +132,7 @@ def small(churn, **changes):
     return [dataclasses.replace(s, tensors=24, **changes) for s in churn.SITUATIONS]
 
 
+@pytest.mark.sweep
 @needs_library
 def test_every_situation_between_steps_runs(bench, tmp_path, monkeypatch, capsys):
     churn, tables = bench("churn"), bench("tables")

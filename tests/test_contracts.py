@@ -269,7 +269,7 @@ ROADS: dict[str, Callable[[Any, list[Any], str, str], tuple[Any, list[Any]]]] = 
 }
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @each
 @pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("mode", ["remainder", "master", "kahan"])

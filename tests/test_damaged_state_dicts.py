@@ -104,7 +104,7 @@ def assert_refused(optimizer: Any, damaged: Any, what: str = ".") -> None:
     assert everything(optimizer) == before
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("fault", GROUP_FAULTS)
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_damaged_groups_are_refused(name: str, fault: str) -> None:

@@ -65,7 +65,7 @@ def make(name: str, decoupled: bool, params: Any, **options: Any) -> Any:
     return getattr(fused_l2, name)(params, **{"lr": LR, "weight_decay": DECAY, **own, **options})
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("max_lr", [None, 0.25])
 @pytest.mark.parametrize(("name", "decoupled", "rule", "cautious"), CASES)

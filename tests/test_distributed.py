@@ -53,6 +53,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
 
 
+@pytest.mark.sweep(3)  # the same scenarios with 2 ranks and with 4, which load what 2 have saved
 @pytest.mark.parametrize("name", scenarios())
 @pytest.mark.parametrize("world", WORLDS)
 def test_scenario(world: int, name: str, outcomes: dict[int, launch.Outcomes]) -> None:

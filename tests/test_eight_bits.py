@@ -246,7 +246,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(9)
 @needs_library
 @pytest.mark.parametrize("signature", SIGNATURES, ids=lambda s: "-".join(str(x).removeprefix("torch.") for x in s))
 @each
@@ -255,7 +255,7 @@ def test_the_library_and_plain_pytorch_have_the_bits_of_the_definition(rule, sig
     run_both(rule, signature, {}, first, monkeypatch)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @needs_library
 @pytest.mark.parametrize(("rule", "variant"), [(r, v) for r in VARIANTS for v in VARIANTS[r]], ids=str)
 @pytest.mark.parametrize("first", [False, True], ids=["", "first"])

@@ -70,7 +70,7 @@ SEQUENCES = {
 }
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @both_engines
 @each
 @pytest.mark.parametrize("overflows", SEQUENCES.values(), ids=SEQUENCES)

@@ -72,7 +72,7 @@ SIGNATURES = [
 ]
 
 
-@pytest.mark.sweep(7)
+@pytest.mark.sweep(13)
 @needs_library
 @pytest.mark.parametrize(
     ("signature", "mode"),
@@ -209,7 +209,7 @@ def test_it_is_float32_training_bit_for_bit(name, mode):
         assert bool(((h.float() - w).abs() <= 2.0**-8 * w.abs()).all())
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("lr", [3e-4, 3e-5])
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 @pytest.mark.parametrize("mode", ["round", *MODES])

@@ -161,7 +161,7 @@ def _looked_at_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "_verdicts", {})
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(9)
 @each
 @pytest.mark.parametrize("when", ["first", "later", "planning"])
 @pytest.mark.parametrize("shapes", ["dense", "strided"])
@@ -177,7 +177,7 @@ def test_a_step_within_a_mode_gives_torchs_bits(name: str, when: str, shapes: st
     assert all(verdict != 0 for verdict in watch._verdicts.values())
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @each
 @pytest.mark.parametrize("when", ["first", "later", "planning"])
 @pytest.mark.parametrize("shapes", ["dense", "strided"])

@@ -807,7 +807,7 @@ MADE = {("a part's launch", "after"), ("Plan.release", "before"), ("Plan.release
 COMMITTED = {*MADE, ("Plan.commit", "after"), ("a part's launch", "before")}  # new state
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @each
 @pytest.mark.parametrize("kind", ["first step", "later step", "a gradient comes", "a group is new"])
 @pytest.mark.parametrize("when", ["before", "after"])

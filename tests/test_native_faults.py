@@ -176,7 +176,7 @@ def _steps(name: str, size: int, dtype: torch.dtype = torch.float32, **options: 
     return [*norm, *(t for p in params for t in (p.detach(), *optimizer.state[p].values()))]
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @pytest.mark.usefixtures("threads", "capability")
 @pytest.mark.parametrize("size", [33, 100_000])
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_a_step_leaves_the_mode_that_it_found() -> None:
     assert float(tiny * 0.5) == 2.0**-131
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(9)
 @pytest.mark.skipif(not _LINUX_X86, reason="names rounding modes by glibc's numbers for x86-64")
 @pytest.mark.usefixtures("threads", "capability")
 @pytest.mark.parametrize("mode", [0x400, 0x800, 0xC00], ids=["down", "up", "to zero"])

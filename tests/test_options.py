@@ -106,7 +106,7 @@ def test_an_unknown_keyword_is_refused_by_name(cls: Any) -> None:
         cls(make_params(SIZES), max_norm=1.0)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @every
 @pytest.mark.parametrize("option", VALUES)
 def test_every_option_is_an_attribute_with_the_checks_of_the_constructor(cls: Any, option: str) -> None:

@@ -42,7 +42,7 @@ def whole(name: str, dtype: torch.dtype, n: int = 5003) -> tuple[torch.Tensor, l
     return p.detach(), grads
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 def test_body_equals_tail(name, dtype, capability):
     """Cut into pieces of every small size, each element passes once through body and once through tail code."""
     expected, grads = whole(name, dtype, 2000)
@@ -78,7 +78,7 @@ def test_threads_agree(name, dtype):
         assert_same_bits(other, results[0])
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 def test_T24_misaligned_views_agree(name, dtype, capability):
     expected, grads = whole(name, dtype, 777)
     for offset in range(1, 9):

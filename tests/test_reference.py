@@ -48,7 +48,7 @@ def id_of(signature) -> str:
     return "-".join(str(d).removeprefix("torch.") for d in signature)
 
 
-@pytest.mark.sweep(7)
+@pytest.mark.sweep(13)
 @needs_library
 @pytest.mark.parametrize("signature", SIGNATURES, ids=id_of)
 @pytest.mark.parametrize("decay", ["none", "coupled", "decoupled", "cautious", "cautious-none"])
@@ -85,7 +85,7 @@ def test_sgd(signature, decay, momentum, maximize, capability):
         assert_same_bits([made.state[p]["momentum_buffer"] for p in params], expected_states, "momentum_buffer")
 
 
-@pytest.mark.sweep(7)
+@pytest.mark.sweep(13)
 @needs_library
 @pytest.mark.parametrize("signature", SIGNATURES, ids=id_of)
 @pytest.mark.parametrize("decay", ["none", "coupled", "decoupled", "cautious", "cautious-none"])
@@ -121,7 +121,7 @@ def test_adam(signature, decay, amsgrad, maximize, beta1, capability):
     assert_same_bits([made.state[p][name] for p in params for name in names], expected_states, "state")
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("signature", SIGNATURES, ids=id_of)
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize(("decay", "decay_rule"), DECAYS)
@@ -139,7 +139,7 @@ def test_plain_pytorch_engine_sgd(signature, nesterov, decay, decay_rule):
     assert_same_bits(g, kept, "T52: the gradient")
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("signature", SIGNATURES, ids=id_of)
 @pytest.mark.parametrize(("decay", "decay_rule"), [d for d in DECAYS if d != (0, DecayRule.CORRECTED)])
 @pytest.mark.parametrize("amsgrad", [False, True])

@@ -16,7 +16,7 @@ import fused_l2
 DTYPES = [torch.float32, torch.float64]
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", SGD_VARIANTS, ids=label)
 def test_sgd_equals_torch_in_every_bit_over_100_steps(variant, dtype):
@@ -36,7 +36,7 @@ def test_sgd_equals_foreach(variant):
     assert_same_bits(ours, theirs)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 @pytest.mark.parametrize("variant", ADAM_VARIANTS, ids=label)

@@ -130,7 +130,7 @@ def test_figures_are_those_of_float64(name, dtypes, options):
     check(make(name, params, **options), params)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @each
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("runner", ["compiled", "interpreted"])

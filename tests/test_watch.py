@@ -55,7 +55,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("kind", LOOKS)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("which", ["param", "exp_avg", "exp_avg_sq"])

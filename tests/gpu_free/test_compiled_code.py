@@ -34,7 +34,7 @@ def compile_signature(arch: int | str, signature: tuple[Rule, int, torch.dtype, 
     return aot.compile_for(arch, rule, flags, param, param, state)
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(9)
 @pytest.mark.parametrize("signature", SIGNATURES, ids=str)
 def test_no_kernel_spills_and_each_access_is_as_wide_as_can_be(signature):
     """Every dtype signature on sm_90, where the widest dtype of a bucket is accessed 128 bits at a time."""
@@ -52,7 +52,7 @@ def test_no_kernel_spills_and_each_access_is_as_wide_as_can_be(signature):
     assert {int(n) * int(width) for n, width in wide} == expected
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(9)
 @pytest.mark.parametrize("signature", SIGNATURES, ids=str)
 def test_every_operation_is_ieee(signature):
     """No approximate division or root, no flush to zero, no product that may be fused: each says how it rounds."""

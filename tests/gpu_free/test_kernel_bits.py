@@ -152,7 +152,7 @@ def check(run: Any, sizes: tuple[int, ...], monkeypatch: Any, signature: tuple[A
     return words
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(9)
 @each_signature
 def test_T10_T24_compiled_kernels_have_the_bits_of_the_library(signature, monkeypatch):
     words = check(emulated(90), SIZES, monkeypatch, signature)
@@ -166,7 +166,7 @@ def test_other_architectures(arch, dtypes, monkeypatch):
         check(emulated(arch), SIZES, monkeypatch, (rule, int(flags), *dtypes))
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(9)
 @each_signature
 def test_the_source_has_the_bits_of_the_library(signature, monkeypatch):
     check(interpreted_kernel, FEW_SIZES, monkeypatch, signature)

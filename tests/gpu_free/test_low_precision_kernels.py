@@ -63,14 +63,14 @@ def check(run: Any, sizes: tuple[int, ...], monkeypatch: Any, name: str, signatu
         assert poison_is_intact(mine)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @each_rule
 @each_signature
 def test_compiled_kernels_have_the_bits_of_the_library(name, signature, monkeypatch):
     check(emulated(90), SIZES, monkeypatch, name, signature)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @each_rule
 @each_signature
 def test_the_source_has_the_bits_of_the_library(name, signature, monkeypatch):

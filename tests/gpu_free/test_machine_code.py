@@ -27,7 +27,7 @@ def code_of(kernel: Counted, arch: int = 90) -> aot.MachineCode:
     return aot.count_of(arch, *kernel.source)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @each_architecture
 @each_kernel
 def test_nothing_spills_and_memory_is_kept_busy(kernel, arch):
