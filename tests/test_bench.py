@@ -37,6 +37,7 @@ def test_shapes_have_the_published_numbers_of_parameters(bench):
     assert len(set(cases.layer_decay_groups(cases.vit_b()))) == 28
 
 
+@pytest.mark.sweep
 @needs_library
 def test_one_case_runs_and_writes_json(bench, tmp_path, capsys):
     out = tmp_path / "results.json"

@@ -109,6 +109,7 @@ def test_the_fingerprint_is_of_names_and_contents(tmp_path: Path) -> None:
     assert 0 not in seen
 
 
+@pytest.mark.sweep
 @needs_library
 def test_an_uncompiled_checkout_takes_the_library_that_was_installed(tmp_path: Path) -> None:
     """`pip install .`, then `python train.py` in the checkout, which Python imports from there. But not a library of other

@@ -136,6 +136,7 @@ print("ok", failed)
 """
 
 
+@pytest.mark.sweep
 def test_every_allocation_that_fails_is_a_memory_error_and_nothing_has_changed(tmp_path: Path) -> None:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if sys.platform != "linux" or compiler is None:
