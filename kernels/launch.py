@@ -52,7 +52,8 @@ MULTIPLE_OF_16, INT32, INT64, FLOAT64 = 16, 17, (1 << 40) + 1, 1.5
 
 class Source(NamedTuple):
     """What a kernel is compiled from: the function, what stands for its arguments, its compile-time arguments, the dtype it
-    computes in, the threads of a program, and the most elements that a program of a step takes."""
+    computes in, the threads of a program, the most elements that a program of a step takes, and the most registers of a thread
+    on NVIDIA's GPUs, where the compiler is to be told."""
 
     function: Any
     arguments: tuple[Any, ...]
@@ -60,6 +61,7 @@ class Source(NamedTuple):
     opmath: torch.dtype
     threads: int = THREADS
     chunk: int = 0
+    registers: int | None = None
 
 
 def step(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Source:
@@ -75,8 +77,10 @@ def step(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: t
     chunk = 2 * threads * per_thread
     if flags & Flag.STATISTICS:
         threads, chunk = THREADS, STATISTICS_CHUNK
+    registers = None
     if flags & Flag.EIGHT_BIT:
         threads, chunk = EIGHT_BIT_THREADS, EIGHT_BIT_CHUNK
+        registers = 128 if per_thread == 8 else None  # triton 3.6 took 140 on sm_80, for nothing
     constants = {
         "RULE": int(rule),
         "BUCKET_FLAGS": int(flags),
@@ -92,7 +96,7 @@ def step(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: t
     }
     opmath = torch.float64 if param is torch.float64 else torch.float32
     arguments = (torch.int64, torch.int64, MULTIPLE_OF_16, torch.float64, torch.int64, opmath, torch.float64)
-    return Source(fused_l2_step, arguments, constants, opmath, threads, chunk)
+    return Source(fused_l2_step, arguments, constants, opmath, threads, chunk, registers)
 
 
 def measure(dtype: torch.dtype, largest: bool) -> Source:
@@ -129,9 +133,10 @@ SOURCES: dict[str, Callable[..., Source]] = {
 }
 
 
-def options(threads: int, warp_size: int) -> dict[str, Any]:
+def options(source: Source, target: GPUTarget) -> dict[str, Any]:
     """How every kernel is compiled. Without fusion of products and sums: the rules write their fmas out."""
-    return {"num_warps": threads // warp_size, "enable_fp_fusion": False}
+    most = {"maxnreg": source.registers} if source.registers and target.backend == "cuda" else {}
+    return {"num_warps": source.threads // target.warp_size, "enable_fp_fusion": False, **most}
 
 
 class Refused(RuntimeError):
@@ -155,7 +160,7 @@ def compiled(source: Source, target: GPUTarget) -> Any:
     written = ASTSource(function, dict(zip(names, types, strict=True)), values, hints)
     try:
         with alone():
-            return triton.compile(written, target=target, options=options(source.threads, target.warp_size))
+            return triton.compile(written, target=target, options=options(source, target))
     except TritonError as error:
         gpu = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
         raise Refused(f"triton {version()} does not compile {function.__name__} for {gpu}: {error}") from error
