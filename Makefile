@@ -64,7 +64,7 @@ test-all: $(STAMP)
 # Our optimizers in the trainers of others. timm comes without what it requires: PyPI's torchvision is built for one torch with CUDA, and
 # asking for it would replace torch. peft and diffusers, whose models the doctor examines, need nothing that is not there.
 test-integrations: $(STAMP)
-	$(call install,accelerate lightning transformers) huggingface_hub pyyaml
+	$(call install,accelerate lightning transformers) huggingface_hub pillow pyyaml requests
 	$(PYTHON) -m pip install -q --no-deps 'timm>=1.0.12' peft diffusers
 	$(PYTHON) -m pytest tests/integrations tests/test_docs.py
 
