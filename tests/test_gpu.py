@@ -227,6 +227,16 @@ def test_sgd_has_the_bits_of_torch_fused(options):
     assert_same_bits(back(params), back(others))
 
 
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are compiled from now on."""
+    import triton
+
+    compiled: list[str] = []
+    real = triton.compile
+    monkeypatch.setattr(triton, "compile", lambda source, **rest: (compiled.append(source.name), real(source, **rest))[1])
+    return compiled
+
+
 def set_grads_on_device(params: list[Any], seed: int) -> None:
     like = [torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in params]
     set_grads(like, seed)
@@ -408,13 +418,9 @@ def test_T23_a_tensor_of_more_than_2_to_the_31_elements():
 
 @each
 def test_T37_a_schedule_compiles_nothing(name, monkeypatch):
-    import triton
-
     monkeypatch.setattr(cuda, "_kernels", {})
     cuda.device(torch.device("cuda", torch.cuda.current_device()))._compiled.clear()
-    compiled: list[str] = []  # not those that another test may have compiled before
-    real = triton.compile
-    monkeypatch.setattr(triton, "compile", lambda source, **rest: (compiled.append(source.name), real(source, **rest))[1])
+    compiled = compilations(monkeypatch)  # not those that another test may have made before
     params = moved(make_params(SIZES))
     optimizer = make(name, params)
     for i in range(20):
@@ -495,13 +501,9 @@ def test_stepping_in_the_backward_pass_has_the_bits_of_ordinary_steps(name, stat
 
 @each
 def test_warmup_compiles_what_the_first_step_launches(name, monkeypatch):
-    import triton
-
     optimizer = make(name, moved(make_params(SIZES)))
     assert fused_l2.warmup(optimizer)
-    compiled: list[str] = []
-    real = triton.compile
-    monkeypatch.setattr(triton, "compile", lambda source, **rest: (compiled.append(source.name), real(source, **rest))[1])
+    compiled = compilations(monkeypatch)
     set_grads_on_device(optimizer.param_groups[0]["params"], 0)
     optimizer.step()
     assert compiled == []
