@@ -166,12 +166,13 @@ template <class V, class P, class S, class Rule> struct Sweep {
 // Calls f with the storage types and the vector type of a bucket's dtype signature, or of what it is stepped in.
 template <class F> void with_dtypes(const Bucket& bucket, F&& f) {
   if (is_staged(bucket)) return f(F32{}, float{}, float{});
-  const bool wide_state = bucket.state_dtype == dtype::float32;
-  switch (bucket.param_dtype) {
-    case dtype::float32: return f(F32{}, float{}, float{});
-    case dtype::float64: return f(F64{}, double{}, double{});
-    case dtype::bfloat16: return wide_state ? f(F32{}, BFloat16{}, float{}) : f(F32{}, BFloat16{}, BFloat16{});
-    default: return wide_state ? f(F32{}, Float16{}, float{}) : f(F32{}, Float16{}, Float16{});
+  if (bucket.param_dtype == dtype::float32) return f(F32{}, float{}, float{});
+  if (bucket.param_dtype == dtype::float64) return f(F64{}, double{}, double{});
+  if constexpr (kLoads16Bit) {
+    const bool wide_state = bucket.state_dtype == dtype::float32;
+    if (bucket.param_dtype == dtype::bfloat16)
+      return wide_state ? f(F32{}, BFloat16{}, float{}) : f(F32{}, BFloat16{}, BFloat16{});
+    return wide_state ? f(F32{}, Float16{}, float{}) : f(F32{}, Float16{}, Float16{});
   }
 }
 

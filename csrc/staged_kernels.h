@@ -136,7 +136,7 @@ inline bool is_staged(const Bucket& bucket) {
   const bool half = bucket.param_dtype == dtype::bfloat16 || bucket.param_dtype == dtype::float16;
   const bool own_states = bucket.state_dtype == bucket.param_dtype || (half && bucket.state_dtype == dtype::float32);
   return bucket.flags & (flag::low_precision | flag::eight_bit) || bucket.grad_dtype != bucket.param_dtype ||
-         !own_states;
+         !own_states || (half && !kLoads16Bit);
 }
 
 inline double sum_of_changes(const float* before, const float* after, int64_t count) {

@@ -15,6 +15,7 @@ struct F64 {
   __m256d v;
   static FUSED_L2_INLINE F64 broadcast(double x) { return {_mm256_set1_pd(x)}; }
 };
+constexpr bool kLoads16Bit = true;  // in the load of a vector, and in its store
 
 FUSED_L2_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
 FUSED_L2_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
