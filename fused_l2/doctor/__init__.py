@@ -12,7 +12,7 @@ from .codes import CHECKS
 from .codes.rounding import lost
 from .findings import Finding
 from .layers import Layer, layers
-from .precision import rounding
+from .precision import measured, rounding
 from .report import Report
 from .subject import Subject, collect, unwrapped
 
@@ -77,10 +77,11 @@ def examine(
 
 def report_on(subject: Subject, title: str, read_weights: bool) -> Report:
     """All checks on these facts."""
-    rounded = {w: rounding(w) if read_weights else None for w in subject.weights}
+    rounded = {w: rounding(w, len(subject.weights)) if read_weights else None for w in subject.weights}
+    arrived = measured(subject) if read_weights else {}
     findings = [finding for check in CHECKS for finding in check(subject)]
-    findings += lost(subject, rounded)
-    return Report(title, findings, layers(subject, rounded, read_weights), subject.unknown)
+    findings += lost(subject, rounded, arrived)
+    return Report(title, findings, layers(subject, rounded, arrived, read_weights), subject.unknown)
 
 
 def _title(optimizer: Any) -> str:

@@ -37,6 +37,7 @@ class Layer:
     equilibrium: float | None  # the |w| at which decay and noise hold each other, for weights before a normalization layer
     effective_lr: float | None  # lr / |w|^2, for weights before a normalization layer
     arrives: float | None  # the share of the decay that will arrive in this dtype
+    arrived: float | None  # the share that did at the last step, with statistics=True; one draw, with noise
     penalty: float | None  # weight_decay / 2 * |w|^2
     optimizer: int = 0
 
@@ -46,7 +47,9 @@ class Layer:
 
 
 @torch.no_grad()
-def layers(subject: Subject, rounded: Mapping[Weight, Rounding | None], read: bool) -> list[Layer]:
+def layers(
+    subject: Subject, rounded: Mapping[Weight, Rounding | None], measured: Mapping[Weight, tuple[float, float]], read: bool
+) -> list[Layer]:
     before_norm = {id(w) for w, _ in normalized(subject)}
     squares = _squares(subject.weights) if read else {}
     rows = []
@@ -66,6 +69,7 @@ def layers(subject: Subject, rounded: Mapping[Weight, Rounding | None], read: bo
                 _equilibrium(weight, square) if normal and rate else None,
                 lr / square if normal and lr is not None and square else None,
                 rounding.decay if rounding is not None and group.decays else None,
+                measured[weight][1] / measured[weight][0] if weight in measured else None,
                 group.weight_decay / 2 * square if group.weight_decay is not None and square is not None else None, group.which,
             )
         )  # fmt: skip

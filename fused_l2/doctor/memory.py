@@ -34,7 +34,11 @@ def remembered_fall(w: Tensor, start: Tensor, size: Tensor, rate: float, bits: i
     """
     if memory == 0:
         return 0.0
-    found = [place for exponent in range(-14, 5) if (place := _place(w, start, size, 2.0**exponent, bits))]
+    smallest, largest = size.min().item(), size.max().item()
+    powers = [
+        2.0**e for e in range(-14, 5) if largest > _NARROW * 2.0 ** (e - bits - 1) and smallest < WIDE * 2.0 ** (e - bits)
+    ]
+    found = [place for power in powers if (place := _place(w, start, size, power, bits))]
     if not found:
         return 0.0
     numbers, starts, counts = (torch.stack(list(column)) for column in list(zip(*found, strict=True))[:3])

@@ -18,9 +18,12 @@ from ..parameters.shards import local
 from ..tables.modes import HALVES
 from . import rules
 from .memory import WIDE, remembered_fall
-from .subject import Weight
+from .subject import Subject, Weight
 
-SAMPLE = 1 << 16  # elements of a tensor that are looked at; the share of that many has a standard error below 0.2 %
+# Elements that are looked at: of one tensor (a share of so many has a standard error of at most 0.2 %), of all tensors, and of
+# one among many (0.8 %; a finding weighs all of them). In runs: what lies between is not read.
+SAMPLE, BUDGET, FEWEST, RUN = 1 << 16, 1 << 22, 1 << 12, 1 << 8
+_GOLDEN = (math.sqrt(5) - 1) / 2
 _NEIGHBOURS = 6  # on each side; noise as wide as 1.5 gaps rarely reaches further, and wider noise loses nothing
 _DIGITS = {torch.bfloat16: 7, torch.float16: 10}
 
@@ -38,8 +41,8 @@ EXACT = Rounding(1.0, 1.0, False)
 
 
 @torch.no_grad()
-def rounding(weight: Weight) -> Rounding | None:
-    """What arrives, at the group's lr; None if nothing is known or can be read."""
+def rounding(weight: Weight, among: int = 1) -> Rounding | None:
+    """What arrives, at the group's lr; None if nothing is known or can be read. ``among``: how many tensors are looked at."""
     optimizer, settings = weight.group.optimizer, weight.group.settings
     param = weight.param
     if param is None or param.is_meta or weight.dtype is None or not weight.dtype.is_floating_point or not weight.numel:
@@ -51,7 +54,7 @@ def rounding(weight: Weight) -> Rounding | None:
     here = local(param)
     if not here.numel() or here.untyped_storage().nbytes() == 0:
         return None
-    take = _Sample(here)
+    take = _Sample(here, max(FEWEST, min(SAMPLE, BUDGET // among)))
     w = take(here).float().abs().double()
     w = w[w.isfinite()] if not bool(w.isfinite().all()) else w
     group, lr = weight.group, weight.group.lr
@@ -80,23 +83,50 @@ def rounding(weight: Weight) -> Rounding | None:
     return Rounding(share, moved, take.sampled)
 
 
-class _Sample:
-    """Takes the same elements of tensors of one shape, whatever their strides."""
+def measured(subject: Subject) -> dict[Weight, tuple[float, float]]:
+    """What the last step asked of each tensor as decay, and what of it arrived, where ``statistics=True`` was measuring it."""
+    found = {}
+    by_tensor = {
+        id(o): statistics.by_tensor()
+        for o in subject.optimizers
+        if rules.is_ours(o) and (statistics := o.statistics) is not None
+    }
+    for weight in subject.weights:
+        figures = by_tensor.get(id(weight.group.optimizer))
+        if not figures:
+            continue
+        names, place = weight.group.settings.get("param_names") or (), f"{weight.group.index}.{weight.position}"
+        name = names[weight.position] if weight.position < len(names) else place
+        one = figures.get(name) or figures.get(f"{name} ({place})")
+        if one is not None and float(one.decay_asked) > 0:
+            found[weight] = float(one.decay_asked), float(one.decay_arrived)
+    return found
 
-    def __init__(self, tensor: Tensor) -> None:
+
+class _Sample:
+    """Takes the same elements of tensors of one shape, whatever their strides: runs of neighbours, spread over the tensor."""
+
+    def __init__(self, tensor: Tensor, size: int) -> None:
         self._shape = tensor.shape
-        step = -(-tensor.numel() // SAMPLE)
-        self.sampled = step > 1
-        at = torch.arange(0, tensor.numel(), step, device=tensor.device) if self.sampled else None
-        self._at = torch.unravel_index(at, self._shape) if at is not None else None
-        self.count = len(at) if at is not None else tensor.numel()
+        runs = tensor.numel() // RUN
+        self.sampled = tensor.numel() > size
+        if self.sampled:
+            # One in each of equal parts, where the golden ratio puts it: rows of any length are met at all of their places.
+            part = torch.arange(size // RUN, dtype=torch.float64, device="cpu")
+            self._runs = ((part + (part * _GOLDEN).frac()) * (runs / len(part))).long().to(tensor.device)
+        self.count = len(self._runs) * RUN if self.sampled else tensor.numel()
 
     def __call__(self, tensor: Any) -> Any:
         """None if the shape is another one."""
         tensor = local(tensor).detach()
         if tensor.shape != self._shape:
             return None
-        return tensor.reshape(-1) if self._at is None else tensor[self._at]
+        if not self.sampled:
+            return tensor.reshape(-1)
+        if tensor.is_contiguous():
+            return tensor.view(-1)[: tensor.numel() // RUN * RUN].view(-1, RUN)[self._runs].view(-1)
+        at = self._runs[:, None] * RUN + torch.arange(RUN, device=tensor.device)
+        return tensor[torch.unravel_index(at.view(-1), self._shape)]
 
 
 def update_size(weight: Weight, take: Any) -> Tensor | None:
@@ -154,14 +184,15 @@ def decay_share(w: Tensor, rate: float, size: Tensor, dtype: torch.dtype, separa
         return 1.0
     start, own = _start(w, rate, dtype, separate)
     decay = own * w
-    gap = _neighbour(start, dtype, 1) - start
-    fall = torch.zeros_like(w)
-    scale = size.clamp_min(1e-300)
-    for j in range(_NEIGHBOURS):
-        above, further = _neighbour(start, dtype, j), _neighbour(start, dtype, j + 1)
-        fall -= (further - above) * _beyond(((above + further) / 2 - start + decay) / scale)
-        below, further = _neighbour(start, dtype, -j), _neighbour(start, dtype, -j - 1)
-        fall += (below - further) * _beyond((start - decay - (below + further) / 2) / scale)
+    offsets = torch.arange(-_NEIGHBOURS, _NEIGHBOURS + 1, device=w.device)[:, None]
+    numbers = _neighbour(start, dtype, offsets)
+    gaps = numbers[1:] - numbers[:-1]
+    gap = gaps[_NEIGHBOURS]
+    # How far an update has to go, down or up, to cross the middle between two numbers.
+    edges = (numbers[1:] + numbers[:-1]) / 2 - start + decay
+    edges[:_NEIGHBOURS].neg_()
+    crossed = gaps * _beyond(edges / size.clamp_min(1e-300))
+    fall = crossed[:_NEIGHBOURS].sum(0) - crossed[_NEIGHBOURS:].sum(0)
     fall = torch.where((size > WIDE * gap) | (decay > 4 * gap), decay, fall) + (w - start)
     return float(fall.sum() / asked)
 
@@ -190,7 +221,7 @@ def _beyond(z: Tensor) -> Tensor:
     return 0.5 * torch.erfc(z * math.sqrt(0.5))
 
 
-def _neighbour(w: Tensor, dtype: torch.dtype, steps: int) -> Tensor:
+def _neighbour(w: Tensor, dtype: torch.dtype, steps: int | Tensor) -> Tensor:
     """The number of a 16-bit dtype so many steps above a magnitude of it; beyond 0 negative ones."""
     bits = w.to(dtype).view(torch.int16).to(torch.int32) + steps
     value = bits.abs().to(torch.int16).view(dtype).double()

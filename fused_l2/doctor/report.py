@@ -13,7 +13,7 @@ from .layers import Layer
 _COLUMNS = {
     "name": "parameter", "shape": "shape", "dtype": "dtype", "group": "group", "lr": "lr", "weight_decay": "weight_decay",
     "lam": "lambda", "lr_wd": "lr*wd", "half_life": "half-life", "half_life_epochs": "epochs", "arrives": "arrives",
-    "norm": "|w|", "equilibrium": "|w| at rest", "effective_lr": "lr/|w|^2", "penalty": "penalty",
+    "arrived": "arrived", "norm": "|w|", "equilibrium": "|w| at rest", "effective_lr": "lr/|w|^2", "penalty": "penalty",
 }  # fmt: skip
 ROWS = 40
 
@@ -94,6 +94,6 @@ class Report:
 def _cell(column: str, value: Any) -> str:
     if value is None:
         return "-"
-    if column == "arrives":
+    if column in ("arrives", "arrived"):
         return f"{100 * value:.0f} %"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -151,3 +151,53 @@ def test_float32_below_its_last_place():
     p = torch.nn.Parameter(torch.rand(1000) + 0.5)
     assert share(torch.optim.AdamW([p], lr=1e-4, weight_decay=1e-4)) == 0.0
     assert share(torch.optim.AdamW([p], lr=1e-3, weight_decay=1e-2)) == pytest.approx(1, abs=0.02)
+
+
+def test_what_statistics_measured_is_shown_beside_the_prediction():
+    """Decay of 2^-12 of a weight is lost in bfloat16 where gradients are 0. Names repeat across groups."""
+    params = [torch.nn.Parameter(torch.rand(64, 64).bfloat16() + 1) for _ in range(2)]
+    groups = [{"params": [(name, p)], "weight_decay": decay} for name, p, decay in zip("ww", params, (DECAY, 0.0), strict=True)]
+    optimizer = fused_l2.AdamW(groups, lr=LR, statistics=True)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    assert fused_l2.doctor.examine(optimizer).layers[0].arrived is None
+    optimizer.step()
+    report = fused_l2.doctor.examine(optimizer)
+    float32 = 2.0**-24 / (LR * DECAY)  # the exact values are rounded to that
+    assert [row.arrived for row in report.layers] == [pytest.approx(0, abs=float32), None]
+    (finding,) = report.of("decay-lost-in-rounding")
+    assert finding.what.endswith("will arrive. At the last step 0 % of it did.")
+    assert "arrived" in report.table()
+    assert fused_l2.doctor.examine(optimizer, read_weights=False).layers[0].arrived is None
+
+
+@pytest.mark.parametrize("shape", [(512, 1024), (1 << 19,), (64, 8, 32, 32), (3, 170_001)])
+def test_samples_are_the_same_elements_whatever_the_strides(shape):
+    """They meet all places of a row, and no part of the tensor is left out."""
+    tensor = torch.arange(math.prod(shape)).view(shape)
+    found = precision._Sample(tensor, 1 << 16)(tensor)
+    assert len(found.unique()) == len(found) == 1 << 16
+    assert found.diff().max() < 2 * tensor.numel() / (1 << 8)
+    for width in (256, 1024, 2048):
+        assert len((found % width).unique()) > 0.9 * width
+    strided = tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    assert torch.equal(precision._Sample(tensor, 1 << 16)(strided), found)
+
+
+def test_many_tensors_are_looked_at_as_long_as_a_few(monkeypatch):
+    """4096 elements of each at least. A test of time would depend on the machine."""
+    taken = []
+    call = precision._Sample.__call__
+
+    def counted(self: Any, tensor: Any) -> Any:
+        found = call(self, tensor)
+        taken.append(len(found))
+        return found
+
+    monkeypatch.setattr(precision._Sample, "__call__", counted)
+    params = [torch.nn.Parameter(torch.randn(1 << 17).bfloat16()) for _ in range(300)]
+    fused_l2.doctor.examine(torch.optim.AdamW(params, LR, weight_decay=DECAY))
+    assert taken == [precision.BUDGET // 300 // precision.RUN * precision.RUN] * 300
+    taken.clear()
+    fused_l2.doctor.examine(torch.optim.AdamW(params[:2], LR, weight_decay=DECAY))
+    assert taken == [precision.SAMPLE] * 2

@@ -14,8 +14,10 @@ from . import fixes
 MOST, SOME = 0.5, 0.9  # of the decay: below the one it is lost, above the other the rest is less than tuning resolves
 
 
-def lost(subject: Subject, rounded: Mapping[Weight, Rounding | None]) -> Iterator[Finding]:
-    """decay-lost-in-rounding, update-lost-in-rounding."""
+def lost(
+    subject: Subject, rounded: Mapping[Weight, Rounding | None], measured: Mapping[Weight, tuple[float, float]]
+) -> Iterator[Finding]:
+    """decay-lost-in-rounding, update-lost-in-rounding. ``measured``: decay asked and arrived at the last step."""
     known = [
         (w, r) for w, r in rounded.items() if r is not None and w.param is not None and w.param.requires_grad and w.group.lr
     ]
@@ -26,7 +28,8 @@ def lost(subject: Subject, rounded: Mapping[Weight, Rounding | None]) -> Iterato
         w = found[0][0]
         yield Finding(
             "decay-lost-in-rounding", WRONG if asked < MOST else DOUBTFUL, tuple(w.name for w, _ in found),
-            f"{100 * max(asked, 0.0):.0f} % of the decay of {len(found)} {_short(w.dtype)} tensors will arrive.",
+            f"{100 * max(asked, 0.0):.0f} % of the decay of {len(found)} {_short(w.dtype)} tensors will arrive."
+            + _at_the_last_step([measured[w] for w, _ in found if w in measured]),
             f"A step takes {(w.group.lr or 0) * (w.group.weight_decay or 0):.2g} of each weight, less than half the gap to the "
             f"next {_short(w.dtype)} number, and updates carry no more than this across it.",
             _float32(subject, w), "Nerogar/OneTrainer#996; docs/low-precision.md",
@@ -51,6 +54,12 @@ def lost(subject: Subject, rounded: Mapping[Weight, Rounding | None]) -> Iterato
             f"these weights, and are rounded away.",
             _float32(subject, w), "vllm-project/speculators#765; docs/low-precision.md",
         )  # fmt: skip
+
+
+def _at_the_last_step(sums: list[tuple[float, float]]) -> str:
+    if not sums:
+        return ""
+    return f" At the last step {100 * sum(arrived for _, arrived in sums) / sum(asked for asked, _ in sums):.0f} % of it did."
 
 
 def _float32(subject: Subject, weight: Weight) -> str:
