@@ -1,17 +1,19 @@
 """``python -m bench precision``: what is left of weight decay and of training in bfloat16, and what keeping it costs.
 
-Four kinds of results: ``decay``, how much of it arrives over 8000 steps; ``moments``, how much of the decay of second moments
-does; ``training``, a small transformer on the text of the standard library; ``speed``, bytes and time of a step. Not part of
-``python -m bench all``.
+Five kinds of results: ``decay``, how much of it arrives over 8000 steps; ``moments``, how much of the decay of second moments
+does; ``training``, a small transformer on the text of the standard library, with every mode; ``seeds``, a transformer and a CNN
+with three seeds each, by what 8 bits do to them; ``speed``, bytes and time of a step. Not part of ``python -m bench all``.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,9 +34,12 @@ def jobs(options: Options) -> Iterator[Job]:
     for lr in (3e-4, 3e-5):
         for noise in (False, True):
             yield Job(f"decay lr {lr:g}{' noise' * noise}", lambda _, lr=lr, n=noise: decay(lr, n, options))
-    for share in (1.0, 0.25):
-        yield Job(f"moments {share:g}", lambda _, share=share: moments(share))
+    for beta2, steps in ((0.999, 1000), (0.9999, 2000)):
+        for share in (1.0, 0.25):
+            yield Job(f"moments {beta2:g} {share:g}", lambda _, b=beta2, n=steps, s=share: moments(b, n, s))
     yield Job("training", lambda _: training())
+    for name in MODELS:
+        yield Job(f"seeds {name}", lambda _, name=name: seeds(name))
     yield Job("speed", lambda _: speed(options.seconds))
 
 
@@ -84,31 +89,85 @@ def decay(lr: float, noise: bool, options: Options) -> dict[str, Any]:
 FORMATS: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit"}
 
 
-def moments(share: float) -> dict[str, Any]:
-    """AdamW's second moments without gradients, 1000 steps at beta2 0.999: of all elements, or of this share of them, evenly
-    among others whose gradients go on. What is left of them, as the geometric mean of v / v_0, and the share of ln(v)'s decay
-    that arrived."""
+class FlashOptim:
+    """The second moments of FlashOptim 0.1.4, by its formula: it runs on a GPU alone. For each 32 elements that follow one
+    another the largest sqrt(v) as float16, and of each element sqrt(v) in 255ths of it, rounded to nearest."""
+
+    def __init__(self, p: torch.nn.Parameter, beta2: float) -> None:
+        self._param, self._beta2 = p, beta2
+        self.v = torch.zeros_like(p.detach()).view(-1, 32)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        assert self._param.grad is not None
+        root = self.v.lerp(self._param.grad.square().view(-1, 32), 1 - self._beta2).sqrt()
+        largest = root.amax(1, keepdim=True)
+        code = (255 * root / largest.clamp_min(1e-30) + 0.5).floor()
+        self.v = (code / 255 * largest.half().float()).square()
+
+
+def _bitsandbytes_v(optimizer: Any, p: torch.Tensor) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_blockwise
+
+    state = optimizer.state[p]
+    return dequantize_blockwise(state["state2"], absmax=state["absmax2"], code=state["qmap2"], blocksize=256)
+
+
+# Peers with 8-bit states that step on a CPU: where they are, and their second moments as float32.
+EIGHT_BIT_PEERS: dict[str, tuple[str, Callable[[Any, Any], torch.Tensor]]] = {
+    "bitsandbytes 8bit": ("bitsandbytes.optim", _bitsandbytes_v),
+    "torchao 8bit": ("torchao.optim", lambda optimizer, p: optimizer.state[p]["exp_avg_sq"].dequantize()),
+}
+
+
+def _eight_bit_peers(params: list[torch.nn.Parameter], settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Their optimizers of these parameters, and why others are left out."""
+    made, absent = {}, {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, (module, _) in EIGHT_BIT_PEERS.items():
+            try:
+                made[name] = importlib.import_module(module).AdamW8bit(params, **settings)
+            except ImportError as error:
+                absent[name] = f"not installed ({error})"
+    return made, absent
+
+
+def moments(beta2: float, steps: int, share: float) -> dict[str, Any]:
+    """AdamW's second moments without gradients, so many steps: of all elements, or of this share, evenly among others whose
+    gradients go on. What is left of them, as the geometric mean of v / v_0, and the share of ln(v)'s decay that arrived."""
     generator = torch.Generator().manual_seed(0)
     level = torch.exp(0.75 * torch.randn(128, 128, generator=generator))
     resting = (torch.arange(level.numel()) % round(1 / share) == 0).view(level.shape)
-    contestants = {}
+    settings: dict[str, Any] = {"lr": 0.0, "betas": (0.9, beta2), "weight_decay": 0.0}
+
+    def zeros() -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.zeros_like(level))
+
+    contestants: dict[str, tuple[torch.nn.Parameter, Any, Callable[[Any, Any], torch.Tensor]]] = {}
     for name, dtype in FORMATS.items():
-        p = torch.nn.Parameter(torch.zeros_like(level))
-        contestants[name] = p, fused_l2.AdamW([p], lr=0.0, weight_decay=0.0, state_dtype=dtype)
+        made = fused_l2.AdamW([p := zeros()], **settings, state_dtype=dtype)
+        contestants[name] = p, made, lambda o, _: o.float32_state_dict()["state"][0]["exp_avg_sq"]
+    p = zeros()
+    contestants["FlashOptim's formula"] = p, FlashOptim(p, beta2), lambda o, _: o.v
+    peers, absent = _eight_bit_peers([p := zeros()], settings)
+    for name, made in peers.items():
+        contestants[name] = p, made, EIGHT_BIT_PEERS[name][1]
     left: dict[str, list[float]] = {name: [] for name in contestants}
-    before = {}
-    for step in range(4001):
+    before: dict[str, torch.Tensor] = {}
+    every = steps // 20
+    for step in range(3001 + steps):
         noise = level * torch.randn(level.shape, generator=generator)
-        for name, (p, optimizer) in contestants.items():
+        for name, (p, optimizer, second_moments) in contestants.items():
             p.grad = noise if step <= 3000 else torch.where(resting, 0.0, noise)
             optimizer.step()
-            if step >= 3000 and step % 50 == 0:
-                v = optimizer.float32_state_dict()["state"][0]["exp_avg_sq"].double()[resting].log().mean()
+            if step >= 3000 and (step - 3000) % every == 0:
+                v = second_moments(optimizer, p).double().view(level.shape)[resting].log().mean()
                 left[name].append(float((v - before.setdefault(name, v)).exp()))
-    arrived = {name: math.log(curve[-1]) / (1000 * math.log(0.999)) for name, curve in left.items()}
+    arrived = {name: math.log(curve[-1]) / (steps * math.log(beta2)) if curve[-1] else math.inf for name, curve in left.items()}
     return {
-        "case": f"moments-{share:g}", "kind": "moments", "share": share, "steps": [50 * i for i in range(21)], "left": left,
-        "arrived": arrived,
+        "case": f"moments-{beta2:g}-{share:g}", "kind": "moments", "beta2": beta2, "share": share,
+        "steps": [every * i for i in range(21)], "left": left, "arrived": arrived, "not measured": absent,
     }  # fmt: skip
 
 
@@ -176,6 +235,94 @@ def training() -> dict[str, Any]:
     }  # fmt: skip
 
 
+class Task(NamedTuple):
+    """A training: a model made anew, the next batch, and how it is stepped."""
+
+    model: Callable[[], torch.nn.Module]
+    batch: Callable[[torch.Generator], tuple[torch.Tensor, torch.Tensor]]
+    steps: int
+    lr: float
+
+
+def _transformer() -> Task:
+    data, width = text(), 64
+
+    def batch(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        begins = torch.randint(0, len(data) - CONTEXT - 1, (BATCH,), generator=generator)
+        rows = torch.stack([data[b : b + CONTEXT + 1] for b in begins.tolist()])
+        return rows[:, :-1], rows[:, 1:].flatten()
+
+    return Task(
+        lambda: torch.nn.Sequential(
+            torch.nn.Embedding(256, width), *[Block(width, 4) for _ in range(2)], torch.nn.LayerNorm(width),
+            torch.nn.Linear(width, 256), torch.nn.Flatten(0, 1),
+        ),
+        batch, TRAINING_STEPS, 4e-3,
+    )  # fmt: skip
+
+
+def _cnn() -> Task:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images, labels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
+
+    def batch(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = torch.randint(0, len(labels), (64,), generator=generator)
+        return images[chosen], labels[chosen]
+
+    def model() -> torch.nn.Module:
+        conv, relu = torch.nn.Conv2d, torch.nn.ReLU()
+        return torch.nn.Sequential(
+            conv(1, 32, 3, padding=1), relu, conv(32, 64, 3, stride=2, padding=1), relu, conv(64, 64, 3, padding=1), relu,
+            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10),
+        )  # fmt: skip
+
+    return Task(model, batch, 300, 2e-3)
+
+
+MODELS: dict[str, Callable[[], Task]] = {"transformer": _transformer, "cnn": _cnn}
+# What holds weights and states; the model computes in the first's dtype.
+BYTES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (torch.float32, {}),
+    "float32, 8-bit states": (torch.float32, {"state_dtype": "8bit"}),
+    "bfloat16, remainder": (torch.bfloat16, {"low_precision": "remainder"}),
+    "bfloat16, remainder8, 8-bit states": (torch.bfloat16, {"low_precision": "remainder8", "state_dtype": "8bit"}),
+}
+SEEDS = (0, 1, 2)
+
+
+def seeds(name: str) -> dict[str, Any]:
+    """Each training with three seeds: its loss at the end, |w|, and the largest update of any weight, in lr."""
+    task, weight_decay = MODELS[name](), 0.1
+    rows: dict[str, dict[str, list[float]]] = {who: {"loss": [], "norm": [], "update": []} for who in BYTES}
+    for seed in SEEDS:
+        for who, (dtype, options) in BYTES.items():
+            torch.manual_seed(seed)
+            model = task.model()
+            start = [p.detach().clone() for p in model.parameters()]
+            model.to(dtype)
+            optimizer = fused_l2.AdamW(model.parameters(), lr=task.lr, weight_decay=weight_decay, seed=seed, **options)
+            optimizer.load_master_params(start)
+            generator = torch.Generator().manual_seed(100 + seed)
+            losses, largest, before = [], 0.0, start
+            for _ in range(task.steps):
+                x, y = task.batch(generator)
+                optimizer.zero_grad()
+                loss = torch.nn.functional.cross_entropy(model(x.to(dtype) if x.is_floating_point() else x).float(), y)
+                loss.backward()
+                optimizer.step()
+                losses.append(float(loss.detach()))
+                after = optimizer.master_params()
+                for w, v in zip(before, after, strict=True):
+                    largest = max(largest, float((v - w * (1 - task.lr * weight_decay)).abs().max()) / task.lr)
+                before = [v.clone() for v in after]
+            rows[who]["loss"].append(sum(losses[-50:]) / 50)
+            rows[who]["norm"].append(math.sqrt(sum(float(w.double().square().sum()) for w in before)))
+            rows[who]["update"].append(largest)
+    return {"case": f"seeds-{name}", "kind": "seeds", "model": name, "steps": task.steps, "lr": task.lr, "rows": rows}
+
+
 def speed(seconds: float) -> dict[str, Any]:
     """AdamW on one tensor of 25M: bytes of parameter, gradient and states, bytes moved, and GB/s against float32's."""
     numel = 25_000_000
@@ -214,7 +361,30 @@ def speed(seconds: float) -> dict[str, Any]:
         row["GB/s"] = numel * row["moved"] / row["seconds"][1] * 1e-9
         row["GB/s, of float32's"] = [r / per_byte for r in timing.quartiles(ratios)]
     noise = timing.noise_floor(timing.ratios(samples["float32"], samples["float32 again"]))
-    return {"case": "speed", "kind": "speed", "rows": rows, "noise floor": noise}
+    others, absent = {}, {}
+    for shapes in ([(numel // 4000, 4000)], [(62, 4000)] * 100):
+        rival, absent = eight_bit_speed(shapes, 5 * seconds)
+        others[f"{len(shapes)} x {shapes[0][0] * shapes[0][1]:,}"] = rival
+    return {"case": "speed", "kind": "speed", "rows": rows, "others": others, "not measured": absent, "noise floor": noise}
+
+
+def eight_bit_speed(shapes: list[tuple[int, int]], seconds: float) -> tuple[dict[str, Any], dict[str, str]]:
+    """AdamW with 8-bit states on float32 parameters of these shapes: ours, and peers in times of ours."""
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    settings = {"lr": 1e-6, "weight_decay": 0.01}
+    peers, absent = _eight_bit_peers(params, settings)
+    optimizers = {"fused_l2 8bit": fused_l2.AdamW(params, **settings, state_dtype="8bit"), **peers}
+    for optimizer in optimizers.values():
+        optimizer.step()  # makes states, compiles
+    samples = timing.interleave({name: optimizer.step for name, optimizer in optimizers.items()}, seconds)
+    ours = samples["fused_l2 8bit"]
+    rows = {
+        name: {"seconds": of.quartiles(), "ours_to_this": timing.quartiles(timing.ratios(ours, of))}
+        for name, of in samples.items()
+    }
+    return rows, absent
 
 
 def show(result: dict[str, Any]) -> str:
@@ -223,7 +393,8 @@ def show(result: dict[str, Any]) -> str:
         lines = [head + ("normal gradients" if result["noise"] else "no gradients") + f", {STEPS} steps"]
         return "\n".join([*lines, *(f"  {name:22}{100 * curve[-1]:>8.1f} %" for name, curve in result["shares"].items())])
     if result["kind"] == "moments":
-        lines = [f"share of the decay of second moments that arrived, {100 * result['share']:g} % of the elements at rest"]
+        which = f"beta2 {result['beta2']:g}, {100 * result['share']:g} % of the elements at rest"
+        lines = [f"share of the decay of second moments that arrived, {which}"]
         return "\n".join([*lines, *(f"  {name:22}{100 * share:>8.1f} %" for name, share in result["arrived"].items())])
     if result["kind"] == "training":
         lines = [
@@ -235,10 +406,24 @@ def show(result: dict[str, Any]) -> str:
             norm = result["norm, of float32's"][name]
             lines.append(f"  {name:22}{mean:>8.3f}{result['largest difference'][name]:>20.3f}{norm:>8.3f}")
         return "\n".join(lines)
+    if result["kind"] == "seeds":
+        lines = [
+            f"{result['model']}, {result['steps']} steps, {len(SEEDS)} seeds",
+            f"  {'':36}{'loss, mean of 50 steps':>26}{'|w|':>10}{'largest update':>18}",
+        ]
+        for name, row in result["rows"].items():
+            loss, norm, update = (f"{min(v):.3f} .. {max(v):.3f}" for v in (row["loss"], row["norm"], row["update"]))
+            lines.append(f"  {name:36}{loss:>20}{norm:>20}{update:>16}")
+        return "\n".join(lines)
     lines = [f"AdamW, one tensor of 25M, bytes per parameter, noise floor {100 * result['noise floor']:.1f} %"]
     lines.append(f"  {'':26}{'states':>8}{'moved':>8}{'ms':>8}{'GB/s':>8}{'of float32':>12}")
     for name, row in result["rows"].items():
         ratio, quartiles = spread(row["GB/s, of float32's"])
         timed = f"{1e3 * row['seconds'][1]:>8.1f}{row['GB/s']:>8.1f}{ratio:>12} ({quartiles})"
         lines.append(f"  {name:26}{row['states']:>8.2f}{row['moved']:>8.1f}{timed}")
+    for case, others in result["others"].items():
+        lines.append(f"AdamW with 8-bit states, float32, {case}: time / ours")
+        for name, row in others.items():
+            ratio, quartiles = spread(row["ours_to_this"])
+            lines.append(f"  {name:26}{1e3 * row['seconds'][1]:>8.1f} ms{ratio:>8} ({quartiles})")
     return "\n".join(lines)

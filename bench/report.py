@@ -177,13 +177,16 @@ def _decay(results: list[dict[str, Any]]) -> Any:
 
 def _moments(results: list[dict[str, Any]]) -> Any:
     of = [r for r in results if r["kind"] == "moments"]
-    figure, axes = plt.subplots(1, len(of), figsize=(5 * len(of), 3.6), sharey=True, squeeze=False, layout="constrained")
-    for axis, r in zip(axes.flat, of, strict=True):
+    rows = max(1, math.ceil(len(of) / 2))
+    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.6 * rows), sharey=True, squeeze=False, layout="constrained")
+    for axis, r in zip(axes.flat, of, strict=False):
         for i, (name, curve) in enumerate(r["left"].items()):
             _line(axis, i, r["steps"], curve, name)
-        axis.set(title=f"{100 * r['share']:g} % of the elements at rest", xlabel="steps without gradients", yscale="log")
+        title = f"beta2 {r['beta2']:g}, {100 * r['share']:g} % of the elements at rest"
+        axis.set(title=title, xlabel="steps without gradients", yscale="log")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("v, of what it was (geometric mean)")
+    for row in axes:
+        row[0].set_ylabel("v, of what it was (geometric mean)")
     axes[0][0].legend(frameon=False, fontsize=8)
     return figure
 
@@ -215,7 +218,7 @@ FIGURES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     ),
     "host": ("host", "The host's time for a step of AdamW (cuda: into a stub of the driver, without a GPU)", _host),
     "decay": ("precision", "bfloat16: share of the weight decay that arrived (AdamW, weight_decay 0.1)", _decay),
-    "moments": ("precision", "Second moments without gradients, beta2 0.999, by the format they are kept in", _moments),
+    "moments": ("precision", "Second moments without gradients, by the format they are kept in", _moments),
     "training": ("precision", "A transformer in bfloat16, against the same in float32 (AdamW, mean of 25 steps)", _training),
 }
 SHOW = {"limit": limit.show, "step": step.show, "clip": clip.show, "statistics": statistics.show, "train": train.show}

@@ -184,9 +184,10 @@ def decay(results: list[dict[str, Any]]) -> str:
 def moments(results: list[dict[str, Any]]) -> str:
     """The share of the decay of second moments that arrived."""
     of = [r for r in results if r.get("kind") == "moments"]
+    resting = ["all" if r["share"] == 1 else f"one of {1 / r['share']:g}" for r in of]
     columns = [
         "AdamW's second moments",
-        *("all at rest" if r["share"] == 1 else f"one of {1 / r['share']:g} at rest" for r in of),
+        *(f"beta2 {r['beta2']:g}, {which} at rest" for r, which in zip(of, resting, strict=True)),
     ]
     return _markdown(columns, [[name, *(f"{100 * r['arrived'][name]:.1f} %" for r in of)] for name in of[0]["arrived"]])
 
@@ -200,6 +201,32 @@ def training(results: list[dict[str, Any]]) -> str:
         rows.append([name, *(f"{x:.3f}" for x in figures)])
     columns = ["AdamW", "loss, mean of the last 50 steps", "largest difference to float32", "norm of w, of float32's"]
     return _markdown(columns, rows)
+
+
+def seeds(results: list[dict[str, Any]]) -> str:
+    """What 8 bits do to trainings: the smallest and the largest over the seeds; differences to float32 of the same seed."""
+    rows = []
+    for r in (r for r in results if r.get("kind") == "seeds"):
+        exact = r["rows"]["float32"]
+        for name, row in r["rows"].items():
+            apart = [a - b for a, b in zip(row["loss"], exact["loss"], strict=True)]
+            norms = [a / b for a, b in zip(row["norm"], exact["norm"], strict=True)]
+            shown = (row["loss"], apart, norms, row["update"])
+            rows.append([f"{r['model']}: {name}", *(f"{min(v):.3f} to {max(v):.3f}" for v in shown)])
+    columns = ["AdamW, three seeds", "loss, mean of the last 50 steps", "minus float32's", "norm of w, of float32's",
+               "largest update, in lr"]  # fmt: skip
+    return _markdown(columns, rows)
+
+
+def eight_bit_peers(results: list[dict[str, Any]]) -> str:
+    """The time of other 8-bit steps on a CPU, in times of ours."""
+    others = next(r for r in results if r.get("kind") == "speed")["others"]
+    names = list(dict.fromkeys(name for case in others.values() for name in case))
+    rows = [
+        [name, *(f"{1e3 * case[name]['seconds'][1]:.1f} ms, {_spread(case[name]['ours_to_this'])}" for case in others.values())]
+        for name in names
+    ]
+    return _markdown(["AdamW, 8-bit states, float32 parameters: time / ours", *others], rows)
 
 
 def speed(results: list[dict[str, Any]]) -> str:
@@ -296,7 +323,8 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "memory": ("memory", memory),
     "host": ("host", host), "dtensor": ("dtensor", dtensor),
     "decay": ("precision", decay), "moments": ("precision", moments),
-    "training": ("precision", training), "speed": ("precision", speed),
+    "training": ("precision", training), "seeds": ("precision", seeds), "speed": ("precision", speed),
+    "eight_bit_peers": ("precision", eight_bit_peers),
     "gpu": ("", gpu), "gpu_headline": ("", gpu_headline),
     "gpu_around": ("", gpu_around), "gpu_bytes": ("", gpu_bytes), "gpu_modes": ("", gpu_modes),
 }  # fmt: skip
