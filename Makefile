@@ -38,9 +38,9 @@ install = $(PYTHON) -c "$(REQUIREMENTS)" | xargs $(PYTHON) -m pip install -q -c 
 help:
 	@echo "make demo               train on handwritten digits: what lambda does, and the bits of torch.optim (half a minute)"
 	@echo "make test               the tests, with a sample of the long lists of combinations (five minutes)"
-	@echo "make test-all           the tests, with all of them (half an hour)"
+	@echo "make test-all           the tests, with all of them (a quarter of an hour)"
 	@echo "make test-integrations  the tests in the trainers of others, which it installs"
-	@echo "make test-matrix        the tests with other versions of torch and triton, which it installs (8 GB)"
+	@echo "make test-matrix        make test with other versions of torch and triton, which it installs (8 GB, half an hour)"
 	@echo "make lint, make format  ruff, mypy, clang-format"
 	@echo "make stress             random programs of training against torch's for-loop (ten minutes, or any time)"
 	@echo "make sanitize           the C++, alone and driven from Python, under AddressSanitizer, UBSan and ThreadSanitizer"

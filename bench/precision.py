@@ -135,7 +135,7 @@ def _eight_bit_peers(params: list[torch.nn.Parameter], settings: dict[str, Any])
 
 def moments(beta2: float, steps: int, share: float) -> dict[str, Any]:
     """AdamW's second moments without gradients, so many steps: of all elements, or of this share, evenly among others whose
-    gradients go on. What is left of them, as the geometric mean of v / v_0, and the share of ln(v)'s decay that arrived."""
+    gradients go on. Before that 3 / (1 - beta2) steps with gradients. What is left of them, as the geometric mean of v / v_0, and the share of ln(v)'s decay that arrived."""
     generator = torch.Generator().manual_seed(0)
     level = torch.exp(0.75 * torch.randn(128, 128, generator=generator))
     resting = (torch.arange(level.numel()) % round(1 / share) == 0).view(level.shape)
@@ -155,13 +155,13 @@ def moments(beta2: float, steps: int, share: float) -> dict[str, Any]:
         contestants[name] = p, made, EIGHT_BIT_PEERS[name][1]
     left: dict[str, list[float]] = {name: [] for name in contestants}
     before: dict[str, torch.Tensor] = {}
-    every = steps // 20
-    for step in range(3001 + steps):
+    every, warm = steps // 20, round(3 / (1 - beta2))
+    for step in range(warm + 1 + steps):
         noise = level * torch.randn(level.shape, generator=generator)
         for name, (p, optimizer, second_moments) in contestants.items():
-            p.grad = noise if step <= 3000 else torch.where(resting, 0.0, noise)
+            p.grad = noise if step <= warm else torch.where(resting, 0.0, noise)
             optimizer.step()
-            if step >= 3000 and (step - 3000) % every == 0:
+            if step >= warm and (step - warm) % every == 0:
                 v = second_moments(optimizer, p).double().view(level.shape)[resting].log().mean()
                 left[name].append(float((v - before.setdefault(name, v)).exp()))
     arrived = {name: math.log(curve[-1]) / (steps * math.log(beta2)) if curve[-1] else math.inf for name, curve in left.items()}

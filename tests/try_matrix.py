@@ -1,7 +1,7 @@
 """Runs the tests with other versions of torch and triton: ``make test-matrix``; ``try_matrix.py 2.13.0+3.6.0`` for one pair.
 
-Each pair has an environment in build/matrix, made if it is not there (torch for CUDA is 5 GB), with a wheel of this checkout:
-the kernels' tests in all of them, everything with the torch that plain pip installs. Ends with a line for each pair.
+Each pair has an environment in build/matrix, made if it is not there (torch for CUDA is 5 GB), with a wheel of this checkout,
+and runs what ``make test`` runs. Ends with a line for each pair.
 """
 
 from __future__ import annotations
@@ -14,14 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "matrix"
-KERNELS, EVERYTHING = ["tests/gpu_free"], ["tests"]
-PAIRS = {
-    ("2.13.0", "3.6.0"): KERNELS,
-    ("2.13.0", "3.7.1"): KERNELS,
-    ("2.13.0", "3.8.0"): KERNELS,
-    ("2.13.0", "3.9.0"): KERNELS,
-    ("2.14.1", "3.8.0"): EVERYTHING,
-}
+# 2.14.1 and 3.8.0 are what plain pip installs.
+PAIRS = [("2.13.0", "3.6.0"), ("2.13.0", "3.7.1"), ("2.13.0", "3.8.0"), ("2.13.0", "3.9.0"), ("2.14.1", "3.8.0")]
 
 
 def pip(python: Path | str, *arguments: str) -> None:
@@ -47,14 +41,17 @@ def triton_folder(python: Path, version: str) -> Path:
     return folder
 
 
-def run(torch: str, triton: str, tests: list[str], wheel: Path) -> tuple[int, str]:
+def run(torch: str, triton: str, wheel: Path) -> tuple[int, str]:
     """The exit code of pytest and its last line."""
     python = environment(torch, wheel)
-    given = {**os.environ, "PYTHONPATH": str(triton_folder(python, triton)), "PYTHONSAFEPATH": "1"}
+    given = {
+        **os.environ, "PYTHONPATH": str(triton_folder(python, triton)), "PYTHONSAFEPATH": "1", "OMP_WAIT_POLICY": "passive",
+    }  # fmt: skip
     asked = "import torch, triton; print(torch.__version__.split('+')[0] + '+' + triton.__version__)"
     found = subprocess.run([str(python), "-c", asked], env=given, cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == f"{torch}+{triton}", found.stdout
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    options = ["-n", "auto", "--dist", "loadfile", "-p", "no:benchmark", "-p", "no:cacheprovider", "--sample"]
+    command = [str(python), "-m", "pytest", "-q", *options]
     process = subprocess.Popen(command, env=given, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     last = ""
@@ -72,13 +69,13 @@ def main(asked: list[str]) -> int:
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(FOLDER), str(ROOT)]
     subprocess.run(command, check=True, env=environ)
     (wheel,) = FOLDER.glob("*.whl")
-    pairs = {pair: tests for pair, tests in PAIRS.items() if not asked or "+".join(pair) in asked}
+    pairs = [pair for pair in PAIRS if not asked or "+".join(pair) in asked]
     if unknown := set(asked) - {"+".join(pair) for pair in pairs}:
         raise SystemExit(f"no such pair: {', '.join(sorted(unknown))}; there are {', '.join('+'.join(p) for p in PAIRS)}")
     ends = []
-    for (torch, triton), tests in pairs.items():
-        print(f"\ntorch {torch}, triton {triton}: {' '.join(tests)}", flush=True)
-        code, last = run(torch, triton, tests, wheel)
+    for torch, triton in pairs:
+        print(f"\ntorch {torch}, triton {triton}", flush=True)
+        code, last = run(torch, triton, wheel)
         ends.append((code, f"torch {torch}, triton {triton}: {re.sub('=+', '', last).strip()}"))
     print("\n" + "\n".join(line for _, line in ends))
     return int(any(code for code, _ in ends))
