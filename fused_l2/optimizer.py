@@ -21,7 +21,7 @@ from ._warnings import warn
 from .options import NAMES, OptionAttributes, Options, did_you_mean, why_unused
 from .parameters import checks, eight_bits
 from .parameters.entry import scalar_dtype
-from .parameters.low_precision import narrowed, widened
+from .parameters.low_precision import widened
 from .parameters.shards import is_dtensor, like, local, why_refused
 from .statistics import Statistics
 from .step import scaler
@@ -29,6 +29,7 @@ from .step.hyperparameters import number
 from .step.rules import UpdateRule
 from .step.state import OptimizerState
 from .step.stepper import Stepper
+from .switching import Undo, change_modes, change_states, split_weight, write
 from .tables.modes import EIGHT_BIT
 
 _T = TypeVar("_T")
@@ -152,25 +153,14 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             self._rule.numbers(self._values(group), options, i, stepper.initial_lrs.get(i, 0.0))
         if name == "low_precision":
             self._check_modes(options)
-        weights = self.master_params() if name == "low_precision" else None
-        if weights is not None and (kept := stepper.options.precision.mode.state_name):
-            for p in self._all_params():
-                for state in (self.state.get(p), stepper.waiting.get(p)):
-                    if state is not None:
-                        state.pop(kept, None)
-        if name == "state_dtype":
-            self._convert_states(options)
-        stepper.set_options(options)
-        if weights is not None:
-            self.load_master_params(weights)
-
-    @torch.no_grad()
-    def _convert_states(self, options: Options) -> None:
-        """Bring moments and momentum to 8 bits, or from there to float32. Other dtypes are converted by the next step."""
-        for p in self._all_params():
-            state = self.state.get(p)
-            if state is not None:
-                self.state[p] = state_dicts.converted(p, state, options.precision.has_codes(p))
+        before, params = stepper.options, self._all_params()
+        with Undo() as undo:
+            undo.before(lambda: stepper.set_options(before))
+            if name == "low_precision":
+                change_modes(params, self.state, stepper.waiting, before.precision, options.precision, undo)
+            if name == "state_dtype":
+                change_states(params, self.state, options.precision, undo)
+            stepper.set_options(options)
 
     def _check_modes(self, options: Options) -> None:
         """Refuse a mode that one of the parameters cannot have."""
@@ -279,11 +269,8 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             if mode.state_name is None:
                 p.copy_(w)
                 continue
-            wide = torch.empty_like(p, dtype=torch.float32).copy_(w)
-            # Random bits of one half: what is rounded with them is then rounded to nearest.
-            nearest = torch.full_like(local(p), 1 << 31 | 1 << 7, dtype=torch.int64)
-            value, kept = narrowed(mode, local(wide), p.dtype, nearest)
-            p.copy_(like(p, value) if is_dtensor(p) else value)
+            value, kept = split_weight(mode, p, local(torch.empty_like(p, dtype=torch.float32).copy_(w)))
+            write(p, value)
             # A state is made whole: before the first step there is none, and this waits for it.
             state = self.state[p] if p in self.state else self._stepper.waiting.setdefault(p, {})
             state[mode.state_name] = like(p, kept) if is_dtensor(p) and kept is not None else kept

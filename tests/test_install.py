@@ -101,7 +101,7 @@ FLOORS = [
     {"step.plan"},
     {"step.stepper"},
     {"state_dicts"},
-    {"backward_pass", "ddp"},
+    {"backward_pass", "ddp", "switching"},
     {"optimizer"},
     {"adam", "sgd", "backward", "checkpoint", "warmup"},
     {"weight_decay.conversion", "weight_decay.normalization", "weight_decay.param_groups", "weight_decay.penalty"},

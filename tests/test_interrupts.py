@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import CASES, assert_same_bits, assert_unchanged, each, make_params, set_grads, snapshot
-from interrupts import AT, Interrupt, Scenario, Sweep, Tracer
+from comparing import CASES, assert_same_bits, assert_unchanged, differing, each, make_params, set_grads, snapshot
+from interrupts import AT, Interrupt, Scenario, Sweep, Tracer, are_equal
 
 import fused_l2
 
@@ -174,3 +174,59 @@ def test_groups_and_options_change_as_a_whole_or_not_at_all(change: str) -> None
             tracer.run(functools.partial(interrupted, optimizer))
         assert tracer.has_raised
         assert after(optimizer) in expected, place
+
+
+SWITCHES = {
+    "master to remainder": ("low_precision", "master", "remainder", 2),
+    "remainder to round": ("low_precision", "remainder", "round", 2),
+    "before a first step": ("low_precision", "remainder8", "kahan", 0),
+    "to 8 bits": ("state_dtype", None, "8bit", 2),
+    "from 8 bits": ("state_dtype", "8bit", torch.float32, 2),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_an_option_that_changes_states_changes_all_of_them_or_none(switch: str) -> None:
+    """Ended at any line, the optimizer is what it was or what it was to become: weights to the last bit that rounding left
+    out, states, option, and the steps that follow."""
+    option, old, new, steps = SWITCHES[switch]
+
+    def made() -> Scenario:
+        run = Scenario("AdamW", "h", **{option: old})
+        weights = [torch.randn(64, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+        run.params = [torch.nn.Parameter(w.bfloat16()) for w in weights]
+        run.optimizer = fused_l2.AdamW(run.params, **CASES["AdamW"], **{option: old})
+        run.optimizer.load_master_params(weights)
+        for _ in range(steps):
+            run.make()
+        return run
+
+    def after(run: Scenario) -> list[Any]:
+        ends = [getattr(run.optimizer, option), run.bits(), run.optimizer.master_params()]
+        run.make()
+        return [*ends, run.bits(), run.optimizer.master_params()]
+
+    def same(a: Any, b: Any) -> bool:
+        return (
+            a[0] == b[0]
+            and are_equal(a[1], b[1])
+            and are_equal(a[3], b[3])
+            and not any(map(differing, a[2] + a[4], b[2] + b[4]))
+        )
+
+    whole = made()
+    tracer = Tracer()
+    tracer.run(lambda: setattr(whole.optimizer, option, new))
+    untouched, switched = after(made()), after(whole)
+    assert not same(untouched, switched)
+    ends = []
+    for where, count in ((w, k) for w, n in tracer.seen.items() for k in {1, n}):
+        run = made()
+        ending = Tracer((where, count))
+        with contextlib.suppress(Interrupt):
+            ending.run(lambda run=run: setattr(run.optimizer, option, new))
+        now = after(run)
+        assert ending.has_raised
+        assert same(now, untouched) or same(now, switched), f"{where}, time {count}"
+        ends.append(same(now, switched))
+    assert not all(ends), "the first lines change nothing"
