@@ -20,7 +20,7 @@ constexpr int64_t kChunk = 16384;
 constexpr int64_t kCut = 64;
 // A step that touches more than this many bytes does not fit the caches. Asking for memory ahead then gains 10 to 13 %
 // on Intel (Sapphire Rapids) and costs 3 to 13 % on AMD (Zen 4), whose own prefetchers are enough.
-constexpr int64_t kPrefetchFrom = int64_t(48) << 20;
+constexpr int64_t kStreamsFrom = int64_t(48) << 20;
 
 // Below this many a step takes less than a millisecond, and a thread that has to wait for a busy core, as beside data
 // loaders, takes longer to begin than the caller to do its share.
@@ -36,7 +36,7 @@ struct Line {
   };
   std::vector<Entry> entries;
   std::vector<int64_t> first;  // first[i]: position of entry i; the last one is the total
-  bool prefetch;
+  bool streams;
 
   Line(const Bucket* buckets, int64_t count) {
     size_t rows = 0;
@@ -54,7 +54,7 @@ struct Line {
       }
     }
     first.push_back(position);
-    prefetch = is_intel() && position * 16 > kPrefetchFrom;  // 16: param, grad and two states of float32
+    streams = position * 16 > kStreamsFrom;  // 16: param, grad and two states of float32
   }
 
   int64_t size() const { return first.back(); }
@@ -71,7 +71,7 @@ struct Line {
     if (begin >= end) return;
     for (size_t i = entry_of(begin); begin < end; ++i) {
       const int64_t stop = std::min(end, first[i + 1]);
-      f(Piece{entries[i].bucket, entries[i].row, begin - first[i], stop - begin, prefetch});
+      f(Piece{entries[i].bucket, entries[i].row, begin - first[i], stop - begin, streams, streams && is_intel()});
       begin = stop;
     }
   }

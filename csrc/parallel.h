@@ -18,7 +18,8 @@ struct Piece {
   Row row;
   int64_t begin;  // element within the tensor
   int64_t count;
-  bool prefetch;
+  bool streams;                // the step is larger than the caches
+  bool prefetch;               // and this processor gains by asking for memory ahead
   double* measured = nullptr;  // where statistics are added to, `statistic::count` of them
 };
 

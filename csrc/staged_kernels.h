@@ -12,7 +12,10 @@ namespace FUSED_L2_NAMESPACE {
 // Branch-free loops over stretches, which compilers make vectors of. Short ones: what one stretch writes and the next
 // one reads overlaps in the processor's queues. 2048 elements took a third longer (AMD EPYC, 25M elements).
 constexpr int64_t kStretch = 256;
-static_assert(kStretch % kGroup == 0);
+// Shorter where memory is waited for: the processor begins the next one while it waits. Steps of 25M take 4 to 8 % less
+// on an Intel Xeon; in its caches they would take 5 to 15 % more.
+constexpr int64_t kStreamingStretch = 128;
+static_assert(kStretch % kGroup == 0 && kStreamingStretch % kGroup == 0 && kStreamingStretch <= kStretch);
 
 template <class S> void widen_all(const S* from, float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
@@ -213,10 +216,11 @@ struct Staged {
 template <class Loop> void step_staged(const Piece& piece, int states, bool reads_states, Loop&& loop) {
   Staged staged(piece, states, reads_states);
   const double step = piece.bucket->coefficients[piece.row[column::coefficients] * kCoefficients + kStepCount];
-  for (int64_t done = 0; done < piece.count; done += kStretch) {
+  const int64_t stretch = piece.streams ? kStreamingStretch : kStretch;
+  for (int64_t done = 0; done < piece.count; done += stretch) {
     Piece here = piece;
     here.begin += done;
-    here.count = std::min(kStretch, piece.count - done);
+    here.count = std::min(stretch, piece.count - done);
     staged.load(here);
     float* const param = staged.param.at;
     if (piece.measured == nullptr) {

@@ -29,7 +29,7 @@ void step_measured(const Bucket* buckets, int64_t count, int64_t chunk, bool ski
     for (int64_t r = 0; r < buckets[b].rows; ++r) {
       const Row row = buckets[b].row(r);
       for (int64_t begin = 0; begin < row[column::numel]; begin += chunk)
-        context.pieces.push_back({&buckets[b], row, begin, std::min(chunk, row[column::numel] - begin), false});
+        context.pieces.push_back({&buckets[b], row, begin, std::min(chunk, row[column::numel] - begin), false, false});
       elements += row[column::numel];
     }
   const auto one = [](void* opaque, int64_t i) {

@@ -383,6 +383,24 @@ def test_bits_do_not_depend_on_threads_or_on_how_a_step_is_cut(rule, threads):
     assert_same_bits(at_once, run(False))
 
 
+@needs_library
+@pytest.mark.parametrize("mode", ["remainder8", "kahan", "master", "stochastic"])
+def test_bits_do_not_depend_on_what_else_a_step_steps(mode):
+    """Beside a large tensor a step is larger than the caches, and goes through memory in shorter stretches."""
+
+    def run(together: bool) -> list[torch.Tensor]:
+        small, large = (torch.nn.Parameter(torch.zeros(n, 96).bfloat16()) for n in (301, 35_000))
+        made = fused_l2.AdamW([small, large], low_precision=mode, state_dtype="8bit", seed=3)
+        for step in range(3):
+            small.grad, large.grad = draw(small.shape, step, special=False).bfloat16(), torch.ones_like(large)
+            if not together:
+                large.grad = None
+            made.step()
+        return [small.detach(), *made.state[small].values()]
+
+    assert_same_bits(run(True), run(False))
+
+
 # Around a step.
 
 
