@@ -54,7 +54,7 @@ struct Line {
       }
     }
     first.push_back(position);
-    streams = position * 16 > kStreamsFrom;  // 16: param, grad and two states of float32
+    streams = streams_from_memory(position);
   }
 
   int64_t size() const { return first.back(); }
@@ -135,6 +135,11 @@ template <class F> void share_out(int64_t count, bool small, F&& f, int64_t* beg
   patience.learn(waited > worked);
 }
 
+// Whether the calling thread makes a step of so many elements alone.
+bool is_alone(int64_t elements) {
+  return thread_count() == 1 || elements < kSerialElements || (elements < kSmallElements && !patience.shares());
+}
+
 struct IndexedCall {
   void (*f)(void*, int64_t);
   void* context;
@@ -166,21 +171,28 @@ void for_each_index(int64_t count, void (*f)(void*, int64_t), void* context) {
   if (torch_threads.parallel_for(0, count, 1, range, &call) != 0) serial(0);
 }
 
-void for_each_once(int64_t count, void (*f)(void*, int64_t), void* context, int64_t* begun) {
-  share_out(count, false, [&](int64_t i) { f(context, i); }, begun);
+bool streams_from_memory(int64_t elements) {
+  return elements * 16 > kStreamsFrom;  // 16: param, grad and two states of float32
+}
+
+void for_each_once(int64_t count, int64_t elements, void (*f)(void*, int64_t), void* context, int64_t* begun) {
+  if (is_alone(elements)) {
+    *begun = 1;
+    for (int64_t i = 0; i < count; ++i) f(context, i);
+  } else {
+    share_out(count, elements < kSmallElements, [&](int64_t i) { f(context, i); }, begun);
+  }
 }
 
 void for_each_piece(const Bucket* buckets, int64_t count, PieceFunction f, int64_t* begun) {
   const Line line(buckets, count);
-  const int64_t threads = thread_count();
-  const bool small = line.size() < kSmallElements;
-  if (threads == 1 || line.size() < kSerialElements || (small && !patience.shares())) {
+  if (is_alone(line.size())) {
     *begun = 1;
     return line.visit(0, line.size(), f);
   }
   // 32 bits hold the chunk numbers of a share: a larger line gets larger chunks.
   const int64_t chunk = std::max(kChunk, (line.size() / (int64_t(1) << 31) + 1) * kCut);
-  share_out((line.size() + chunk - 1) / chunk, small,
+  share_out((line.size() + chunk - 1) / chunk, line.size() < kSmallElements,
             [&](int64_t i) { line.visit(line.cut(i * chunk), line.cut((i + 1) * chunk), f); }, begun);
 }
 

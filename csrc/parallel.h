@@ -32,8 +32,13 @@ void for_each_piece(const Bucket* buckets, int64_t count, PieceFunction f, int64
 // Calls f(context, index) for 0 <= index < count on torch's threads; if torch fails, for all of them once more.
 void for_each_index(int64_t count, void (*f)(void* context, int64_t index), void* context);
 
-// The same for an f that must not be called twice, with indices shared out as pieces are, and *begun set as there.
-void for_each_once(int64_t count, void (*f)(void* context, int64_t index), void* context, int64_t* begun);
+// The same for an f that must not be called twice, with indices shared out as pieces are, of so many `elements`
+// together, and *begun set as there.
+void for_each_once(int64_t count, int64_t elements, void (*f)(void* context, int64_t index), void* context,
+                   int64_t* begun);
+
+// Whether a step of so many elements is larger than the caches.
+bool streams_from_memory(int64_t elements);
 
 // Torch's thread pool, as C functions of its stable ABI (torch/csrc/stable/c/shim.h, since torch 2.10).
 struct TorchThreads {

@@ -26,24 +26,21 @@ void step_measured(const Bucket* buckets, int64_t count, int64_t chunk, bool ski
   } context{{}, skip, out};
   int64_t elements = 0;
   for (int64_t b = 0; b < count; ++b)
+    for (int64_t r = 0; r < buckets[b].rows; ++r) elements += buckets[b].row(r)[column::numel];
+  const bool streams = streams_from_memory(elements), prefetch = streams && is_intel();
+  for (int64_t b = 0; b < count; ++b)
     for (int64_t r = 0; r < buckets[b].rows; ++r) {
       const Row row = buckets[b].row(r);
       for (int64_t begin = 0; begin < row[column::numel]; begin += chunk)
-        context.pieces.push_back({&buckets[b], row, begin, std::min(chunk, row[column::numel] - begin), false, false});
-      elements += row[column::numel];
+        context.pieces.push_back(
+            {&buckets[b], row, begin, std::min(chunk, row[column::numel] - begin), streams, prefetch});
     }
   const auto one = [](void* opaque, int64_t i) {
     const Context& c = *static_cast<Context*>(opaque);
     const Piece& piece = c.pieces[static_cast<size_t>(i)];
     step_chunk_kernels.get()(piece, c.skip ? nullptr : kernel_of(piece), c.out + i * statistic::count);
   };
-  const int64_t pieces = static_cast<int64_t>(context.pieces.size());
-  if (elements < kSerialElements) {
-    *begun = 1;
-    for (int64_t i = 0; i < pieces; ++i) one(&context, i);
-  } else {
-    for_each_once(pieces, one, &context, begun);
-  }
+  for_each_once(static_cast<int64_t>(context.pieces.size()), elements, one, &context, begun);
   if (!skip) count_steps(buckets, count);
 }
 

@@ -467,7 +467,7 @@ def test_tables_of_the_docs_are_those_of_the_result_files(bench):
 def test_figures_of_the_readme_are_those_of_the_result_files(bench):
     tables = bench("tables")
     results = tables.ROOT / "bench" / "results"
-    decays = json.loads((results / "2026-11-24-amd-epyc-2cores-precision.json").read_text())["results"]["precision"]
+    decays = json.loads((results / "2026-11-26-intel-xeon-2cores-precision.json").read_text())["results"]["precision"]
     shares = next(r["shares"] for r in decays if r["kind"] == "decay" and r["lr"] == 3e-4 and r["noise"])
     dtensors = json.loads((results / "2026-11-26-intel-xeon-2cores-dtensor.json").read_text())["results"]["dtensor"]
     (times,) = (r["torch fused to ours"][1] for r in dtensors if r["tensors"] == 300)
