@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,36 @@ constexpr bool same = std::is_same_v<typename signature<A>::type, typename signa
     command = [compiler, "-std=c++20", "-fsyntax-only", f"-I{headers}", f"-I{ROOT / 'csrc'}", str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_small_steps_stop_waiting_for_cores_that_are_busy(tmp_path):
+    """csrc/patience.h: of steps whose second thread was waited for in vain fewer and fewer are shared out; once one was worth
+    it they are again, and never does a step cost more than one wait in 16."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path / "patience.cpp"
+    program.write_text("""
+#include <cstdio>
+#include "patience.h"
+int main() {
+  fused_l2::Patience patience;
+  for (int step = 0; step < 40000; ++step) {
+    const bool busy = (step >= 100 && step < 20000) || step >= 39000;
+    const bool shares = patience.shares();
+    if (shares) patience.learn(busy);
+    std::putchar(shares ? '1' : '0');
+  }
+}
+""")
+    executable = tmp_path / "patience"
+    subprocess.run([compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", str(program), "-o", str(executable)], check=True)
+    shared = subprocess.run([str(executable)], check=True, capture_output=True, text=True).stdout
+    assert shared[:100] == "1" * 100  # idle
+    busy = [step for step in range(100, 20000) if shared[step] == "1"]
+    apart = [b - a for a, b in pairwise(busy)]
+    assert apart[0] == 17
+    assert all(b == min(2 * (a - 1), 4096) + 1 for a, b in pairwise(apart))
+    assert shared[20000:].index("1") <= 4096  # then one finds out that cores are free again
+    assert shared[25000:39000] == "1" * 14000
+    assert shared[39000:39018] == "1" + "0" * 16 + "1"  # what was learned is forgotten
