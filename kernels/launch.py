@@ -73,6 +73,8 @@ def step(rule: Rule, flags: int, param: torch.dtype, grad: torch.dtype, state: t
     # One 128-bit access per thread and tensor of the widest dtype: with two, 16-bit tensors beside 32-bit ones would have
     # their values exchanged between threads.
     per_thread = 16 // max(t.itemsize for t in (param, grad, state, kept))
+    if flags & Flag.STATISTICS:
+        per_thread = min(per_thread, 4)  # the sums of eight elements take 128 to 250 registers, or memory
     threads = STEP_THREADS if per_thread < 8 else THREADS  # eight elements take more than 64 registers
     chunk = 2 * threads * per_thread
     if flags & Flag.STATISTICS:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -58,9 +61,25 @@ def checkout(folder: Path) -> Path:
     return folder
 
 
+@functools.cache
+def elsewhere() -> list[str]:
+    """Where this interpreter finds modules, without other copies of fused_l2."""
+    found = []
+    for path in map(Path, filter(None, sys.path)):
+        if not (path / "fused_l2").exists():
+            found.append(str(path))
+        elif (path / "torch").exists():  # one environment has both: all of it but ours
+            folder = tempfile.mkdtemp()
+            atexit.register(shutil.rmtree, folder)
+            for entry in path.iterdir():
+                if not entry.name.startswith("fused_l2"):
+                    (Path(folder) / entry.name).symlink_to(entry)
+            found.append(folder)
+    return found
+
+
 def run(*paths: Path, code: str = TRAIN, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    elsewhere = "[p for p in sys.path if not os.path.exists(os.path.join(p, 'fused_l2'))]"
-    setup = f"import os, sys; sys.path[:] = {[str(p) for p in paths]} + {elsewhere}\n"
+    setup = f"import sys; sys.path[:] = {[*map(str, paths), *elsewhere()]}\n"
     known = {k: v for k, v in os.environ.items() if not k.startswith("FUSED_L2")}
     return subprocess.run(
         [sys.executable, "-P", "-c", setup + code], env={**known, **environment}, cwd=cwd, capture_output=True, text=True

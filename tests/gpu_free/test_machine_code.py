@@ -140,3 +140,22 @@ def test_the_page_tells_what_is_counted():
     if told is None:
         pytest.skip("docs/performance.md has no table for this triton")
     assert told == counts.table()
+
+
+@pytest.mark.parametrize(
+    ("rule", "flags", "state"),
+    [
+        (Rule.ADAM, Flag.DECOUPLED, torch.bfloat16),
+        (Rule.SGD, Flag.MOMENTUM, torch.bfloat16),
+        (Rule.ADAM, Flag.DECOUPLED | Flag.EIGHT_BIT | Flag.REMAINDER8, torch.float32),
+    ],
+    ids=["adamw", "sgd", "adamw-8bit"],
+)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_statistics_of_16_bits_spill_nothing(rule, flags, state, arch):
+    """With eight elements a thread they took up to 246 registers, or spilled 328 bytes under a limit of 128. A multiprocessor
+    holds 12 warps at least with 168."""
+    compiled = aot.compile_for(arch, rule, int(flags | Flag.STATISTICS), torch.bfloat16, torch.bfloat16, state)
+    code = aot.machine_code(compiled)
+    assert code.local_bytes == 0
+    assert code.registers <= 168
