@@ -31,9 +31,9 @@ def measure(case: Case, name: str, seconds: float, so_far: dict[str, timing.Samp
     plain = getattr(fused_l2, name)(params, **OPTIMIZERS[name])
     plain.step()
     measured = getattr(fused_l2, name)(params, **OPTIMIZERS[name], statistics=True)
-    for p in params:  # one set of states, so that neither has the caches to itself
-        state = {key: value for key, value in plain.state[p].items() if key != "step"}
-        measured.state[p] = state | ({"step": torch.tensor(1.0)} if "step" in plain.state[p] else {})
+    measured.step()
+    for p in params:  # one set of states, so that neither has the caches to itself; in dicts that are the optimizer's own
+        measured.state[p].update({key: value for key, value in plain.state[p].items() if key != "step"})
     for optimizer in (plain, measured):
         optimizer.step()
     contestants = {"without": plain.step, "with": measured.step, "without again": plain.step}
