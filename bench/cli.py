@@ -33,7 +33,7 @@ HELP = {
     "churn": "one step where parameters, gradients or states changed before it", "train": "whole training steps",
     "memory": "bytes per parameter, resident and moved", "host": "the host's time against tensors and groups",
     "dtensor": "the host's time for DTensors",
-    "precision": "bfloat16: decay that arrives, training, speed; five minutes, not part of all",
+    "precision": "bfloat16: decay that arrives, training, speed, 8-bit states of others; ten minutes, not part of all",
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SECONDS = {  # of a visit

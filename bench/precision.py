@@ -135,7 +135,8 @@ def _eight_bit_peers(params: list[torch.nn.Parameter], settings: dict[str, Any])
 
 def moments(beta2: float, steps: int, share: float) -> dict[str, Any]:
     """AdamW's second moments without gradients, so many steps: of all elements, or of this share, evenly among others whose
-    gradients go on. Before that 3 / (1 - beta2) steps with gradients. What is left of them, as the geometric mean of v / v_0, and the share of ln(v)'s decay that arrived."""
+    gradients go on. Before that 3 / (1 - beta2) steps have gradients. What is left of them, as the geometric mean of v / v_0,
+    and the share of ln(v)'s decay that arrived."""
     generator = torch.Generator().manual_seed(0)
     level = torch.exp(0.75 * torch.randn(128, 128, generator=generator))
     resting = (torch.arange(level.numel()) % round(1 / share) == 0).view(level.shape)
