@@ -44,10 +44,8 @@ struct Chunks {
       Chunk& chunk = c.all[static_cast<size_t>(i)];
       chunk.value = c.norm(chunk.x, chunk.dtype, chunk.count);
     };
-    const auto count = static_cast<int64_t>(all.size());
-    if (elements < kSerialElements)  // not worth waiting for a second thread
-      for (int64_t i = 0; i < count; ++i) one(&context, i);
-    else for_each_index(count, one, &context);
+    int64_t begun;
+    for_each_once(static_cast<int64_t>(all.size()), elements, one, &context, &begun);
   }
 };
 

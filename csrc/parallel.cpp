@@ -22,6 +22,8 @@ constexpr int64_t kCut = 64;
 // on Intel (Sapphire Rapids) and costs 3 to 13 % on AMD (Zen 4), whose own prefetchers are enough.
 constexpr int64_t kStreamsFrom = int64_t(48) << 20;
 
+// Below this many elements a step is shorter than waking a thread.
+constexpr int64_t kSerialElements = 32768;
 // Below this many a step takes less than a millisecond, and a thread that has to wait for a busy core, as beside data
 // loaders, takes longer to begin than the caller to do its share.
 constexpr int64_t kSmallElements = int64_t(1) << 20;

@@ -9,9 +9,6 @@ namespace fused_l2 {
 // How far ahead of the loop memory is asked for, in bytes per stream, once the step is larger than the caches.
 constexpr int kPrefetchBytes = 1024;
 
-// Below this many elements a step is shorter than waking a thread.
-constexpr int64_t kSerialElements = 32768;
-
 // A contiguous part of one tensor, the work of one kernel call.
 struct Piece {
   const Bucket* bucket;
