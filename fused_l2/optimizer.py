@@ -356,7 +356,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         loaded.update(given)
 
     def _own(self, loaded: dict[str, Any]) -> None:
-        state_dicts.own(loaded, self._stepper, self._all_params(), self.state)
+        state_dicts.own(loaded, self._stepper, self.param_groups, self.state)
 
     def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
         """A param group with the keys that it lacks, as in checkpoints of old versions of torch."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .parameters import checks, eight_bits
-from .parameters.low_precision import transferable, with_kept_dtype
+from .parameters.low_precision import LowPrecision, transferable, with_kept_dtype
 from .parameters.memory import has_memory
 from .parameters.shards import is_dtensor, local, matches, redistributed, why_refused
 from .step.hyperparameters import number
@@ -194,39 +194,42 @@ def _check_counter(value: Any, name: Namer) -> None:
 
 
 @torch.no_grad()
-def own(loaded: Mapping[str, Any], stepper: Stepper, params: list[Tensor], states: dict[Any, Any]) -> None:
+def own(loaded: Mapping[str, Any], stepper: Stepper, groups: Groups, states: dict[Any, Any]) -> None:
     """After torch has cast and copied: the dtypes that torch does not keep, and memory of our own."""
-    precision, waiting = stepper.options.precision, stepper.waiting
+    rule, waiting = stepper.rule, stepper.waiting
     waiting.clear()
-    ids = [i for group in loaded["param_groups"] for i in group["params"]]
-    for i, param in zip(ids, params, strict=True):
-        given = loaded["state"].get(i)
-        if not isinstance(given, Mapping) or param not in states:
+    for group, saved in zip(groups, loaded["param_groups"], strict=True):
+        has_states = rule.counts or rule.state_names(rule.flags(rule.Values._make(rule.read(group)), stepper.options))
+        for i, param in zip(saved["params"], group["params"], strict=True):
+            given = loaded["state"].get(i)
+            if isinstance(given, Mapping) and param in states:
+                _own_state(given, param, states, stepper.options.precision)
+                # Set before a first step. Of a rule without states it is all that a step leaves.
+                if has_states and states[param] and all(key in STATE_NAMES for key in states[param]):
+                    waiting[param] = dict(states.pop(param))
+
+
+def _own_state(given: Mapping[str, Any], param: Tensor, states: dict[Any, Any], precision: LowPrecision) -> None:
+    state, wanted = states[param], precision.state_dtype_of(param)
+    for key, before in given.items():
+        value = state[key]
+        if not isinstance(value, Tensor) or not isinstance(before, Tensor):
             continue
-        state = states[param]
-        wanted = precision.state_dtype_of(param)
-        for key, before in given.items():
-            value = state[key]
-            if not isinstance(value, Tensor) or not isinstance(before, Tensor):
-                continue
-            if key in EIGHT_BIT_NAMES:
-                state[key] = before.to(device=value.device, copy=True)
-                continue
-            is_moment = key != "step" and key not in STATE_NAMES
-            if is_moment and wanted is not None and before.is_floating_point() and before.shape == param.shape:
-                if value.dtype is not wanted or _same_memory(value, before):
-                    state[key] = before.to(device=value.device, dtype=wanted, copy=True)
-            elif key in STATE_NAMES or (is_moment and before.dtype is torch.float32 and value.dtype in HALVES):
-                state[key] = with_kept_dtype(key, before.to(device=value.device, copy=True))
-            elif key == "step" and before.dtype is torch.float64 and value.dtype is torch.float32:
-                state[key] = before.to(device=value.device, copy=True)
-            elif _same_memory(value, before):
-                state[key] = value.clone()
-        if precision.state_dtype == EIGHT_BIT:
-            states[param] = state = converted(param, state, precision.has_codes(param))
-        if state and all(key in STATE_NAMES for key in state):  # set before a first step
-            waiting[param] = dict(state)
-            del states[param]
+        if key in EIGHT_BIT_NAMES:
+            state[key] = before.to(device=value.device, copy=True)
+            continue
+        is_moment = key != "step" and key not in STATE_NAMES
+        if is_moment and wanted is not None and before.is_floating_point() and before.shape == param.shape:
+            if value.dtype is not wanted or _same_memory(value, before):
+                state[key] = before.to(device=value.device, dtype=wanted, copy=True)
+        elif key in STATE_NAMES or (is_moment and before.dtype is torch.float32 and value.dtype in HALVES):
+            state[key] = with_kept_dtype(key, before.to(device=value.device, copy=True))
+        elif key == "step" and before.dtype is torch.float64 and value.dtype is torch.float32:
+            state[key] = before.to(device=value.device, copy=True)
+        elif _same_memory(value, before):
+            state[key] = value.clone()
+    if precision.state_dtype == EIGHT_BIT:
+        states[param] = converted(param, state, precision.has_codes(param))
 
 
 def converted(param: Tensor, state: Any, has_codes: bool) -> Any:

@@ -302,6 +302,21 @@ def test_weights_set_before_the_first_step_wait_for_it(name: str, how: str, mode
     assert_same_state(optimizer, params, after, others)
 
 
+@pytest.mark.parametrize("mode", KEPT)
+def test_all_that_sgd_without_momentum_keeps_is_a_state_again_when_it_is_loaded(mode: str) -> None:
+    def plain(params: list[Any]) -> Any:
+        return fused_l2.SGD(params, lr=0.1, low_precision=mode)
+
+    params = make_params(SIZES, torch.bfloat16)
+    optimizer = run(plain, params, 1)
+    others = twin(params)
+    second = plain(others)
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_same_state(optimizer, params, second, others)
+    second.step()  # no parameter has a gradient
+    assert_same_state(optimizer, params, second, others)
+
+
 def test_setting_low_precision_before_the_first_step_is_passing_it() -> None:
     for mode in MODES:
         params, others = make_params(SIZES, torch.bfloat16), make_params(SIZES, torch.bfloat16)
