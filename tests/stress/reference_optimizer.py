@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_l2 import reference
 from fused_l2.parameters import low_precision
 from fused_l2.tables import coefficients
-from fused_l2.tables.modes import HALVES, Mode
+from fused_l2.tables.modes import HALVES, STATE_NAMES, Mode
 from fused_l2.tables.tensor_table import Flag
 
 
@@ -54,7 +54,7 @@ class _Reference:
         return factor, self.options["skip_if_nonfinite"] and not math.isfinite(measured)
 
     def _step_one(self, position: int, group: dict[str, Any], p: Tensor, factor: Tensor | None) -> None:
-        mode = Mode[self.options["low_precision"].upper()] if p.dtype in HALVES else Mode.ROUND
+        mode = self._mode(p)
         state = self.state[p]
         dtype = self._state_dtype(p, mode)
         names = self._states(group)
@@ -92,6 +92,9 @@ class _Reference:
         if left is not None:
             state[mode.state_name].copy_(left)
 
+    def _mode(self, p: Tensor) -> Mode:
+        return Mode[self.options["low_precision"].upper()] if p.dtype in HALVES else Mode.ROUND
+
     def _state_dtype(self, p: Tensor, mode: Mode) -> torch.dtype | None:
         """The dtype that states must have; None: that which they have, the parameter's if new."""
         wanted = self.options.get("state_dtype")
@@ -108,15 +111,17 @@ class _Reference:
         return int(flags | (Flag.CAUTIOUS if self.options.get("cautious") and decoupled else 0))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Without torch's cast of float32 states to 16 bits."""
+        """Without torch's cast of states to the parameter's dtype: ours have that of ``state_dtype`` as soon as they are loaded."""
         given = copy.deepcopy(state_dict)
         super().load_state_dict(state_dict)  # type: ignore[misc]
         flat = [p for group in self.param_groups for p in group["params"]]
         numbers = [i for group in given["param_groups"] for i in group["params"]]
         for number, p in zip(numbers, flat, strict=True):
+            mode = self._mode(p)
             for key, value in given["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and key != "step" and p.dtype in HALVES:
-                    self.state[p][key] = value
+                wanted = None if key in STATE_NAMES else self._state_dtype(p, mode)
+                if isinstance(value, Tensor) and key != "step" and (p.dtype in HALVES or wanted is not None):
+                    self.state[p][key] = value.to(wanted or value.dtype)
 
 
 class SGD(_Reference, torch.optim.SGD):
