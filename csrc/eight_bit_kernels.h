@@ -41,7 +41,7 @@ struct PositiveCodes {
 template <class Codes> FUSED_L2_INLINE void decode_group(const uint8_t* codes, uint8_t scale, float* x) {
   const uint32_t base = Codes::base(scale);
   alignas(64) uint32_t wide[kGroup];
-  for (int i = 0; i < kGroup; ++i) wide[i] = codes[i];
+  widen_codes(codes, wide);
   for (int i = 0; i < kGroup; ++i) x[i] = Codes::decoded(wide[i], base);
 }
 
@@ -58,9 +58,7 @@ template <class Codes> FUSED_L2_INLINE uint8_t encode_group(const float* x, cons
   const float inverse = float_of((269u - scale) << 23);
   alignas(64) uint32_t wide[kGroup];
   for (int i = 0; i < kGroup; ++i) wide[i] = Codes::encoded(x[i], random[i], base, inverse);
-  alignas(32) uint8_t narrow[kGroup];
-  for (int i = 0; i < kGroup; ++i) narrow[i] = static_cast<uint8_t>(wide[i]);
-  std::memcpy(codes, narrow, kGroup);
+  narrow_codes(wide, codes);
   return scale;
 }
 

@@ -135,5 +135,22 @@ template <bool interleaved, class V, class S> FUSED_L2_INLINE void store2(S* p, 
   }
 }
 
+// A group of 8-bit codes as integers of a register's lanes, and back.
+FUSED_L2_INLINE void widen_codes(const uint8_t* from, uint32_t* to) {
+  for (int i = 0; i < kGroup; i += 8) {
+    const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_cvtepu8_epi32(x));
+  }
+}
+FUSED_L2_INLINE void narrow_codes(const uint32_t* from, uint8_t* to) {
+  static_assert(kGroup == 32, "");
+  __m256i x[4];
+  for (int i = 0; i < 4; ++i) x[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 8 * i));
+  // Both pack the halves of a register by themselves: four codes of x[0], of x[1], ... lie in the order 0 1 2 3 0 1 2 3.
+  const __m256i mixed = _mm256_packus_epi16(_mm256_packus_epi32(x[0], x[1]), _mm256_packus_epi32(x[2], x[3]));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(mixed, order));
+}
+
 }  // namespace FUSED_L2_NAMESPACE
 }  // namespace fused_l2

@@ -140,5 +140,20 @@ template <bool interleaved, class V, class S> FUSED_L2_INLINE void store2(S* p, 
   }
 }
 
+// A group of 8-bit codes as integers of a register's lanes, and back. Compilers make the former of two halves, which a load
+// of the whole has to wait for.
+FUSED_L2_INLINE void widen_codes(const uint8_t* from, uint32_t* to) {
+  for (int i = 0; i < kGroup; i += 16) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    _mm512_storeu_si512(to + i, _mm512_cvtepu8_epi32(x));
+  }
+}
+FUSED_L2_INLINE void narrow_codes(const uint32_t* from, uint8_t* to) {
+  for (int i = 0; i < kGroup; i += 16) {
+    const __m128i x = _mm512_cvtepi32_epi8(_mm512_loadu_si512(from + i));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), x);
+  }
+}
+
 }  // namespace FUSED_L2_NAMESPACE
 }  // namespace fused_l2
