@@ -254,7 +254,20 @@ class World:
 
     def load(self, given: dict[str, Any]) -> None:
         if self.saved is not None:
+            if not self.ours and not self._has_shapes_of_saved():
+                raise ValueError("states of other shapes than the parameters', which ours refuses when it loads them")
             self.optimizer.load_state_dict(copy.deepcopy(self.saved))  # torch steps the very tensors it was given
+
+    def _has_shapes_of_saved(self) -> bool:
+        groups, saved = self.optimizer.param_groups, self.saved["param_groups"]
+        pairs = [pair for a, b in zip(groups, saved, strict=False) for pair in zip(a["params"], b["params"], strict=False)]
+        states = self.saved["state"]
+        return all(
+            value.shape == param.shape
+            for param, index in pairs
+            for key, value in states.get(index, {}).items()
+            if key != "step" and value is not None
+        )
 
     def pickle(self, given: dict[str, Any]) -> None:
         """Through a file. What is left are the copies: of the optimizer, its parameters and their gradients."""
