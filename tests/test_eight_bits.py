@@ -418,6 +418,21 @@ def build(rule: str, dtype: torch.dtype = torch.float32, **options: Any) -> tupl
     return params, getattr(fused_l2, rule)(params, **CASES[rule], **options)
 
 
+@pytest.mark.parametrize("state_dtype", ["8bit", None])
+def test_momentum_that_is_switched_off_waits_in_its_state_as_of_torch(state_dtype):
+    param = torch.nn.Parameter(draw((64, 64), 1, special=False))
+    made = fused_l2.SGD([param], lr=0.1, momentum=0.9, state_dtype=state_dtype)
+    set_grad(param, draw((64, 64), 2, special=False))
+    made.step()
+    kept = {key: value.clone() for key, value in made.state[param].items() if key != "step"}
+    for momentum, is_kept in ((0.0, True), (0.9, False)):
+        made.param_groups[0]["momentum"] = momentum
+        made.step()
+        found = {key: value for key, value in made.state[param].items() if key != "step"}
+        assert found.keys() == kept.keys()
+        assert all(torch.equal(found[key], kept[key]) for key in kept) is is_kept
+
+
 def all_bits(made: Any, params: list[Any]) -> list[torch.Tensor]:
     return [t for p in params for t in (p.detach(), *(v for k, v in sorted(made.state[p].items())))]
 

@@ -265,7 +265,8 @@ def make_entry(
     checks.check_param(param, name)
     checks.check_grad(param, grad, lambda: gradients.of(param), name)
     checks.check_mode(param, mode, found, name)
-    checks.check_format(param, needs.has_codes, of_group.precision.state_dtype, found, name)
+    if of_group.state_names:
+        checks.check_format(param, needs.has_codes, of_group.precision.state_dtype, found, name)
     missing = []
     for key in of_group.state_names:
         entries = (CODES[key], SCALES[key]) if needs.has_codes else (key,)

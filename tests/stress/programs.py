@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SHAPES = ((), (0,), (1,), (3,), (7, 5), (16,), (33,), (8, 4, 3), (130,), (1029,))
+CODED = ((64, 64), (43, 3, 32))  # shapes that 8-bit states fit
 LAYOUTS = ("dense", "dense", "dense", "transposed", "gaps", "offset")
 LEARNING_RATES, DECAYS = (0.0, 0.1, 0.01, 0.003), (0.0, 0.1, 0.02)
 # What happens between steps, each as often as it stands here.
@@ -49,7 +50,7 @@ def random_program(seed: int) -> Program:
         dtypes = ("float32",) if options.get("amp_scaling") else ("float32", "bfloat16", "float16")
     else:
         dtypes = ("float32", "float64", "bfloat16", "bfloat16", "float16")
-    if options.get("low_precision") == "remainder":
+    if options.get("low_precision") in ("remainder", "remainder8"):
         dtypes = tuple(d for d in dtypes if d != "float16")
     of_group = lambda: _group(draw, optimizer, options, dtypes)  # noqa: E731
     program = Program(optimizer, options, [of_group() for _ in range(draw.randint(1, 3))])
@@ -61,14 +62,15 @@ def random_program(seed: int) -> Program:
 
 
 def _options(draw: random.Random, optimizer: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"low_precision": draw.choice(("round", "master", "remainder", "kahan", "stochastic"))}
+    modes = ("round", "master", "remainder", "remainder8", "kahan", "stochastic")
+    options: dict[str, Any] = {"low_precision": draw.choice(modes)}
     if draw.random() < 0.3:
         options |= {"max_grad_norm": draw.choice((0.5, 5.0)), "norm_type": draw.choice((2.0, float("inf")))}
         options["skip_if_nonfinite"] = draw.random() < 0.5
     elif draw.random() < 0.3:
         options = {"amp_scaling": True, "low_precision": "round"}
     if draw.random() < 0.3:
-        options["state_dtype"] = draw.choice(("float32", "bfloat16"))
+        options["state_dtype"] = draw.choice(("float32", "bfloat16", "8bit"))
     if optimizer != "Adam" and draw.random() < 0.3:
         options["cautious"] = True
         options |= {"decoupled_weight_decay": True} if optimizer == "SGD" else {}
@@ -86,14 +88,20 @@ def _group(draw: random.Random, optimizer: str, options: dict[str, Any], dtypes:
         settings["dampening"] = 0.0 if settings["nesterov"] else draw.choice((0.0, 0.3))
     else:
         settings |= {"betas": draw.choice(((0.9, 0.999), (0.3, 0.9))), "eps": draw.choice((1e-8, 1e-3))}
-        settings["amsgrad"] = draw.random() < 0.3
+        settings["amsgrad"] = draw.random() < 0.3 and options.get("state_dtype") != "8bit"
     return {"settings": settings, "params": [_param(draw, options, dtypes) for _ in range(draw.randint(1, 5))]}
 
 
 def _param(draw: random.Random, options: dict[str, Any], dtypes: tuple[str, ...]) -> dict[str, Any]:
+    coded = options.get("state_dtype") == "8bit" and draw.random() < 0.5
+    shape, layout = draw.choice(CODED if coded else SHAPES[1:]), _layout(draw, options)
+    return {"shape": shape, "dtype": draw.choice(dtypes), "layout": layout, "seed": draw.randrange(1 << 16)}
+
+
+def _layout(draw: random.Random, options: dict[str, Any]) -> str:
     # Random bits follow the order of memory, which the reference does not look at.
-    layout = "dense" if options.get("low_precision") in ("kahan", "stochastic") else draw.choice(LAYOUTS)
-    return {"shape": draw.choice(SHAPES[1:]), "dtype": draw.choice(dtypes), "layout": layout, "seed": draw.randrange(1 << 16)}
+    is_random = options.get("low_precision") in ("kahan", "stochastic", "remainder8") or options.get("state_dtype") == "8bit"
+    return "dense" if is_random else draw.choice(LAYOUTS)
 
 
 def _step(draw: random.Random, plain: bool) -> dict[str, Any]:
@@ -122,7 +130,7 @@ def _event(
             choices += [("betas", (0.8, 0.95)), ("betas", (0.4, 0.9)), ("eps", 1e-6)]
         given["key"], given["value"] = draw.choice(choices)
     elif name == "new data":
-        given["layout"] = "dense" if options.get("low_precision") in ("kahan", "stochastic") else draw.choice(LAYOUTS)
+        given["layout"] = _layout(draw, options)
     elif name == "counter":
         given["value"] = draw.choice((1, 5, 1000))
     elif name == "add group":

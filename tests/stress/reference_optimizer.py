@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fused_l2 import reference
-from fused_l2.parameters import low_precision
+from fused_l2.parameters import eight_bits, low_precision
 from fused_l2.tables import coefficients
-from fused_l2.tables.modes import HALVES, STATE_NAMES, Mode
+from fused_l2.tables.modes import CODES, EIGHT_BIT, EIGHT_BIT_NAMES, HALVES, SCALES, STATE_NAMES, Mode
 from fused_l2.tables.tensor_table import Flag
 
 
@@ -58,9 +58,13 @@ class _Reference:
         state = self.state[p]
         dtype = self._state_dtype(p, mode)
         names = self._states(group)
-        first = names and state.get(names[0]) is None
+        coded = bool(names) and self.options.get("state_dtype") == EIGHT_BIT and eight_bits.fits(p)
+        first = names and state.get(CODES[names[0]] if coded else names[0]) is None
         for name in names:
-            if state.get(name) is None:
+            if coded:
+                if first:
+                    state[CODES[name]], state[SCALES[name]] = eight_bits.empty_state(p)
+            elif state.get(name) is None:
                 state[name] = torch.zeros_like(p, dtype=dtype or p.dtype, memory_format=torch.preserve_format)
             elif dtype is not None:
                 state[name] = state[name].to(dtype)
@@ -68,11 +72,13 @@ class _Reference:
             state[mode.state_name] = {
                 Mode.MASTER: lambda: p.float(),
                 Mode.REMAINDER: lambda: torch.zeros_like(p, dtype=torch.int16),
+                Mode.REMAINDER8: lambda: torch.zeros_like(p, dtype=torch.int8),
                 Mode.KAHAN: lambda: torch.zeros_like(p, dtype=torch.bfloat16),
             }[mode]()
-        if self.counts or mode.is_random:
+        is_random = mode.is_random or coded
+        if self.counts or is_random:
             # Random bits go on where float32 stands still.
-            counted = torch.float64 if mode.is_random else torch.float32
+            counted = torch.float64 if is_random else torch.float32
             state["step"] = torch.tensor(float(state.get("step", 0.0)) + 1, dtype=counted)
         count = float(state.get("step", 0.0))
         kept = state.get(mode.state_name) if mode.state_name else None
@@ -80,15 +86,20 @@ class _Reference:
         grad = p.grad.to(w.dtype)
         if factor is not None:
             grad = grad * factor
-        new, new_states = self.rule(w, grad, [state[name] for name in names], group, count, bool(first))
+        states = [eight_bits.decode(n, state[CODES[n]], state[SCALES[n]]) if coded else state[n] for n in names]
+        new, new_states = self.rule(w, grad, states, group, count, bool(first))
         bits = None
-        if mode.is_random:
-            key = low_precision.parameter_key(self.options["seed"], position)
+        if is_random:
+            key = low_precision.parameter_key(self.options.get("seed", 0), position)
             bits = low_precision.random_bits(key, int(count), p.numel()).view(p.shape)
         narrow, left = low_precision.narrowed(mode, new, p.dtype, bits)
         p.copy_(narrow)
         for name, value in zip(names, new_states, strict=True):
-            state[name].copy_(value)
+            if coded:
+                codes, scales = eight_bits.encode(name, value, bits)
+                state[CODES[name]], state[SCALES[name]] = eight_bits.wrapped(p, codes, scales)
+            else:
+                state[name].copy_(value)
         if left is not None:
             state[mode.state_name].copy_(left)
 
@@ -102,6 +113,8 @@ class _Reference:
             return None
         if wanted is None:
             return torch.float32 if mode is not Mode.ROUND else None
+        if wanted == EIGHT_BIT:  # where it does not fit
+            return torch.float32
         return getattr(torch, wanted)
 
     def _flags(self, group: dict[str, Any]) -> int:
@@ -111,7 +124,7 @@ class _Reference:
         return int(flags | (Flag.CAUTIOUS if self.options.get("cautious") and decoupled else 0))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Without torch's cast of states to the parameter's dtype: ours have that of ``state_dtype`` as soon as they are loaded."""
+        """Without torch's cast of states to the parameter's dtype: ours have that of ``state_dtype`` once they are loaded."""
         given = copy.deepcopy(state_dict)
         super().load_state_dict(state_dict)  # type: ignore[misc]
         flat = [p for group in self.param_groups for p in group["params"]]
@@ -119,8 +132,8 @@ class _Reference:
         for number, p in zip(numbers, flat, strict=True):
             mode = self._mode(p)
             for key, value in given["state"].get(number, {}).items():
-                wanted = None if key in STATE_NAMES else self._state_dtype(p, mode)
-                if isinstance(value, Tensor) and key != "step" and (p.dtype in HALVES or wanted is not None):
+                wanted = None if key in (*STATE_NAMES, *EIGHT_BIT_NAMES) else self._state_dtype(p, mode)
+                if key in EIGHT_BIT_NAMES or (key != "step" and isinstance(value, Tensor) and (p.dtype in HALVES or wanted)):
                     self.state[p][key] = value.to(wanted or value.dtype)
 
 

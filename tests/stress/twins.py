@@ -21,6 +21,8 @@ from torch.amp import GradScaler
 
 import fused_l2
 from fused_l2.engines import cpu
+from fused_l2.parameters import eight_bits
+from fused_l2.tables.modes import CODES, EIGHT_BIT, SCALES
 
 from . import reference_optimizer
 from .programs import Program
@@ -91,10 +93,20 @@ def _compare(ours: World, theirs: World, where: str) -> None:
         )
         if mine.keys() != other.keys():
             raise Difference(f"states: {what}: {sorted(mine)}, of the other {sorted(other)}")
+        mine, other = _with_values_of_codes(mine), _with_values_of_codes(other)
         for key in mine:
             _same(mine[key], other[key], f"{what}: {key}")
         if p.grad is not None:
             _same(p.grad, q.grad, f"{what}: gradient")
+
+
+def _with_values_of_codes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With float32 values beside the scales: a NaN has several codes, as it has several bit patterns."""
+    found = dict(state)
+    for name, key in CODES.items():
+        if key in state:
+            found[key] = eight_bits.decode(name, state[key], state[SCALES[name]])
+    return found
 
 
 def _same(a: Tensor, b: Tensor, what: str) -> None:
@@ -102,7 +114,7 @@ def _same(a: Tensor, b: Tensor, what: str) -> None:
         raise Difference(
             f"dtype or shape: {what}: {a.dtype} of shape {tuple(a.shape)}, of the other {b.dtype} of shape {tuple(b.shape)}"
         )
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     a, b = a.detach().contiguous(), b.detach().contiguous()
     bits = (a.view(integer) != b.view(integer)) & ~(a.isnan() & b.isnan())
     if bits.any():
@@ -132,7 +144,7 @@ class World:
         groups = [self._group(g) for g in program.groups]
         common = {"lr": 0.1}
         if ours:
-            if "state_dtype" in options:
+            if options.get("state_dtype", EIGHT_BIT) != EIGHT_BIT:
                 options["state_dtype"] = getattr(torch, options["state_dtype"])
             made: Any = getattr(fused_l2, program.optimizer)(groups, **common, **options)
         elif options:
@@ -266,7 +278,7 @@ class World:
             value.shape == param.shape
             for param, index in pairs
             for key, value in states.get(index, {}).items()
-            if key != "step" and value is not None
+            if key not in ("step", *SCALES.values()) and value is not None
         )
 
     def pickle(self, given: dict[str, Any]) -> None:
