@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--json", type=Path, help="write the results to this file, too")
     made.add_argument(
-        "--plot", type=Path, metavar="FOLDER", help="write a report with pictures: FOLDER/report.html, FOLDER/*.png"
+        "--plot", type=Path, metavar="FOLDER", help="write a report with pictures: FOLDER/report.html, FOLDER/*.svg"
     )
     made.add_argument("--compare", type=Path, metavar="OLD.json", help="show each ratio beside that of an earlier run")
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections import Counter
 from pathlib import Path
@@ -66,6 +67,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def pytest_report_header() -> list[str]:
     return [f"fused_l2 {fused_l2.__version__}, torch {torch.__version__}", *str(fused_l2.capabilities()).split("\n")]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a module of bench/."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    yield lambda name: importlib.import_module(f"bench.{name}")
+    for name in [n for n in sys.modules if n == "bench" or n.startswith("bench.")]:
+        del sys.modules[name]
 
 
 @pytest.fixture(params=CAPABILITIES or [pytest.param("none", marks=needs_library)])

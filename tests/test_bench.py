@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 import random
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, needs_library
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Imports a module of bench/."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    yield lambda name: importlib.import_module(f"bench.{name}")
-    for name in [n for n in sys.modules if n == "bench" or n.startswith("bench.")]:
-        del sys.modules[name]
+from conftest import needs_library
 
 
 def test_shapes_have_the_published_numbers_of_parameters(bench):
@@ -486,7 +475,7 @@ def test_the_report_is_one_page_with_its_pictures(bench, tmp_path):
     tables = bench("tables")
     found = json.loads((tables.ROOT / "bench" / "results" / tables.MARKED.search(tables.PAGES[0].read_text())[3]).read_text())
     page = bench("report").write(found, tmp_path).read_text()
-    assert {p.name for p in tmp_path.iterdir()} == {"report.html", "bandwidth.png", "ratios.png", "host.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"report.html", "bandwidth.svg", "ratios.svg", "host.svg"}
     assert page.count("<svg") == 3
     assert "src=" not in page  # nothing from elsewhere
     assert "prefers-color-scheme: dark" in page
