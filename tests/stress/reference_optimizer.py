@@ -96,7 +96,7 @@ class _Reference:
         p.copy_(narrow)
         for name, value in zip(names, new_states, strict=True):
             if coded:
-                codes, scales = eight_bits.encode(name, value, bits)
+                codes, scales = eight_bits.encode(name, eight_bits.arranged(value, p), bits)
                 state[CODES[name]], state[SCALES[name]] = eight_bits.wrapped(p, codes, scales)
             else:
                 state[name].copy_(value)
