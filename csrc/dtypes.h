@@ -13,6 +13,14 @@ struct Float16 {
   uint16_t bits;
 };
 
+// What is beside a 16-bit parameter: nothing; nothing, and it is rounded at random; or what rounding left out, a
+// bfloat16.
+struct Nothing {};
+struct Stochastic {};
+struct Compensation {
+  uint16_t bits;
+};
+
 inline uint32_t bits_of(float x) {
   uint32_t u;
   std::memcpy(&u, &x, sizeof u);

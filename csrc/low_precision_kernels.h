@@ -1,16 +1,33 @@
-// What is kept of a 16-bit parameter, one value at a time: the float32 value from it and what is kept beside it, and
-// back. fused_l2/parameters/low_precision.py is the definition. Branch-free, so that compilers make vectors of the
-// loops in staged_kernels.h. No include guard: compiled once per instruction set by foreach_capability.h.
+// What is kept of a 16-bit parameter: the float32 value from it and what is kept beside it, and back.
+// fused_l2/parameters/low_precision.py is the definition. Each formula stands here once, for a value at a time (F is
+// float, I is uint32_t; branch-free, so that compilers make vectors of the loops in staged_kernels.h) and for the
+// vectors of vectors_*.h (F32, I32). No include guard: compiled once per instruction set by foreach_capability.h.
 #include "parallel.h"
 
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
-FUSED_L2_INLINE uint32_t mix(uint32_t x) {  // Wellons 2018, "lowbias32"
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
+// What vectors_*.h say of vectors, of single values. Not by std::min, whose references compilers make no vectors of
+// here.
+FUSED_L2_INLINE uint32_t lesser(uint32_t a, uint32_t b) { return int32_t(a) < int32_t(b) ? a : b; }
+FUSED_L2_INLINE uint32_t greater(uint32_t a, uint32_t b) { return int32_t(a) > int32_t(b) ? a : b; }
+FUSED_L2_INLINE float magnitude(float x) { return std::fabs(x); }
+FUSED_L2_INLINE bool is_nan(float x) { return x != x; }
+FUSED_L2_INLINE bool is_at_most(float a, float b) { return a <= b; }
+FUSED_L2_INLINE bool is_equal(uint32_t a, uint32_t b) { return a == b; }
+FUSED_L2_INLINE uint32_t select(bool where, uint32_t a, uint32_t b) { return where ? a : b; }
+FUSED_L2_INLINE float select(bool where, float a, float b) { return where ? a : b; }
+FUSED_L2_INLINE float maximum(float a, float b) { return a != a || a > b ? a : b; }
+template <class P> FUSED_L2_INLINE uint32_t rounded(float x, P p) {
+  narrow(x, p);
+  return p.bits;
+}
+FUSED_L2_INLINE float everywhere(float, float x) { return x; }
+template <class V> FUSED_L2_INLINE V everywhere(V, float x) { return V::broadcast(x); }
+
+template <class I> FUSED_L2_INLINE I mix(I x) {  // Wellons 2018, "lowbias32"
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
   return x ^ x >> 16;
 }
 
@@ -27,12 +44,11 @@ struct RandomBits {
   FUSED_L2_INLINE uint32_t operator()(uint32_t element) const { return mix(start + kStride * element); }
 };
 
-FUSED_L2_INLINE BFloat16 rounded_stochastically(float w, uint32_t random, BFloat16) {
-  const uint32_t u = bits_of(w);
-  const bool nan = (u & 0x7fffffff) > 0x7f800000;
-  return {static_cast<uint16_t>(nan ? u >> 16 | 0x40 : (u + (random >> 16)) >> 16)};
+template <class F, class I> FUSED_L2_INLINE I rounded_stochastically(F w, I random, BFloat16) {
+  const I u = bits_of(w);
+  return select(is_nan(w), u | 0x400000u, u + (random >> 16)) >> 16;
 }
-FUSED_L2_INLINE Float16 rounded_stochastically(float w, uint32_t random, Float16) {
+FUSED_L2_INLINE uint32_t rounded_stochastically(float w, uint32_t random, Float16) {
   const uint32_t u = bits_of(w), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
   const uint32_t normal = (magnitude - (112u << 23) + (random >> 19)) >> 13;
   const bool small = magnitude < 0x38800000;  // below 2^-14 the last place is 2^-24 throughout
@@ -43,43 +59,98 @@ FUSED_L2_INLINE Float16 rounded_stochastically(float w, uint32_t random, Float16
   uint32_t rounded = small ? static_cast<uint32_t>(whole) + upwards : normal;
   rounded = magnitude >= 0x47800000 ? 0x7c00 : rounded;
   rounded = magnitude > 0x7f800000 ? 0x7e00 : rounded;
-  return {static_cast<uint16_t>(sign | rounded)};
+  return sign | rounded;
 }
 
 // |w| = |p| * 2^16 + remainder * 2^(16 - bits), magnitudes as integers; p is rounded to nearest, ties away from zero.
 // With 8 bits |w| is rounded to 24 first, at random to a neighbour.
-FUSED_L2_INLINE uint32_t magnitude_of(uint32_t u) {
-  const uint32_t magnitude = u & 0x7fffffff;
-  return magnitude > 0x7fc00000 ? 0x7fc00000
-                                : magnitude;  // of arithmetic a NaN is quiet; of this one there is no remainder
+template <class I> struct Halves {
+  I number, remainder;  // the lower 16 bits of both, or 8 of the latter
+};
+template <class I> FUSED_L2_INLINE I magnitude_of(I u) {
+  return lesser(u & 0x7fffffffu, 0x7fc00000u);  // of arithmetic a NaN is quiet; of this one there is no remainder
 }
-FUSED_L2_INLINE void split(float w, uint32_t, BFloat16& p, int16_t& remainder) {
-  const uint32_t u = bits_of(w), magnitude = magnitude_of(u), upper = (magnitude + 0x8000) >> 16;
-  p.bits = static_cast<uint16_t>((u >> 16 & 0x8000) | upper);
-  remainder = static_cast<int16_t>(magnitude - (upper << 16));
+template <class F> FUSED_L2_INLINE auto split(F w) {
+  const auto u = bits_of(w), all = magnitude_of(u);
+  return Halves<decltype(bits_of(w))>{((all + 0x8000u) | (u & 0x80000000u)) >> 16, all};
 }
-FUSED_L2_INLINE void split(float w, uint32_t random, BFloat16& p, int8_t& remainder) {
-  const uint32_t u = bits_of(w), rounded = (magnitude_of(u) + (random & 255)) >> 8, upper = (rounded + 0x80) >> 8;
-  p.bits = static_cast<uint16_t>((u >> 16 & 0x8000) | upper);
-  remainder = static_cast<int8_t>(rounded - (upper << 8));
+FUSED_L2_INLINE Halves<uint32_t> split(float w, uint32_t, int16_t) { return split(w); }
+FUSED_L2_INLINE Halves<uint32_t> split(float w, uint32_t random, int8_t) {
+  const uint32_t u = bits_of(w), most = (magnitude_of(u) + (random & 255)) >> 8;
+  return {(u >> 16 & 0x8000) | (most + 0x80) >> 8, most};
 }
-template <class Remainder> FUSED_L2_INLINE float join(BFloat16 p, Remainder remainder) {
-  constexpr int32_t unit = sizeof(Remainder) == 1 ? 256 : 1;
-  const uint32_t u = p.bits;
-  const auto magnitude = static_cast<int32_t>((u & 0x7fff) << 16);
-  // The sum is below 2^31. NaN stays NaN. Not by std::min, whose references compilers make no vectors of here.
-  const int32_t sum = magnitude + remainder * unit, most = magnitude > 0x7f800000 ? magnitude : 0x7f800000;
-  const int32_t joined = sum < 0 ? 0 : sum > most ? most : sum;
-  return float_of((u & 0x8000) << 16 | static_cast<uint32_t>(joined));
+template <class I> FUSED_L2_INLINE auto join(I number, I remainder) {
+  const I u = number << 16, magnitude = u & 0x7fffffffu;
+  // The sum is below 2^31. NaN stays NaN.
+  const I sum = greater(magnitude + remainder, 0u), most = greater(magnitude, 0x7f800000u);
+  return float_of(lesser(sum, most) | (u & 0x80000000u));
 }
 
-FUSED_L2_INLINE float half_unit(float p, BFloat16) { return std::max(std::fabs(p) * 0x1p-8f, 0x1p-134f); }
-FUSED_L2_INLINE float half_unit(float p, Float16) { return std::max(std::fabs(p) * 0x1p-11f, 0x1p-25f); }
+// A compensation counts up to half a unit in the last place.
+template <class F> FUSED_L2_INLINE F half_unit(F p, BFloat16) {
+  return maximum(magnitude(p) * everywhere(p, 0x1p-8f), everywhere(p, 0x1p-134f));
+}
+template <class F> FUSED_L2_INLINE F half_unit(F p, Float16) {
+  return maximum(magnitude(p) * everywhere(p, 0x1p-11f), everywhere(p, 0x1p-25f));
+}
+template <class F, class P> FUSED_L2_INLINE F compensated(F own, F c, P type) {
+  return select(is_at_most(magnitude(c), half_unit(own, type)), own + c, own);
+}
+template <class F> FUSED_L2_INLINE F left_out(F w, F stored) {
+  const F left = w - stored;
+  return select(is_at_most(magnitude(left), everywhere(w, 3.4028234663852886e38f)), left, everywhere(w, 0));
+}
 
-template <class P> FUSED_L2_INLINE P narrowed(float w) {
-  P p;
-  narrow(w, p);
-  return p;
+// A master counts where the parameter is what it is rounded to.
+template <class F, class I, class P> FUSED_L2_INLINE F master_or_own(F master, F own, I number, P type) {
+  return select(is_equal(rounded(master, type), number), master, own);
+}
+
+// The float32 value of a parameter, from it and its remainder, master or compensation.
+FUSED_L2_INLINE float kept_value(BFloat16 p, int16_t remainder) {
+  return join(static_cast<uint32_t>(p.bits), static_cast<uint32_t>(int32_t{remainder}));
+}
+FUSED_L2_INLINE float kept_value(BFloat16 p, int8_t remainder) {
+  return join(static_cast<uint32_t>(p.bits), static_cast<uint32_t>(remainder * 256));
+}
+template <class P> FUSED_L2_INLINE float kept_value(P p, float master) {
+  return master_or_own(master, widen(p), static_cast<uint32_t>(p.bits), p);
+}
+template <class P> FUSED_L2_INLINE float kept_value(P p, Compensation c) {
+  return compensated(widen(p), widen(BFloat16{c.bits}), p);
+}
+
+// The same for the vectors of a kernel that is not staged, and back.
+template <class V> FUSED_L2_INLINE void join_kept(const BFloat16* p, const int16_t* remainder, V& w) {
+  using I = typename V::Integers;
+  w = join(I::from(&p->bits), I::from(remainder));
+}
+template <class V, class P> FUSED_L2_INLINE void join_kept(const P* p, const float* master, V& w) {
+  w = master_or_own(load<V>(master), load<V>(p), V::Integers::from(&p->bits), P{});
+}
+template <class V> FUSED_L2_INLINE void join_kept(const BFloat16* p, const Compensation* kept, V& w) {
+  w = compensated(load<V>(p), float_of(V::Integers::from(&kept->bits) << 16), BFloat16{});
+}
+template <class V> FUSED_L2_INLINE void split_kept(V w, BFloat16* p, int16_t* remainder, uint32_t) {
+  const auto halves = split(w);
+  halves.number.store_lower_halves(p);
+  halves.remainder.store_lower_halves(remainder);
+}
+template <class V, class P> FUSED_L2_INLINE void split_kept(V w, P* p, float* master, uint32_t) {
+  store(p, w);
+  store(master, w);
+}
+template <class V> FUSED_L2_INLINE void store_stochastically(V w, void* to, uint32_t random) {
+  using I = typename V::Integers;
+  rounded_stochastically(w, mix(I::numbered() * RandomBits::kStride + random), BFloat16{}).store_lower_halves(to);
+}
+template <class V> FUSED_L2_INLINE void split_kept(V w, BFloat16* p, Stochastic*, uint32_t random) {
+  store_stochastically(w, p, random);
+}
+template <class V> FUSED_L2_INLINE void split_kept(V w, BFloat16* p, Compensation* kept, uint32_t random) {
+  const auto number = rounded(w, BFloat16{});
+  number.store_lower_halves(p);
+  store_stochastically(left_out(w, float_of(number << 16)), kept, random);
 }
 
 }  // namespace FUSED_L2_NAMESPACE

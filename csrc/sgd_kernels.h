@@ -5,20 +5,21 @@
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
-template <class V, class P, class S, Decay decay, Momentum momentum>
+template <class V, class W, class S, Decay decay, Momentum momentum>
 void sgd_piece(const Piece& piece, const double* row) {
   const int64_t flags = piece.bucket->flags;
   if constexpr (momentum != Momentum::none) {
-    if (flags & flag::nesterov) return Sweep<V, P, S, Sgd<V, decay, momentum, true>>::run(piece, row);
+    if (flags & flag::nesterov) return Sweep<V, W, S, Sgd<V, decay, momentum, true>>::run(piece, row);
   }
-  Sweep<V, P, S, Sgd<V, decay, momentum, false>>::run(piece, row);
+  Sweep<V, W, S, Sgd<V, decay, momentum, false>>::run(piece, row);
 }
 
-template <class V, class P, class S, Decay decay> void sgd_piece(const Piece& piece, const double* row) {
-  if (!(piece.bucket->flags & flag::momentum)) return sgd_piece<V, P, P, decay, Momentum::none>(piece, row);
+template <class V, class W, class S, Decay decay> void sgd_piece(const Piece& piece, const double* row) {
+  if (!(piece.bucket->flags & flag::momentum))
+    return sgd_piece<V, W, typename W::Number, decay, Momentum::none>(piece, row);
   if (piece.row[column::flags] & row_flag::first_step)
-    return sgd_piece<V, P, S, decay, Momentum::first_step>(piece, row);
-  sgd_piece<V, P, S, decay, Momentum::running>(piece, row);
+    return sgd_piece<V, W, S, decay, Momentum::first_step>(piece, row);
+  sgd_piece<V, W, S, decay, Momentum::running>(piece, row);
 }
 
 void sgd(const Piece& piece) {
@@ -26,9 +27,9 @@ void sgd(const Piece& piece) {
   const double* row = bucket.coefficients + piece.row[column::coefficients] * kCoefficients;
   with_dtypes(bucket, [&](auto vector, auto param, auto state) {
     using V = decltype(vector);
-    using P = decltype(param);
+    using W = decltype(param);
     using S = decltype(state);
-    with_decay(bucket, row, [&](auto decay) { sgd_piece<V, P, S, decltype(decay)::value>(piece, row); });
+    with_decay(bucket, row, [&](auto decay) { sgd_piece<V, W, S, decltype(decay)::value>(piece, row); });
   });
 }
 

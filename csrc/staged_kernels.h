@@ -65,7 +65,7 @@ struct Stretch {
 template <class Remainder> void join_all(const Piece& piece, float* w) {
   const BFloat16* p = address<const BFloat16>(piece.row[column::param]) + piece.begin;
   const Remainder* remainder = address<const Remainder>(piece.row[column::kept]) + piece.begin;
-  for (int64_t i = 0; i < piece.count; ++i) w[i] = join(p[i], remainder[i]);
+  for (int64_t i = 0; i < piece.count; ++i) w[i] = kept_value(p[i], remainder[i]);
 }
 template <class Remainder> void split_all(const Piece& piece, const float* w, const uint32_t* random) {
   BFloat16* p = address<BFloat16>(piece.row[column::param]) + piece.begin;
@@ -73,7 +73,11 @@ template <class Remainder> void split_all(const Piece& piece, const float* w, co
   const int64_t count = piece.count;
   BFloat16 upper[kStretch];  // memory that the compiler knows to be apart from the rest
   Remainder lower[kStretch];
-  for (int64_t i = 0; i < count; ++i) split(w[i], random[i], upper[i], lower[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    const Halves<uint32_t> halves = split(w[i], random[i], Remainder{});
+    upper[i].bits = static_cast<uint16_t>(halves.number);
+    lower[i] = static_cast<Remainder>(halves.remainder);
+  }
   std::memcpy(p, upper, static_cast<size_t>(count) * sizeof(BFloat16));
   std::memcpy(remainder, lower, static_cast<size_t>(count) * sizeof(Remainder));
 }
@@ -82,16 +86,10 @@ template <class P> void load_kept(const Piece& piece, const P* p, float* w) {
   const int64_t flags = piece.bucket->flags, begin = piece.begin, count = piece.count;
   if (flags & flag::master) {
     const float* master = address<const float>(piece.row[column::kept]) + begin;
-    for (int64_t i = 0; i < count; ++i) {
-      const float own = widen(p[i]), kept = master[i];
-      w[i] = narrowed<P>(kept).bits == p[i].bits ? kept : own;
-    }
+    for (int64_t i = 0; i < count; ++i) w[i] = kept_value(p[i], master[i]);
   } else if (flags & flag::kahan) {
-    const BFloat16* kept = address<const BFloat16>(piece.row[column::kept]) + begin;
-    for (int64_t i = 0; i < count; ++i) {
-      const float own = widen(p[i]), c = widen(kept[i]), sum = own + c;
-      w[i] = std::fabs(c) <= half_unit(own, P{}) ? sum : own;
-    }
+    const Compensation* kept = address<const Compensation>(piece.row[column::kept]) + begin;
+    for (int64_t i = 0; i < count; ++i) w[i] = kept_value(p[i], kept[i]);
   } else {
     widen_all(p, w, count);
   }
@@ -100,19 +98,16 @@ template <class P> void load_kept(const Piece& piece, const P* p, float* w) {
 template <class P> void store_kept(const Piece& piece, const float* w, P* p, const uint32_t* random) {
   const int64_t flags = piece.bucket->flags, begin = piece.begin, count = piece.count;
   if (flags & flag::stochastic) {
-    for (int64_t i = 0; i < count; ++i) p[i] = rounded_stochastically(w[i], random[i], P{});
+    for (int64_t i = 0; i < count; ++i) p[i].bits = static_cast<uint16_t>(rounded_stochastically(w[i], random[i], P{}));
     return;
   }
   narrow_all(w, p, count);
   if (flags & flag::master) {
     std::memcpy(address<float>(piece.row[column::kept]) + begin, w, static_cast<size_t>(count) * sizeof(float));
   } else if (flags & flag::kahan) {
-    BFloat16* kept = address<BFloat16>(piece.row[column::kept]) + begin;
-    for (int64_t i = 0; i < count; ++i) {
-      const float left = w[i] - widen(p[i]);
-      const float finite = std::fabs(left) <= 3.4028234663852886e38f ? left : 0;
-      kept[i] = rounded_stochastically(finite, random[i], BFloat16{});
-    }
+    Compensation* kept = address<Compensation>(piece.row[column::kept]) + begin;
+    for (int64_t i = 0; i < count; ++i)
+      kept[i].bits = static_cast<uint16_t>(rounded_stochastically(left_out(w[i], widen(p[i])), random[i], BFloat16{}));
   }
 }
 
@@ -136,10 +131,17 @@ inline void store_param(const Piece& piece, const Stretch& w, const uint32_t* ra
 
 // Whether a bucket's dtypes, or what it keeps, are none that a kernel has of its own.
 inline bool is_staged(const Bucket& bucket) {
-  const bool half = bucket.param_dtype == dtype::bfloat16 || bucket.param_dtype == dtype::float16;
-  const bool own_states = bucket.state_dtype == bucket.param_dtype || (half && bucket.state_dtype == dtype::float32);
-  return bucket.flags & (flag::low_precision | flag::eight_bit) || bucket.grad_dtype != bucket.param_dtype ||
-         !own_states || (half && !kLoads16Bit);
+  const int64_t type = bucket.param_dtype, states = bucket.state_dtype;
+  const bool half = type == dtype::bfloat16 || type == dtype::float16;
+  if (bucket.flags & flag::eight_bit || bucket.grad_dtype != type || (half && !kLoads16Bit)) return true;
+  if (bucket.flags & flag::low_precision) {
+    const bool has_states = bucket.rule != rule::sgd || bucket.flags & flag::momentum;
+    const bool has_kernel =
+        bucket.flags & flag::master || (type == dtype::bfloat16 && !(bucket.flags & flag::remainder8));
+    return !has_kernel || (has_states && states != dtype::float32);
+  }
+  return states != type && !(half && states == dtype::float32) &&
+         !(kLoads16Bit && type == dtype::float32 && states == dtype::bfloat16);
 }
 
 inline double sum_of_changes(const float* before, const float* after, int64_t count) {

@@ -3,8 +3,27 @@
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
+using fused_l2::bits_of;  // of single values, beside those of vectors
+using fused_l2::float_of;
+
+// Eight integers: the bits of floats, or what is made of them.
+struct I32 {
+  __m256i v;
+  FUSED_L2_INLINE I32(__m256i x) : v(x) {}
+  FUSED_L2_INLINE I32(uint32_t x) : v(_mm256_set1_epi32(int(x))) {}
+  static FUSED_L2_INLINE I32 numbered() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+  static FUSED_L2_INLINE __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static FUSED_L2_INLINE I32 from(const uint16_t* p) { return _mm256_cvtepu16_epi32(load16(p)); }
+  static FUSED_L2_INLINE I32 from(const int16_t* p) { return _mm256_cvtepi16_epi32(load16(p)); }
+  FUSED_L2_INLINE void store_lower_halves(void* p) const {
+    const __m256i lower = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(lower), _mm256_extracti128_si256(lower, 1));
+    _mm_storeu_si128(static_cast<__m128i*>(p), packed);
+  }
+};
 struct F32 {
   using T = float;
+  using Integers = I32;
   static constexpr int width = 8;
   __m256 v;
   static FUSED_L2_INLINE F32 broadcast(float x) { return {_mm256_set1_ps(x)}; }
@@ -146,10 +165,35 @@ FUSED_L2_INLINE void narrow_codes(const uint32_t* from, uint8_t* to) {
   static_assert(kGroup == 32, "");
   __m256i x[4];
   for (int i = 0; i < 4; ++i) x[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 8 * i));
-  // Both pack the halves of a register by themselves: four codes of x[0], of x[1], ... lie in the order 0 1 2 3 0 1 2 3.
+  // Both pack the halves of a register by themselves: four codes of x[0], of x[1], ... lie in the order 0 1 2 3 0 1
+  // 2 3.
   const __m256i mixed = _mm256_packus_epi16(_mm256_packus_epi32(x[0], x[1]), _mm256_packus_epi32(x[2], x[3]));
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(mixed, order));
+}
+
+FUSED_L2_INLINE I32 operator+(I32 a, I32 b) { return _mm256_add_epi32(a.v, b.v); }
+FUSED_L2_INLINE I32 operator*(I32 a, I32 b) { return _mm256_mullo_epi32(a.v, b.v); }
+FUSED_L2_INLINE I32 operator&(I32 a, I32 b) { return _mm256_and_si256(a.v, b.v); }
+FUSED_L2_INLINE I32 operator|(I32 a, I32 b) { return _mm256_or_si256(a.v, b.v); }
+FUSED_L2_INLINE I32 operator^(I32 a, I32 b) { return _mm256_xor_si256(a.v, b.v); }
+FUSED_L2_INLINE I32 operator<<(I32 a, int bits) { return _mm256_slli_epi32(a.v, bits); }
+FUSED_L2_INLINE I32 operator>>(I32 a, int bits) { return _mm256_srli_epi32(a.v, bits); }
+FUSED_L2_INLINE I32 lesser(I32 a, I32 b) { return _mm256_min_epi32(a.v, b.v); }
+FUSED_L2_INLINE I32 greater(I32 a, I32 b) { return _mm256_max_epi32(a.v, b.v); }
+FUSED_L2_INLINE I32 bits_of(F32 x) { return _mm256_castps_si256(x.v); }
+FUSED_L2_INLINE F32 float_of(I32 x) { return {_mm256_castsi256_ps(x.v)}; }
+FUSED_L2_INLINE F32 magnitude(F32 x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v)}; }
+FUSED_L2_INLINE I32 is_nan(F32 x) { return _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)); }
+FUSED_L2_INLINE I32 is_at_most(F32 a, F32 b) { return _mm256_castps_si256(_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)); }
+FUSED_L2_INLINE I32 is_equal(I32 a, I32 b) { return _mm256_cmpeq_epi32(a.v, b.v); }
+FUSED_L2_INLINE I32 select(I32 where, I32 a, I32 b) { return _mm256_blendv_epi8(b.v, a.v, where.v); }
+FUSED_L2_INLINE F32 select(I32 where, F32 a, F32 b) {
+  return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(where.v))};
+}
+FUSED_L2_INLINE I32 rounded(F32 x, BFloat16) { return _mm256_srli_epi32(rounded_bf16(x.v), 16); }
+FUSED_L2_INLINE I32 rounded(F32 x, Float16) {
+  return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 }  // namespace FUSED_L2_NAMESPACE

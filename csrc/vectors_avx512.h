@@ -3,8 +3,27 @@
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
+using fused_l2::bits_of;  // of single values, beside those of vectors
+using fused_l2::float_of;
+
+// Sixteen integers: the bits of floats, or what is made of them.
+struct I32 {
+  __m512i v;
+  FUSED_L2_INLINE I32(__m512i x) : v(x) {}
+  FUSED_L2_INLINE I32(uint32_t x) : v(_mm512_set1_epi32(int(x))) {}
+  static FUSED_L2_INLINE I32 numbered() {
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+  static FUSED_L2_INLINE __m256i load16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static FUSED_L2_INLINE I32 from(const uint16_t* p) { return _mm512_cvtepu16_epi32(load16(p)); }
+  static FUSED_L2_INLINE I32 from(const int16_t* p) { return _mm512_cvtepi16_epi32(load16(p)); }
+  FUSED_L2_INLINE void store_lower_halves(void* p) const {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+  }
+};
 struct F32 {
   using T = float;
+  using Integers = I32;
   static constexpr int width = 16;
   __m512 v;
   static FUSED_L2_INLINE F32 broadcast(float x) { return {_mm512_set1_ps(x)}; }
@@ -140,8 +159,8 @@ template <bool interleaved, class V, class S> FUSED_L2_INLINE void store2(S* p, 
   }
 }
 
-// A group of 8-bit codes as integers of a register's lanes, and back. Compilers make the former of two halves, which a load
-// of the whole has to wait for.
+// A group of 8-bit codes as integers of a register's lanes, and back. Compilers make the former of two halves, which a
+// load of the whole has to wait for.
 FUSED_L2_INLINE void widen_codes(const uint8_t* from, uint32_t* to) {
   for (int i = 0; i < kGroup; i += 16) {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
@@ -153,6 +172,28 @@ FUSED_L2_INLINE void narrow_codes(const uint32_t* from, uint8_t* to) {
     const __m128i x = _mm512_cvtepi32_epi8(_mm512_loadu_si512(from + i));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), x);
   }
+}
+
+FUSED_L2_INLINE I32 operator+(I32 a, I32 b) { return _mm512_add_epi32(a.v, b.v); }
+FUSED_L2_INLINE I32 operator*(I32 a, I32 b) { return _mm512_mullo_epi32(a.v, b.v); }
+FUSED_L2_INLINE I32 operator&(I32 a, I32 b) { return _mm512_and_si512(a.v, b.v); }
+FUSED_L2_INLINE I32 operator|(I32 a, I32 b) { return _mm512_or_si512(a.v, b.v); }
+FUSED_L2_INLINE I32 operator^(I32 a, I32 b) { return _mm512_xor_si512(a.v, b.v); }
+FUSED_L2_INLINE I32 operator<<(I32 a, int bits) { return _mm512_slli_epi32(a.v, unsigned(bits)); }
+FUSED_L2_INLINE I32 operator>>(I32 a, int bits) { return _mm512_srli_epi32(a.v, unsigned(bits)); }
+FUSED_L2_INLINE I32 lesser(I32 a, I32 b) { return _mm512_min_epi32(a.v, b.v); }
+FUSED_L2_INLINE I32 greater(I32 a, I32 b) { return _mm512_max_epi32(a.v, b.v); }
+FUSED_L2_INLINE I32 bits_of(F32 x) { return _mm512_castps_si512(x.v); }
+FUSED_L2_INLINE F32 float_of(I32 x) { return {_mm512_castsi512_ps(x.v)}; }
+FUSED_L2_INLINE F32 magnitude(F32 x) { return {_mm512_abs_ps(x.v)}; }
+FUSED_L2_INLINE __mmask16 is_nan(F32 x) { return _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q); }
+FUSED_L2_INLINE __mmask16 is_at_most(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
+FUSED_L2_INLINE __mmask16 is_equal(I32 a, I32 b) { return _mm512_cmpeq_epi32_mask(a.v, b.v); }
+FUSED_L2_INLINE I32 select(__mmask16 where, I32 a, I32 b) { return _mm512_mask_mov_epi32(b.v, where, a.v); }
+FUSED_L2_INLINE F32 select(__mmask16 where, F32 a, F32 b) { return {_mm512_mask_mov_ps(b.v, where, a.v)}; }
+FUSED_L2_INLINE I32 rounded(F32 x, BFloat16) { return _mm512_srli_epi32(rounded_bf16(x.v), 16); }
+FUSED_L2_INLINE I32 rounded(F32 x, Float16) {
+  return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 }  // namespace FUSED_L2_NAMESPACE
