@@ -47,6 +47,13 @@ def test_tables_are_tables(page):
         assert len(set(cells)) == 1, lines[cells.index(max(cells))]
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_what_follows_a_table_is_not_a_row_of_it(page):
+    """Markdown takes every line after a table for a row, up to an empty one or a comment."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    assert not (swallowed := re.search(r"^\|.*\n(?!\||<!--|#|$)(.+)", text, re.MULTILINE)), swallowed[1]
+
+
 @pytest.mark.parametrize(
     "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"], ids=lambda p: p.name
 )
