@@ -66,7 +66,7 @@ class ParamGroups(list[dict[str, Any]]):
         added = super().__add__(other)
         return ParamGroups(added, self.rules + other.rules) if isinstance(other, ParamGroups) else added
 
-    def __iadd__(self, other: Iterable[dict[str, Any]]) -> ParamGroups:  # type: ignore[override]
+    def __iadd__(self, other: Iterable[dict[str, Any]]) -> ParamGroups:  # type: ignore[override, misc]
         if isinstance(other, ParamGroups):
             self.rules = self.rules + other.rules
         return super().__iadd__(other)
