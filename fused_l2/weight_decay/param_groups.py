@@ -113,9 +113,10 @@ def param_groups(
     Args:
         model: any module.
         weight_decay: for the decayed group; see :func:`from_lambda`.
-        decay, no_decay: rules that win over the above. A string is matched against a parameter's full name, with ``*`` and
-            ``?`` as wildcards. A module type covers the parameters that such modules own. A module of this model covers its
-            own and those of all within it. A name wins over a module, and a module over a type.
+        decay: what to decay all the same: rules that win over the above. A string is matched against a parameter's full name,
+            with ``*`` and ``?`` as wildcards. A module type covers the parameters that such modules own. A module of this
+            model covers its own and those of all within it. A name wins over a module, and a module over a type.
+        no_decay: what to leave out besides: rules as for ``decay``.
         prefix: what stands before all names, as in ``named_parameters``: where ``model`` is a part of another one, its name
             there (``"encoder"``, or ``"encoder."``), so that names are those of the whole.
         options: more keys for both groups, such as ``lr``.
