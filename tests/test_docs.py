@@ -62,6 +62,32 @@ def test_links_lead_somewhere(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+def test_the_tree_in_contributing_is_the_tree():
+    """A line for each file of the package, of kernels/, csrc/ and bench/, and for each file of tests/ that is no test."""
+    tree = re.search(r"## Where things are.*?```\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[1]
+    listed, folder = [], ROOT
+    for line in tree.splitlines():
+        name = re.match(r" *(\S+)", line)[1]
+        if not line.startswith(" "):
+            folder = ROOT / name
+        listed.append(folder / name if line.startswith(" ") else folder)
+    assert len(set(listed)) == len(listed)
+    assert [path for path in listed if not path.exists()] == []
+    for line in tree.splitlines():
+        assert len(line.split(maxsplit=1)) == 2 or line.endswith("__init__.py"), line
+    wanted = {
+        file
+        for top in ("fused_l2", "kernels", "csrc", "bench")
+        for file in (ROOT / top).rglob("*")
+        if file.suffix in (".py", ".h", ".cpp", ".typed")
+    }
+    wanted |= {file for file in (ROOT / "tests").iterdir() if file.is_file() and not file.name.startswith("test_")}
+    linked = ROOT / "fused_l2" / "kernels"  # to kernels/
+    assert {file for file in wanted if linked not in file.parents} == {
+        path for path in listed if path.is_file() and path.parent not in (ROOT, ROOT / ".ci")
+    }
+
+
 UNIT = r"us|ns|ms|microseconds|milliseconds|GB/s|[KMG]B|%|times as (?:long|fast)|ulp"
 FIGURE = re.compile(rf"\b\d[\d.,]*\s?(?:{UNIT})(?![\w-])")
 SOURCE = re.compile(
