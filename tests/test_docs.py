@@ -82,6 +82,15 @@ def test_links_lead_somewhere(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+def test_the_menu_names_pages_as_their_headings_do():
+    """How-to pages say first what to do, in the menu of the site and on the page."""
+    entries = re.findall(r"^(.+) <(\S+\.md)>$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)
+    assert {page for _, page in entries} == {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    for label, page in entries:
+        heading = (ROOT / "docs" / page).read_text().splitlines()[0].removeprefix("# ")
+        assert label.split()[0] == heading.split()[0], (label, heading)
+
+
 def test_the_tree_in_contributing_is_the_tree():
     """A line for each file of the package, of kernels/, csrc/ and bench/, and for each file of tests/ that is no test."""
     tree = re.search(r"## Where things are.*?```\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[1]
