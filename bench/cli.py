@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fused_l2.engines import cpu
+
 from . import churn, clip, compare, limit, machine, memory, precision, providers, statistics, step, timing, train
 from .cases import CASES, COLD, OPTIMIZERS
 from .topic import Job, Options
@@ -101,6 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
         from . import gpu_report
 
         return gpu_report.main(["--json", str(given.json)] if given.json else [])
+    if cpu.library() is None:
+        raise SystemExit(f"python -m bench: there is nothing to measure, our steps are plain PyTorch. {cpu.why_unavailable()}")
     warnings.filterwarnings("ignore", "fused_l2: weight decay takes")  # nobody trains here; the topic precision is about it
     old = json.loads(given.compare.read_text()) if given.compare else None
     if given.plot and not importlib.util.find_spec("matplotlib"):

@@ -25,7 +25,7 @@ def lines() -> list[str]:
         "numpy": _version("numpy"),
         "Python": f"{platform.python_version()} ({platform.python_implementation()})",
         "system": f"{platform.platform()}, {platform.machine()}",
-        "library": "loaded" if cpu.library() else cpu.why_unavailable(),
+        "library": "loaded" if cpu.library() else "not loaded, see cpu below",
     }
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
@@ -99,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m fused_l2", description="Without a command: versions, and which engine serves what."
     )
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="")
+    parser.add_argument("--version", action="version", version=f"fused_l2 {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="command")
     commands.add_parser("warmup", help="compile ahead the kernels of an optimizer's first step on a GPU", add_help=False)
     doctor.add_arguments(commands.add_parser("doctor", help="say what the optimizers of a script, or a checkpoint, really do"))
     chosen = parser.parse_args(given)

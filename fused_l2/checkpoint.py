@@ -17,6 +17,10 @@ def master_state_dict(model: nn.Module, optimizer: FusedOptimizer) -> dict[str, 
     value itself with ``"round"`` and ``"stochastic"``. Everything else is as in ``model.state_dict()``. Tensors are contiguous
     and share no memory, as ``safetensors.torch.save_file`` wants them; DTensors stay DTensors.
 
+    Args:
+        model: the module whose names the dict has.
+        optimizer: one of fused_l2, which steps the model's parameters.
+
     Raises:
         TypeError: if it is not an optimizer of fused_l2.
     """
@@ -34,6 +38,11 @@ def master_state_dict(model: nn.Module, optimizer: FusedOptimizer) -> dict[str, 
 def load_master_state_dict(model: nn.Module, optimizer: FusedOptimizer, state_dict: Mapping[str, Tensor]) -> None:
     """Set a model's weights, and what ``low_precision`` keeps beside them, to a state dict of float32 ones: the inverse of
     :func:`master_state_dict`.
+
+    Args:
+        model: the module whose weights are set.
+        optimizer: one of fused_l2, which steps the model's parameters.
+        state_dict: tensors by the names of ``model.state_dict()``, all of them and no others.
 
     Raises:
         TypeError: if it is not an optimizer of fused_l2, or the state dict no dict.

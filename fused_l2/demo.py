@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import statistics
 import sys
 import time
@@ -110,14 +111,18 @@ Runs = dict[float, list[Run]]  # by lambda, one for each seed
 
 
 def mean_and_error(runs: Sequence[Run], field: str) -> tuple[float, float]:
-    """The mean over seeds and its standard error."""
+    """The mean over seeds and its standard error, which is NaN of one seed."""
     values = [getattr(r, field) for r in runs]
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
 def chosen(runs: Runs) -> float:
     """The lambda with the best mean accuracy on the validation images."""
     return max(runs, key=lambda lam: mean_and_error(runs[lam], "validation")[0])
+
+
+def spread(error: float) -> str:
+    return "-" if math.isnan(error) else f"{error:.3f}"
 
 
 def table(title: str, runs: Runs, n: int) -> str:
@@ -129,8 +134,8 @@ def table(title: str, runs: Runs, n: int) -> str:
         test, error = mean_and_error(found, "test")
         means = [mean_and_error(found, field)[0] for field in ("train", "validation", "norm", "penalty")]
         lines.append(
-            f"{lam:>8g}{from_lambda(lam, n):>14g}{means[0]:>8.3f}{means[1]:>12.3f}{test:>8.3f}{error:>7.3f}{means[2]:>8.2f}"
-            f"{means[3]:>10.4f}"
+            f"{lam:>8g}{from_lambda(lam, n):>14g}{means[0]:>8.3f}{means[1]:>12.3f}{test:>8.3f}{spread(error):>7}"
+            f"{means[2]:>8.2f}{means[3]:>10.4f}"
         )
     return "\n".join(lines)
 
@@ -269,6 +274,7 @@ def run(seeds: int = 10, out: Path = Path("demo_results")) -> dict[tuple[str, in
     from sklearn.datasets import load_digits
     from tqdm import tqdm
 
+    out.mkdir(parents=True, exist_ok=True)  # now: what is wrong with it need not wait for the training
     loaded = load_digits()
     images, labels = torch.tensor(loaded.data, dtype=torch.float32) / 16, torch.tensor(loaded.target)
     data = {(n, seed): digits(images, labels, n, seed) for n in SIZES for seed in range(seeds)}
@@ -297,8 +303,8 @@ def run(seeds: int = 10, out: Path = Path("demo_results")) -> dict[tuple[str, in
             best = chosen(runs)
             decay = from_lambda(best, n)
             print(f"\nn = {n}: the validation images choose lambda = {best:g}, weight_decay = lambda / n = {decay:g}.")
-            with_it, without = ("{:.3f} +- {:.3f}".format(*mean_and_error(runs[lam], "test")) for lam in (best, 0.0))
-            print(f"Test accuracy {with_it}; without regularization {without}.")
+            (with_it, error), (without, other) = (mean_and_error(runs[lam], "test") for lam in (best, 0.0))
+            print(f"Test accuracy {with_it:.3f} +- {spread(error)}; without regularization {without:.3f} +- {spread(other)}.")
         print("\nThe penalty in the loss against weight_decay, SGD, 200 steps in float64:")
         print(f"  largest difference of a weight {explicit_penalty(data[few, 0], 1.0):.1g}")
 
@@ -335,7 +341,6 @@ def run(seeds: int = 10, out: Path = Path("demo_results")) -> dict[tuple[str, in
     print("\nSpeed here: milliseconds of an AdamW step over 300 tensors of 64 to 4096 elements, median of 30")
     for name, taken in times().items():
         print(f"  {name:<18}{taken:>8.2f}")
-    out.mkdir(parents=True, exist_ok=True)
     plot(results, rates, out / "weight_decay.png")
     print(f"\ncurves: {out / 'weight_decay.png'}")
     return results
@@ -354,6 +359,10 @@ def main() -> None:
         import tqdm  # noqa: F401
     except ImportError as error:
         parser.exit(1, f"The demo needs {error.name}. In a checkout: pip install '.[demo]'\n")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out} is no folder, and none can be made there: {error.strerror}")
     run(seeds=options.seeds, out=options.out)
 
 

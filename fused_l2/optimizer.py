@@ -249,6 +249,9 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         their dtype cannot hold. It is the inverse of :meth:`master_params`, and takes a float32 model's weights after that
         was cast.
 
+        Args:
+            weights: a tensor for each parameter, of its shape and any floating-point dtype.
+
         Raises:
             ValueError: if there are more or fewer, or one has another shape than its parameter; nothing has changed then.
             TypeError: if it is no sequence of tensors.
@@ -279,7 +282,11 @@ class FusedOptimizer(OptionAttributes, Optimizer):
     # torch's contracts.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as ``torch.optim.Optimizer.add_param_group`` does, after checking its hyperparameters."""
+        """Add a param group, as ``torch.optim.Optimizer.add_param_group`` does, after checking its hyperparameters.
+
+        Args:
+            param_group: a dict with ``"params"`` and any hyperparameters; the others are the optimizer's defaults.
+        """
         index = len(self.param_groups)
         self._stepper.arrange(self.param_groups)
         initial_lrs = self._stepper.initial_lrs
@@ -332,6 +339,9 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         keeps beside them stays as it is (torch casts every state to its parameter's dtype). With ``state_dtype`` moments and
         momentum have that dtype at once; with ``"8bit"`` float32 ones are rounded to nearest. Tensors are
         copied, so that two optimizers loaded from one dict do not step one state.
+
+        Args:
+            state_dict: what ``state_dict()`` of such an optimizer returned.
 
         Raises:
             ValueError, TypeError: if param groups or states are not those of this optimizer's parameters, are damaged, or were

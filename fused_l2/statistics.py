@@ -73,6 +73,11 @@ class Statistics:
         named = [f.name for f in fields(self) if not f.name.startswith("_")]
         return dict(zip(named, torch.stack([getattr(self, name) for name in named]).tolist(), strict=True))
 
+    def __str__(self) -> str:
+        """For ``print``: a line for each figure. Waits for the device."""
+        width = max(map(len, self.as_dict()))
+        return "\n".join(f"{name:{width}}  {value:.6g}" for name, value in self.as_dict().items())
+
     def _repr_html_(self) -> str:
         """In a notebook: the figures as a table. Waits for the device."""
         return _html.table(("figure", "value"), [(name, f"{value:.6g}") for name, value in self.as_dict().items()])

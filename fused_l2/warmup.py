@@ -33,6 +33,7 @@ def warmup(optimizer: FusedOptimizer, *architectures: int | str) -> list[Warmed]
     Nothing is changed and no state is made. Gradients are taken to have their parameter's dtype where there are none yet.
 
     Args:
+        optimizer: one of fused_l2, with the parameters, param groups and options of the training.
         architectures: of NVIDIA GPUs by number (80 for A100, 90 for H100 and H200, 100 for B200, 120 for RTX 50), of AMD
             ones by name ("gfx942"). No such GPU has to be there. By default the GPUs of this machine, for which kernels are
             loaded, too.

@@ -60,6 +60,14 @@ def test_an_option_that_is_wrong_says_what_there_is(bench, capsys):
     assert "gpt2-small" in capsys.readouterr().err
 
 
+def test_without_the_library_there_is_nothing_to_measure(bench, monkeypatch):
+    monkeypatch.setattr(bench("cli").cpu, "library", lambda: None)
+    monkeypatch.setattr(bench("cli").cpu, "why_unavailable", lambda: "The library is missing.")
+    with pytest.raises(SystemExit, match=r"nothing to measure, our steps are plain PyTorch. The library is missing\."):
+        bench("cli").main(["step", "--case", "one-64k"])
+
+
+@needs_library
 def test_ctrl_c_keeps_what_was_measured(bench, tmp_path, monkeypatch, capsys):
     memory = bench("memory")
     measure = memory.measure
@@ -76,6 +84,7 @@ def test_ctrl_c_keeps_what_was_measured(bench, tmp_path, monkeypatch, capsys):
     assert "what was measured is kept" in capsys.readouterr().err
 
 
+@needs_library
 def test_a_case_that_fails_leaves_the_others_and_the_exit_code(bench, monkeypatch, capsys):
     memory = bench("memory")
     measure = memory.measure

@@ -90,3 +90,21 @@ def test_a_missing_extra_is_named_with_the_command(monkeypatch, capsys):
         demo.main()
     assert exit.value.code == 1
     assert "pip install '.[demo]'" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_the_training(monkeypatch, tmp_path, capsys):
+    for package in ("sklearn", "matplotlib", "tqdm"):
+        pytest.importorskip(package)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(demo, "train", None)
+    monkeypatch.setattr("sys.argv", ["demo", "--out", str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as exit:
+        demo.main()
+    assert exit.value.code == 2
+    assert f"--out {tmp_path / 'file'} is no folder" in capsys.readouterr().err
+
+
+def test_one_seed_has_no_error():
+    run = demo.Run(0.5, 0.6, 0.7, 1.0, 2.0, [])
+    printed = demo.table("one seed", {0.0: [run]}, 100).split()
+    assert printed[printed.index("0.700") + 1] == "-"

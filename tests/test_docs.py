@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -27,12 +29,30 @@ def test_snippets_run(page, monkeypatch, tmp_path):
         assert not output or printed.getvalue().strip() == output.strip(), snippet
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
 def test_code_fits_its_column(page):
-    """85 columns: wider code scrolls in the site and on GitHub."""
-    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+    """85 columns: wider code scrolls in the site and on GitHub. Of ```text, which a program prints, this is not asked."""
+    for language, snippet in re.findall(r"^```(\S*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         for line in snippet.splitlines():
-            assert len(line) <= 85, line
+            assert len(line) <= 85 or language == "text", line
+
+
+def sentences(page: Path) -> Iterator[str]:
+    """Those of the prose: no code, no tables, no headings, no addresses."""
+    text = re.sub(r"^```.*?^```$|\$\$.*?\$\$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^(\[\w+\]: .*|\|.*|#.*|<!--.*)$", "\n", text, flags=re.MULTILINE)
+    text = re.sub(r"^ *([*-]|\d+\.) ", "\n\n", text, flags=re.MULTILINE)
+    text = re.sub(r"`[^`]*`|\$[^$]*\$", "x", re.sub(r"\]\([^)]*\)", "]", text))
+    for paragraph in re.split(r"\n\s*\n", text):
+        yield from (s for s in re.split(r"(?<=[.!?])[\"*)]*\s+", " ".join(paragraph.split())) if re.search(r"\w", s))
+
+
+def test_sentences_are_short():
+    """At most one of fifty has more than 35 words."""
+    found = [sentence for page in PAGES for sentence in sentences(page)]
+    long = [sentence for sentence in found if len(re.findall(r"\S*\w\S*", sentence)) > 35]
+    assert len(found) > 800
+    assert len(long) <= len(found) / 50, long
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
@@ -47,12 +67,54 @@ def test_tables_are_tables(page):
         assert len(set(cells)) == 1, lines[cells.index(max(cells))]
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_what_follows_a_table_is_not_a_row_of_it(page):
+    """Markdown takes every line after a table for a row, up to an empty one or a comment."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    assert not (swallowed := re.search(r"^\|.*\n(?!\||<!--|#|$)(.+)", text, re.MULTILINE)), swallowed[1]
+
+
 @pytest.mark.parametrize(
     "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"], ids=lambda p: p.name
 )
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_menu_names_pages_as_their_headings_do():
+    """How-to pages say first what to do, in the menu of the site and on the page."""
+    entries = re.findall(r"^(.+) <(\S+\.md)>$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)
+    assert {page for _, page in entries} == {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    for label, page in entries:
+        heading = (ROOT / "docs" / page).read_text().splitlines()[0].removeprefix("# ")
+        assert label.split()[0] == heading.split()[0], (label, heading)
+
+
+def test_the_tree_in_contributing_is_the_tree():
+    """A line for each file of the package, of kernels/, csrc/ and bench/, and for each file of tests/ that is no test."""
+    tree = re.search(r"## Where things are.*?```\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[1]
+    listed, folder = [], ROOT
+    for line in tree.splitlines():
+        name = re.match(r" *(\S+)", line)[1]
+        if not line.startswith(" "):
+            folder = ROOT / name
+        listed.append(folder / name if line.startswith(" ") else folder)
+    assert len(set(listed)) == len(listed)
+    assert [path for path in listed if not path.exists()] == []
+    for line in tree.splitlines():
+        assert len(line.split(maxsplit=1)) == 2 or line.endswith("__init__.py"), line
+    wanted = {
+        file
+        for top in ("fused_l2", "kernels", "csrc", "bench")
+        for file in (ROOT / top).rglob("*")
+        if file.suffix in (".py", ".h", ".cpp", ".typed")
+    }
+    wanted |= {file for file in (ROOT / "tests").iterdir() if file.is_file() and not file.name.startswith("test_")}
+    linked = ROOT / "fused_l2" / "kernels"  # to kernels/
+    assert {file for file in wanted if linked not in file.parents} == {
+        path for path in listed if path.is_file() and path.parent not in (ROOT, ROOT / ".ci")
+    }
 
 
 UNIT = r"us|ns|ms|microseconds|milliseconds|GB/s|[KMG]B|%|times as (?:long|fast)|ulp"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -172,3 +173,10 @@ def test_every_module_has_its_floor():
         )
         if parts[-1] != "__init__" and parts[-1] not in apart:
             assert ".".join(parts) in standing, f"{file} has no line in FLOORS"
+
+
+def test_the_pythons_that_are_named_are_those_that_a_wheel_is_tried_in() -> None:
+    named = re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    tried = re.search(r"foreach minor,([\d ]+),", (ROOT / "Makefile").read_text())
+    assert tried is not None
+    assert named == tried[1].split()

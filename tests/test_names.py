@@ -32,5 +32,9 @@ def test_a_name_of_nobody_is_an_ordinary_attribute_error():
 
 
 def test_dir_shows_what_is_public():
-    assert dir(fused_l2) == sorted(fused_l2.__all__)
-    assert all(hasattr(fused_l2, name) for name in fused_l2.__all__)
+    assert dir(fused_l2) == sorted([*fused_l2.__all__, "doctor"])  # which is imported when it is asked for
+    for module in (fused_l2, fused_l2.weight_decay, fused_l2.doctor):
+        assert set(module.__all__) <= set(dir(module))
+        assert all(hasattr(module, name) for name in dir(module))
+    for module in (fused_l2.weight_decay, fused_l2.doctor):
+        assert dir(module) == sorted(module.__all__)

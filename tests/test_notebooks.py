@@ -27,6 +27,7 @@ def test_statistics_are_a_table_of_their_figures() -> None:
     header, *rows = cells(figures._repr_html_())
     assert header == ["figure", "value"]
     assert rows == [[name, f"{value:.6g}"] for name, value in figures.as_dict().items()]
+    assert [line.split() for line in str(figures).splitlines()] == rows  # what print shows
     assert repr(figures).startswith("Statistics(grad_norm=")
 
 

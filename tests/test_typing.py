@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
 import typing
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
 
 import fused_l2
+import fused_l2.doctor
 from fused_l2 import options
+from fused_l2.optimizer import FusedOptimizer
 from fused_l2.tables.coefficients import DecayRule
 from fused_l2.tables.modes import EIGHT_BIT, Mode
 
@@ -53,8 +59,6 @@ def test_the_strings_are_those_of_the_modes_and_rules() -> None:
 
 
 def test_the_signature_shows_the_strings() -> None:
-    import inspect
-
     annotation = inspect.signature(fused_l2.AdamW).parameters["low_precision"].annotation
     assert "remainder8" in typing.get_args(annotation)
 
@@ -73,3 +77,27 @@ def test_mypy_takes_what_is_right_and_finds_each_typo(tmp_path) -> None:
     expected = [i for i in range(first, len(lines) + 1) if not lines[i - 1].startswith("optimizer = ")]
     assert "good.py" not in done.stdout, done.stdout
     assert sorted(set(found)) == expected, done.stdout
+
+
+def public_callables() -> dict[str, Callable[..., Any]]:
+    """What the reference shows and users call."""
+    found: dict[str, Callable[..., Any]] = {}
+    for module in (fused_l2, fused_l2.weight_decay, fused_l2.doctor):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            ours = getattr(thing, "__module__", "").startswith("fused_l2")
+            if ours and (inspect.isfunction(thing) or (inspect.isclass(thing) and issubclass(thing, torch.optim.Optimizer))):
+                found[f"{module.__name__}.{name}"] = thing
+    for cls in (FusedOptimizer, fused_l2.Statistics, fused_l2.doctor.Report):
+        found |= {f"{cls.__name__}.{n}": f for n, f in vars(cls).items() if inspect.isfunction(f) and not n.startswith("_")}
+    return found
+
+
+@pytest.mark.parametrize("name", public_callables())
+def test_each_argument_has_an_entry_of_its_own(name: str) -> None:
+    function = public_callables()[name]
+    arguments = [a for a in inspect.signature(function).parameters if a != "self"]
+    described = re.search(r"^Args:\n((?:    .*\n|\n)*)", f"{inspect.getdoc(function)}\n", re.MULTILINE)
+    entries = re.findall(r"^    (\w[^:\n]*):", described[1], re.MULTILINE) if described else []
+    assert entries == [a for a in entries if a in arguments]  # in their own words, and one by one
+    assert sorted(entries) == sorted(arguments)

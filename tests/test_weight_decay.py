@@ -155,6 +155,26 @@ def test_param_groups_table():
     assert lines[-2] == "decayed: 488 parameters in 4 tensors"
 
 
+def test_param_groups_of_parts_of_a_model_add_up():
+    model = nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 2)})
+    parts = [param_groups(model[name], 0.1, prefix=name + dot, lr=lr) for name, dot, lr in (("body", ".", 1), ("head", "", 2))]
+    together = parts[0] + parts[1]
+    assert [rule.name for rule in together.rules] == [name for name, _ in model.named_parameters()]
+    assert "head.weight" in str(together)
+    assert "decayed: 15 parameters in 2 tensors\nnot decayed: 5 parameters in 2 tensors" in str(together)
+    assert [(group["lr"], group["param_names"]) for group in together] == [
+        *((1, ["body.weight"]), (1, ["body.bias"]), (2, ["head.weight"]), (2, ["head.bias"]))
+    ]
+    assert len(fused_l2.SGD(together).param_groups) == 4
+    assert type(together + [{"params": []}]) is list  # of which there are no rules
+    parts[0] += parts[1]
+    assert str(parts[0]) == str(together)
+
+
+def test_attention_has_linear_layers():
+    assert "out_proj.weight  (4, 4)   yes      weight of Linear\n" in str(param_groups(nn.MultiheadAttention(4, 2), 0.1))
+
+
 def test_user_rules_win_and_names_win_over_types():
     model = Transformer()
     groups = param_groups(model, 0.1, no_decay=["position", nn.Conv1d], decay=["*.bias", nn.Embedding])

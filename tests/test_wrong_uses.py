@@ -18,6 +18,12 @@ def optimizer(**arguments: Any) -> fused_l2.AdamW:
     return fused_l2.AdamW(MODEL.parameters(), **arguments)
 
 
+def step_a_complex_parameter() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    parameter.grad = torch.ones_like(parameter)
+    fused_l2.SGD([parameter]).step()
+
+
 def used_up() -> Any:
     parameters = MODEL.parameters()
     list(parameters)
@@ -68,6 +74,23 @@ def test_all_that_torch_takes_is_taken() -> None:
         (lambda: optimizer(learning_rate=0.1), TypeError, "'learning_rate': did you mean 'lr'"),
         (lambda: optimizer(wieght_decay=0.1), TypeError, "'wieght_decay': did you mean 'weight_decay'"),
         (lambda: optimizer(momentum=0.9), TypeError, "unexpected keyword argument 'momentum'$"),
+        (lambda: optimizer(weight_decay="0.1"), TypeError, "weight_decay value must be a number, got '0.1' of type str"),
+        (
+            lambda: fused_l2.SGD([{"params": [MODEL.weight], "weight_decay": "0.1"}]).step(),
+            TypeError,
+            "weight_decay value of param group 0 must be a number, got '0.1' of type str",
+        ),
+        (
+            lambda: fused_l2.SGD([{"params": [MODEL.weight], "lr": torch.ones(2)}]),
+            ValueError,
+            r"Tensor learning rate of param group 0 must be 1-element, got shape \(2,\)",
+        ),
+        (
+            lambda: fused_l2.Adam([{"params": [MODEL.weight], "betas": 0.9}]),
+            TypeError,
+            "betas of param group 0 must be a pair of numbers, got 0.9",
+        ),
+        (step_a_complex_parameter, RuntimeError, "complex64.* or step it with torch.optim"),
         (lambda: optimizer(max_grad_norm=torch.ones(2)), TypeError, "max_grad_norm must be a number"),
         (lambda: optimizer().step(torch.tensor(1.0)), TypeError, "step takes a closure that returns the loss, .*got Tensor"),
         (lambda: optimizer().load_master_params(None), TypeError, "load_master_params needs a list of tensors, got NoneType"),
@@ -75,6 +98,9 @@ def test_all_that_torch_takes_is_taken() -> None:
         (lambda: fused_l2.master_state_dict(None, optimizer()), TypeError, "expected a torch.nn.Module, got NoneType"),
         (lambda: weight_decay.param_groups(MODEL.parameters(), 0.1), TypeError, "needs a torch.nn.Module, got generator"),
         (lambda: weight_decay.param_groups(MODEL, "0.1"), TypeError, "weight_decay must be a number, got '0.1'"),
+        (lambda: weight_decay.param_groups(MODEL, 0.1, exclude=["bias"]), TypeError, "pass no_decay=, not exclude="),
+        (lambda: weight_decay.param_groups(MODEL, 0.1, skip_list=["bias"]), TypeError, "pass no_decay=, not skip_list="),
+        (lambda: weight_decay.param_groups(MODEL, 0.1, prefix=MODEL), TypeError, "prefix must be the name of a part"),
         (lambda: weight_decay.param_groups(MODEL, -0.1), ValueError, "weight_decay must be a finite number >= 0, got -0.1"),
         (
             lambda: weight_decay.param_groups(MODEL, 0.1, no_decay=[MODEL.bias]),
@@ -86,7 +112,7 @@ def test_all_that_torch_takes_is_taken() -> None:
         (lambda: weight_decay.penalty(MODEL), TypeError, "penalty needs an optimizer, or param groups .*got Linear"),
         (lambda: weight_decay.normalized_weights(MODEL, MODEL), TypeError, "needs a model and its optimizer, got Linear"),
     ],
-    ids=range(16),
+    ids=range(24),
 )
 def test_what_is_passed_elsewhere(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

@@ -87,3 +87,7 @@ def report_on(subject: Subject, title: str, read_weights: bool) -> Report:
 def _title(optimizer: Any) -> str:
     kind = type(optimizer)
     return f"{kind.__module__.split('.')[0]}.{kind.__qualname__}"
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

@@ -31,11 +31,19 @@ class Report:
         self.title = title
 
     def codes(self, severity: str | None = None) -> set[str]:
-        """The codes that were found, or those of a severity."""
+        """The codes that were found.
+
+        Args:
+            severity: only those that are ``"wrong"``, ``"doubtful"`` or a ``"note"``.
+        """
         return {f.code for f in self.findings if severity in (None, f.severity)}
 
     def of(self, code: str) -> list[Finding]:
-        """The findings with this code."""
+        """The findings of one kind.
+
+        Args:
+            code: as ``"lambda-not-divided"``; docs/doctor.md has them all.
+        """
         return [f for f in self.findings if f.code == code]
 
     @property
@@ -51,7 +59,11 @@ class Report:
         }  # fmt: skip
 
     def table(self, rows: int | None = None) -> str:
-        """The table alone; ``rows``: at most so many tensors."""
+        """The table alone.
+
+        Args:
+            rows: at most so many tensors. None: all.
+        """
         shown = self.layers if rows is None else self.layers[:rows]
         header, *body = self._cells(shown)
         widths = [max(len(row[i]) for row in (header, *body)) for i in range(len(header))]

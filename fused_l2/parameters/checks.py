@@ -61,7 +61,7 @@ def check_param(param: Any, name: Name) -> None:
     if param.dtype not in DTYPES:
         known = ", ".join(dtype_name(d) for d in DTYPES)
         raise RuntimeError(
-            f"{name()}: fused_l2 steps parameters of dtype {known}. Convert this one, or give it to an optimizer of its own."
+            f"{name()}: fused_l2 steps parameters of dtype {known}. Convert this one, or step it with torch.optim."
         )
     if is_expanded(param):
         raise RuntimeError(

@@ -84,9 +84,9 @@ def number(value: Any, argument: str, where: str = "") -> float:
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:
-            raise ValueError(f"Tensor {argument} must be 1-element{where}, got shape {tuple(value.shape)}")
+            raise ValueError(f"Tensor {argument}{where} must be 1-element, got shape {tuple(value.shape)}")
     elif isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{argument} must be a number{where}, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{argument}{where} must be a number, got {value!r} of type {type(value).__name__}")
     result = float(value)
     if not math.isfinite(result):
         raise ValueError(f"Invalid {argument}{where}: {value}; expected a finite number")

@@ -209,7 +209,7 @@ class _Adam(UpdateRule):
         where = _where(group)
         betas = values.betas
         if isinstance(betas, (str, bytes)) or not hasattr(betas, "__len__") or len(betas) != 2:
-            raise TypeError(f"betas must be a pair of numbers{where}, got {betas!r}")
+            raise TypeError(f"betas{where} must be a pair of numbers, got {betas!r}")
         beta1, beta2 = (number(beta, f"beta parameter at index {i}", where) for i, beta in enumerate(betas))
         for i, beta in enumerate((beta1, beta2)):
             if not 0.0 <= beta < 1.0:

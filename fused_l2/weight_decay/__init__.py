@@ -24,3 +24,7 @@ __all__ = [
     "to_lambda",
     "to_normalized",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

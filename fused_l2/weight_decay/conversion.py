@@ -23,6 +23,11 @@ def from_lambda(lam: float, n: int, reduction: Reduction = "mean") -> float:
     ``n`` is the size of the training set, not of a mini-batch: a mini-batch of m averages the data term over m, the penalty
     stays over n. With ``"sum"`` the data term of a mini-batch of m is the sum over it times n / m.
 
+    Args:
+        lam: lambda of that loss, 0 or more.
+        n: number of training examples; for a loss that is a mean over tokens, of tokens.
+        reduction: ``"mean"`` or ``"sum"``: how the loss puts its data terms together.
+
     Example::
 
         >>> fused_l2.weight_decay.from_lambda(5.0, n=50_000)
@@ -46,6 +51,11 @@ def from_lambda(lam: float, n: int, reduction: Reduction = "mean") -> float:
 def to_lambda(weight_decay: float, n: int, reduction: Reduction = "mean") -> float:
     """The lambda that a ``weight_decay`` stands for, the inverse of :func:`from_lambda`.
 
+    Args:
+        weight_decay: of an optimizer, 0 or more.
+        n: number of training examples.
+        reduction: ``"mean"`` or ``"sum"``: how the loss puts its data terms together.
+
     Example::
 
         >>> fused_l2.weight_decay.to_lambda(0.0001, n=50_000)
@@ -65,6 +75,12 @@ def from_normalized(weight_decay_norm: float, batch_size: float, n: float, epoch
     that a normalized one carries over between budgets. Their decay is not multiplied by lr: it is the ``weight_decay`` of
     ``decay_rule="fully_decoupled"``. With the plain rule divide it by the largest lr of the schedule.
 
+    Args:
+        weight_decay_norm: the normalized decay, 0 or more.
+        batch_size: examples in a mini-batch, of all processes together.
+        n: number of training examples.
+        epochs: how often the training goes through them.
+
     Example::
 
         >>> fused_l2.weight_decay.from_normalized(0.05, batch_size=128, n=51_200, epochs=100)
@@ -78,6 +94,12 @@ def from_normalized(weight_decay_norm: float, batch_size: float, n: float, epoch
 
 def to_normalized(weight_decay: float, batch_size: float, n: float, epochs: float) -> float:
     """The normalized decay that a decay per step stands for, the inverse of :func:`from_normalized`.
+
+    Args:
+        weight_decay: of ``decay_rule="fully_decoupled"``, 0 or more; of the plain rule times the largest lr.
+        batch_size: examples in a mini-batch, of all processes together.
+        n: number of training examples.
+        epochs: how often the training goes through them.
 
     Example::
 
@@ -98,6 +120,12 @@ def timescale(lr: float, weight_decay: float, batch_size: float | None = None, n
     same number of *epochs*, whatever the sizes of model and data set. With ``batch_size`` and ``n``, the number of training
     examples, that is what is returned.
 
+    Args:
+        lr: learning rate of AdamW; of a schedule usually its largest.
+        weight_decay: of AdamW.
+        batch_size: examples in a mini-batch, of all processes together; with ``n``, or not at all.
+        n: number of training examples; with ``batch_size``, or not at all.
+
     Example::
 
         >>> fused_l2.weight_decay.timescale(0.001, 0.1)
@@ -114,6 +142,12 @@ def timescale(lr: float, weight_decay: float, batch_size: float | None = None, n
 def from_timescale(timescale: float, lr: float, batch_size: float | None = None, n: float | None = None) -> float:
     """The ``weight_decay`` of AdamW for a timescale in steps or, with ``batch_size`` and ``n``, in epochs: the inverse of
     :func:`timescale`.
+
+    Args:
+        timescale: over how many steps, or epochs, the weights are an average.
+        lr: learning rate of AdamW; of a schedule usually its largest.
+        batch_size: examples in a mini-batch, of all processes together; with ``n``, or not at all.
+        n: number of training examples; with ``batch_size``, or not at all.
 
     Example::
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from .. import _html
@@ -20,6 +21,7 @@ NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 LAYERS = (nn.Linear, nn.Bilinear, _ConvNd)
 Rules = str | type[nn.Module] | nn.Module
+_T = TypeVar("_T")
 
 # Keys that optimizers and schedulers of torch know, besides what users make up.
 _KEYS = (
@@ -27,7 +29,11 @@ _KEYS = (
     *("differentiable", "decoupled_weight_decay", "alpha", "rho", "initial_lr", "max_lr", "min_lr", "base_momentum"),
     *("max_momentum", "swa_lr"),
 )
-
+# What other libraries call what no_decay says, and words for it that come to mind.
+_OTHER_WORDS = (
+    *("exclude", "excluded", "exclude_from_weight_decay", "ignore", "skip", "skip_list", "no_weight_decay"),
+    *("no_weight_decay_list", "no_wd", "not_decayed", "undecayed"),
+)
 
 _HEADER = ("parameter", "shape", "decayed", "why")
 
@@ -44,11 +50,26 @@ class ParamRule:
 
 class ParamGroups(list[dict[str, Any]]):
     """Param groups for an optimizer: the decayed parameters, then the others. ``print``, and a notebook, show ``rules``
-    as a table."""
+    as a table. Those of two parts of a model added up, ``a + b``, have the rules of both."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], rules: list[ParamRule]) -> None:
         super().__init__(groups)
         self.rules = rules
+
+    @overload  # type: ignore[override]
+    def __add__(self, other: ParamGroups) -> ParamGroups: ...
+    @overload
+    def __add__(self, other: list[dict[str, Any]]) -> list[dict[str, Any]]: ...
+    @overload
+    def __add__(self, other: list[_T]) -> list[dict[str, Any] | _T]: ...
+    def __add__(self, other: list[Any]) -> list[Any]:
+        added = super().__add__(other)
+        return ParamGroups(added, self.rules + other.rules) if isinstance(other, ParamGroups) else added
+
+    def __iadd__(self, other: Iterable[dict[str, Any]]) -> ParamGroups:  # type: ignore[override, misc]
+        if isinstance(other, ParamGroups):
+            self.rules = self.rules + other.rules
+        return super().__iadd__(other)
 
     def __str__(self) -> str:
         rows = [_HEADER, *self._rows()]
@@ -92,11 +113,12 @@ def param_groups(
     Args:
         model: any module.
         weight_decay: for the decayed group; see :func:`from_lambda`.
-        decay, no_decay: rules that win over the above. A string is matched against a parameter's full name, with ``*`` and
-            ``?`` as wildcards. A module type covers the parameters that such modules own. A module of this model covers its
-            own and those of all within it. A name wins over a module, and a module over a type.
+        decay: what to decay all the same: rules that win over the above. A string is matched against a parameter's full name,
+            with ``*`` and ``?`` as wildcards. A module type covers the parameters that such modules own. A module of this
+            model covers its own and those of all within it. A name wins over a module, and a module over a type.
+        no_decay: what to leave out besides: rules as for ``decay``.
         prefix: what stands before all names, as in ``named_parameters``: where ``model`` is a part of another one, its name
-            there, so that names are those of the whole.
+            there (``"encoder"``, or ``"encoder."``), so that names are those of the whole.
         options: more keys for both groups, such as ``lr``.
 
     Returns:
@@ -119,26 +141,30 @@ def param_groups(
 
     Raises:
         TypeError: if ``model`` is no module, ``weight_decay`` no number, a rule neither a string nor a module nor a type of
-            modules, or a keyword is nearly one that is known.
+            modules, ``prefix`` no string, or a keyword is nearly one that is known, or another word for ``no_decay``.
         ValueError: if ``weight_decay`` is negative or not finite, a rule matches nothing, or one parameter is named by both
             ``decay`` and ``no_decay``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs a torch.nn.Module, got {type(model).__name__}")
     for keyword in options:
+        if keyword.lower() in _OTHER_WORDS:
+            raise TypeError(f"param_groups: for parameters without decay pass no_decay=, not {keyword}=")
         if keyword in NAMES and keyword not in _KEYS:
             raise TypeError(f"param_groups: {keyword} is an option of the whole optimizer. Pass it there")
         if keyword not in _KEYS and (hint := did_you_mean(keyword, (*_ARGUMENTS, *_KEYS))):
             raise TypeError(f"param_groups() got an unexpected keyword argument {keyword!r}{hint}")
     if not isinstance(weight_decay, Tensor):
         checked(weight_decay, "weight_decay")
+    if not isinstance(prefix, str):
+        raise TypeError(f"param_groups: prefix must be the name of a part of a model, such as 'encoder', got {prefix!r}")
     chosen = _UserRules(decay=_one_or_many(decay, "decay"), no_decay=_one_or_many(no_decay, "no_decay"))
 
     uses: dict[nn.Parameter, list[_Use]] = {}
     for path, module in model.named_modules():
         at, owners = _owners(model, path, module)
         for own_name, param in module.named_parameters(recurse=False):
-            name = ".".join(filter(None, (prefix, path, own_name)))
+            name = ".".join(filter(None, (prefix.rstrip("."), path, own_name)))
             tensor = at or own_name  # what a parametrization computes from it
             uses.setdefault(param, []).append(_Use(name, tensor, module, owners))
 
@@ -187,6 +213,8 @@ def _owners(model: nn.Module, path: str, module: nn.Module) -> tuple[str, tuple[
 
 def _kind(module: nn.Module) -> str:
     kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
+    if kind is NonDynamicallyQuantizableLinear:  # of MultiheadAttention, a Linear to everybody else
+        kind = nn.Linear
     return kind.__name__
 
 

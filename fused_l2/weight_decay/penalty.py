@@ -34,6 +34,9 @@ def penalty(
 
     Args:
         groups: an optimizer, or param groups as passed to one (each with its ``weight_decay``).
+        lam: lambda of the loss; with ``n``, or not at all.
+        n: number of training examples; with ``lam``, or not at all.
+        reduction: ``"mean"`` or ``"sum"``: how the loss puts its data terms together. Only with ``lam`` and ``n``.
 
     Returns:
         The penalty as a float (on other devices than the CPU this waits for the device).

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-accelerate = pytest.importorskip("accelerate", reason="pip install 'fused_l2[accelerate]'")
+accelerate = pytest.importorskip("accelerate", reason="pip install '.[accelerate]'")
 from comparing import assert_same_bits
 from integrations.training import OPTIONS, batches, check, each, groups_of, make_model
 from torch import Tensor, nn

@@ -14,7 +14,7 @@ import fused_l2.doctor
 
 
 def hugging_face(kind: str) -> Any:
-    transformers = pytest.importorskip("transformers", reason="pip install 'fused_l2[transformers]'")
+    transformers = pytest.importorskip("transformers", reason="pip install '.[transformers]'")
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     if kind == "BERT":
         return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=32, **small))
@@ -148,7 +148,7 @@ def test_unets_of_diffusers(kind: str) -> None:
 
 
 def test_a_callback_of_lightning(tmp_path: Path) -> None:
-    lightning = pytest.importorskip("lightning", reason="pip install 'fused_l2[lightning]'")
+    lightning = pytest.importorskip("lightning", reason="pip install '.[lightning]'")
     reports = []
 
     class Doctor(lightning.Callback):  # type: ignore[misc, name-defined]
@@ -179,7 +179,7 @@ def test_a_callback_of_lightning(tmp_path: Path) -> None:
 
 
 def test_accelerates_wrapper() -> None:
-    accelerate = pytest.importorskip("accelerate", reason="pip install 'fused_l2[accelerate]'")
+    accelerate = pytest.importorskip("accelerate", reason="pip install '.[accelerate]'")
     model = nn.Linear(4, 2, bias=False)
     optimizer = torch.optim.AdamW(model.parameters())
     model, optimizer = accelerate.Accelerator(cpu=True).prepare(model, optimizer)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-lightning = pytest.importorskip("lightning", reason="pip install 'fused_l2[lightning]'")
+lightning = pytest.importorskip("lightning", reason="pip install '.[lightning]'")
 from comparing import assert_same_bits
 from integrations.training import OPTIONS, batches, check, each, groups_of, make_model
 from torch import Tensor, nn

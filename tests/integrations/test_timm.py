@@ -53,7 +53,7 @@ def import_timm() -> tuple[Any, Any]:
     """timm.optim and timm.scheduler. They import timm's models, and those torchvision, of which PyPI has no build that a torch
     without CUDA can load. Where it cannot be loaded, a stand-in takes its place: no model of timm's is used here."""
     if importlib.util.find_spec("timm") is None:
-        pytest.skip("pip install 'fused_l2[timm]'", allow_module_level=True)
+        pytest.skip("pip install '.[timm]'", allow_module_level=True)
     finder = _Finder()
     try:
         import torchvision  # noqa: F401

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="pip install 'fused_l2[transformers]'")
-pytest.importorskip("accelerate", reason="pip install 'fused_l2[transformers]'")
+transformers = pytest.importorskip("transformers", reason="pip install '.[transformers]'")
+pytest.importorskip("accelerate", reason="pip install '.[transformers]'")
 from comparing import assert_same_bits
 from integrations.training import OPTIONS, check, each
 from torch import Tensor
