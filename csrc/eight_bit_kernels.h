@@ -1,6 +1,6 @@
 // 8-bit states: codes and a scale for each group of kGroup elements, and the float32 values that a step works on.
-// fused_l2/reference.py is the definition. Loops over one group, branch-free, which compilers make vectors of.
-// No include guard: compiled once per instruction set by foreach_capability.h.
+// fused_l2/reference.py is the definition. Each formula stands here once, for a value at a time (F is float, I is
+// uint32_t) and for vectors. No include guard: compiled once per instruction set by foreach_capability.h.
 
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
@@ -9,17 +9,17 @@ namespace FUSED_L2_NAMESPACE {
 struct SignedCodes {
   static FUSED_L2_INLINE uint32_t base(uint32_t scale) { return 8 * scale - 121; }
 
-  static FUSED_L2_INLINE float decoded(uint32_t code, uint32_t base) {
-    const uint32_t c = code & 127u, u = (c + base) << 20;
-    return float_of((c == 0 ? 0 : u) | (code & 128) << 24);
+  template <class I> static FUSED_L2_INLINE auto decoded(I code, I base) {
+    const I c = code & 127u, zero = 0u;
+    return float_of(select(is_equal(c, zero), zero, (c + base) << 20) | (code & 128u) << 24);
   }
-  static FUSED_L2_INLINE uint32_t encoded(float x, uint32_t random, uint32_t base, float inverse) {
-    const uint32_t u = bits_of(x), magnitude = u & 0x7fffffff, r = (random & 0xff00) << 4 | 0x800;
-    const auto rounded = static_cast<int32_t>(((magnitude + r) >> 20) - base);
+  template <class F, class I> static FUSED_L2_INLINE I encoded(F x, I random, I base, F inverse) {
+    const I u = bits_of(x), all = u & 0x7fffffffu, r = (random & 0xff00u) << 4 | 0x800u;
+    const I rounded = ((all + r) >> 20) - base;
     // Below code 1: that or 0. The product is a power of two times a number, so the sum is rounded once.
-    const float shifted = float_of(magnitude) * inverse + 1.0f;
-    const auto least = static_cast<int32_t>((bits_of(shifted) - 0x3f800000 + (r << 3)) >> 23);
-    return static_cast<uint32_t>(std::min(std::max(rounded, least), 127)) | (u >> 24 & 128);
+    const F shifted = float_of(all) * inverse + everywhere(x, 1);
+    const I least = (bits_of(shifted) - 0x3f800000u + (r << 3)) >> 23;
+    return lesser(greater(rounded, least), 127u) | (u >> 24 & 128u);
   }
 };
 
@@ -27,16 +27,21 @@ struct SignedCodes {
 struct PositiveCodes {
   static FUSED_L2_INLINE uint32_t base(uint32_t scale) { return 8 * scale - 248; }
 
-  static FUSED_L2_INLINE float decoded(uint32_t code, uint32_t base) {
-    return float_of(code == 0 ? 0 : (code + base) << 20);
+  template <class I> static FUSED_L2_INLINE auto decoded(I code, I base) {
+    const I zero = 0u;
+    return float_of(select(is_equal(code, zero), zero, (code + base) << 20));
   }
-  static FUSED_L2_INLINE uint32_t encoded(float x, uint32_t random, uint32_t base, float) {
-    const uint32_t u = bits_of(x) & 0x7fffffff, r = random >> 16 << 4 | 8;
-    const auto rounded = static_cast<int32_t>(((u + r) >> 20) - base);
-    const auto least = static_cast<int32_t>(u != 0);
-    return static_cast<uint32_t>(std::min(std::max(rounded, least), 255));
+  template <class F, class I> static FUSED_L2_INLINE I encoded(F x, I random, I base, F) {
+    const I u = bits_of(x) & 0x7fffffffu, rounded = ((u + (random >> 16 << 4 | 8u)) >> 20) - base;
+    return lesser(greater(rounded, lesser(u, 1u)), 255u);
   }
 };
+
+// The scale: the exponent of the largest magnitude, one more where its mantissa is above 1.75.
+FUSED_L2_INLINE uint32_t scale_of(uint32_t largest) {
+  return std::min(std::max((largest + 0x1fffff) >> 23, 32u), 255u);
+}
+FUSED_L2_INLINE float inverse_of(uint32_t scale) { return float_of((269u - scale) << 23); }
 
 template <class Codes> FUSED_L2_INLINE void decode_group(const uint8_t* codes, uint8_t scale, float* x) {
   const uint32_t base = Codes::base(scale);
@@ -45,27 +50,41 @@ template <class Codes> FUSED_L2_INLINE void decode_group(const uint8_t* codes, u
   for (int i = 0; i < kGroup; ++i) x[i] = Codes::decoded(wide[i], base);
 }
 
-// The scale: the exponent of the largest magnitude, one more where its mantissa is above 1.75.
-FUSED_L2_INLINE uint8_t scale_of(const float* x) {
+template <class Codes> FUSED_L2_INLINE uint8_t encode_group(const float* x, const uint32_t* random, uint8_t* codes) {
   uint32_t largest = 0;
   for (int i = 0; i < kGroup; ++i) largest = std::max(largest, bits_of(x[i]) & 0x7fffffff);
-  return static_cast<uint8_t>(std::min(std::max((largest + 0x1fffff) >> 23, 32u), 255u));
-}
-
-template <class Codes> FUSED_L2_INLINE uint8_t encode_group(const float* x, const uint32_t* random, uint8_t* codes) {
-  const uint8_t scale = scale_of(x);
-  const uint32_t base = Codes::base(scale);
-  const float inverse = float_of((269u - scale) << 23);
+  const uint32_t scale = scale_of(largest), base = Codes::base(scale);
+  const float inverse = inverse_of(scale);
   alignas(64) uint32_t wide[kGroup];
   for (int i = 0; i < kGroup; ++i) wide[i] = Codes::encoded(x[i], random[i], base, inverse);
   narrow_codes(wide, codes);
-  return scale;
+  return static_cast<uint8_t>(scale);
 }
 
-// f with the codes of a rule's k-th state.
+// The same of a group that is two vectors.
+template <class Codes, class V> FUSED_L2_INLINE void decode_vectors(const uint8_t* codes, uint8_t scale, V& a, V& b) {
+  using I = typename V::Integers;
+  const I base = Codes::base(scale);
+  a = Codes::decoded(I::from(codes), base);
+  b = Codes::decoded(I::from(codes + V::width), base);
+}
+template <class Codes, class V> FUSED_L2_INLINE uint8_t encode_vectors(V a, V b, uint32_t random, uint8_t* codes) {
+  using I = typename V::Integers;
+  const uint32_t scale = scale_of(greater(bits_of(magnitude(a)), bits_of(magnitude(b))).largest());
+  const I base = Codes::base(scale);
+  const V inverse = V::broadcast(inverse_of(scale));
+  Codes::encoded(a, random_lanes<I>(random), base, inverse).store_lowest_bytes(codes);
+  Codes::encoded(b, random_lanes<I>(random + RandomBits::kStride * V::width), base, inverse)
+      .store_lowest_bytes(codes + V::width);
+  return static_cast<uint8_t>(scale);
+}
+
+// The codes of a rule's k-th state; f with them.
+template <int64_t rule, int k>
+using CodesOf = std::conditional_t<rule == rule::adam && k == 1, PositiveCodes, SignedCodes>;
 template <class F> FUSED_L2_INLINE void with_codes(int64_t rule, int k, F&& f) {
-  if (rule == rule::adam && k == 1) return f(PositiveCodes{});
-  f(SignedCodes{});
+  if (rule == rule::adam && k == 1) return f(CodesOf<rule::adam, 1>{});
+  f(CodesOf<rule::sgd, 0>{});
 }
 
 }  // namespace FUSED_L2_NAMESPACE

@@ -74,10 +74,10 @@ template <class F> FUSED_L2_INLINE auto split(F w) {
   const auto u = bits_of(w), all = magnitude_of(u);
   return Halves<decltype(bits_of(w))>{((all + 0x8000u) | (u & 0x80000000u)) >> 16, all};
 }
-FUSED_L2_INLINE Halves<uint32_t> split(float w, uint32_t, int16_t) { return split(w); }
-FUSED_L2_INLINE Halves<uint32_t> split(float w, uint32_t random, int8_t) {
-  const uint32_t u = bits_of(w), most = (magnitude_of(u) + (random & 255)) >> 8;
-  return {(u >> 16 & 0x8000) | (most + 0x80) >> 8, most};
+template <class F, class I> FUSED_L2_INLINE Halves<I> split(F w, I, int16_t) { return split(w); }
+template <class F, class I> FUSED_L2_INLINE Halves<I> split(F w, I random, int8_t) {
+  const I u = bits_of(w), most = (magnitude_of(u) + (random & 255u)) >> 8;
+  return {(u >> 16 & 0x8000u) | (most + 0x80u) >> 8, most};
 }
 template <class I> FUSED_L2_INLINE auto join(I number, I remainder) {
   const I u = number << 16, magnitude = u & 0x7fffffffu;
@@ -125,6 +125,10 @@ template <class V> FUSED_L2_INLINE void join_kept(const BFloat16* p, const int16
   using I = typename V::Integers;
   w = join(I::from(&p->bits), I::from(remainder));
 }
+template <class V> FUSED_L2_INLINE void join_kept(const BFloat16* p, const int8_t* remainder, V& w) {
+  using I = typename V::Integers;
+  w = join(I::from(&p->bits), I::from(remainder) << 8);
+}
 template <class V, class P> FUSED_L2_INLINE void join_kept(const P* p, const float* master, V& w) {
   w = master_or_own(load<V>(master), load<V>(p), V::Integers::from(&p->bits), P{});
 }
@@ -140,9 +144,17 @@ template <class V, class P> FUSED_L2_INLINE void split_kept(V w, P* p, float* ma
   store(p, w);
   store(master, w);
 }
+// The random bits of the elements of a vector.
+template <class I> FUSED_L2_INLINE I random_lanes(uint32_t start) {
+  return mix(I::numbered() * RandomBits::kStride + start);
+}
+template <class V> FUSED_L2_INLINE void split_kept(V w, BFloat16* p, int8_t* remainder, uint32_t random) {
+  const auto halves = split(w, random_lanes<typename V::Integers>(random), int8_t{});
+  halves.number.store_lower_halves(p);
+  halves.remainder.store_lowest_bytes(remainder);
+}
 template <class V> FUSED_L2_INLINE void store_stochastically(V w, void* to, uint32_t random) {
-  using I = typename V::Integers;
-  rounded_stochastically(w, mix(I::numbered() * RandomBits::kStride + random), BFloat16{}).store_lower_halves(to);
+  rounded_stochastically(w, random_lanes<typename V::Integers>(random), BFloat16{}).store_lower_halves(to);
 }
 template <class V> FUSED_L2_INLINE void split_kept(V w, BFloat16* p, Stochastic*, uint32_t random) {
   store_stochastically(w, p, random);

@@ -3,8 +3,9 @@
 //
 // A stretch of a tensor is brought to float32 in buffers that stay in the first caches, stepped there by the float32
 // loop, and brought back. No include guard: compiled once per instruction set by foreach_capability.h.
-#include "eight_bit_kernels.h"
 #include "low_precision_kernels.h"
+
+#include "eight_bit_kernels.h"
 
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
@@ -129,19 +130,37 @@ inline void store_param(const Piece& piece, const Stretch& w, const uint32_t* ra
   if (type == dtype::float16) store_kept(piece, w.buffer, address<Float16>(at) + piece.begin, random);
 }
 
-// Whether a bucket's dtypes, or what it keeps, are none that a kernel has of its own.
-inline bool is_staged(const Bucket& bucket) {
-  const int64_t type = bucket.param_dtype, states = bucket.state_dtype;
-  const bool half = type == dtype::bfloat16 || type == dtype::float16;
-  if (bucket.flags & flag::eight_bit || bucket.grad_dtype != type || (half && !kLoads16Bit)) return true;
-  if (bucket.flags & flag::low_precision) {
-    const bool has_states = bucket.rule != rule::sgd || bucket.flags & flag::momentum;
-    const bool has_kernel =
-        bucket.flags & flag::master || (type == dtype::bfloat16 && !(bucket.flags & flag::remainder8));
-    return !has_kernel || (has_states && states != dtype::float32);
+inline bool has_states(const Bucket& bucket) { return bucket.rule != rule::sgd || bucket.flags & flag::momentum; }
+inline bool is_first_step(const Piece& piece) {  // of a momentum, which is not read then
+  return piece.bucket->rule == rule::sgd && has_states(*piece.bucket) &&
+         piece.row[column::flags] & row_flag::first_step;
+}
+// That of the states; of a rule without any the parameter's.
+inline int64_t state_dtype(const Bucket& bucket) {
+  return has_states(bucket) ? bucket.state_dtype : bucket.param_dtype;
+}
+
+// Whether there is no kernel of its own for a piece: for its dtypes and what it keeps, or for them with this rule.
+// Kernels are compiled for what is stepped often. SGD's first step is not, nor is cautious decay or amsgrad with few
+// bytes.
+inline bool is_staged(const Piece& piece) {
+  const Bucket& bucket = *piece.bucket;
+  const int64_t type = bucket.param_dtype, states = state_dtype(bucket), mode = bucket.flags & flag::low_precision;
+  const bool half = type == dtype::bfloat16 || type == dtype::float16, is_bfloat16 = type == dtype::bfloat16;
+  if (type == dtype::float64) return false;
+  if (bucket.grad_dtype != type || (half && !kLoads16Bit)) return true;
+  const bool eight_bit = bucket.flags & flag::eight_bit, is_common = !(bucket.flags & (flag::cautious | flag::amsgrad));
+  if (is_first_step(piece) && (type != dtype::float32 || states != dtype::float32 || eight_bit)) return true;
+  if (eight_bit) {
+    const bool has_kernel = mode == 0 || mode == flag::remainder || mode == flag::remainder8;
+    return !kGroupIsTwoVectors || !is_common || !has_kernel || type == dtype::float16;
   }
-  return states != type && !(half && states == dtype::float32) &&
-         !(kLoads16Bit && type == dtype::float32 && states == dtype::bfloat16);
+  if (mode != 0) {
+    const bool has_kernel = mode == flag::master || is_bfloat16;
+    return !is_common || !has_kernel || (has_states(bucket) && states != dtype::float32);
+  }
+  if (states == type || (half && states == dtype::float32)) return false;
+  return half || !is_common || !kLoads16Bit || states != dtype::bfloat16;
 }
 
 inline double sum_of_changes(const float* before, const float* after, int64_t count) {

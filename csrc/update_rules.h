@@ -4,15 +4,17 @@
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
-enum class Decay { none, coupled, decoupled, cautious };  // what weight decay does in this row
-enum class Momentum { none, first_step, running };        // of SGD: is there a buffer, does it hold anything yet
+enum class Decay { coupled, decoupled, cautious };  // what weight decay does in this row
+enum class Momentum { none, first_step, running };  // of SGD: is there a buffer, does it hold anything yet
 
-// Calls f with the kind of decay of a row, as a type. Without weight decay it is `none`, whatever the flags say.
+// Calls f with the kind of decay of a row, as a type. Without weight decay it is `decoupled`, whatever the flags say:
+// the factor is 1, which changes no bit.
 template <class F> FUSED_L2_INLINE void with_decay(const Bucket& bucket, const double* row, F&& f) {
   static_assert(int(sgd_coefficient::weight_decay) == int(adam_coefficient::weight_decay));
-  if (row[sgd_coefficient::weight_decay] == 0) return f(std::integral_constant<Decay, Decay::none>{});
-  if (!(bucket.flags & flag::decoupled)) return f(std::integral_constant<Decay, Decay::coupled>{});
-  if (bucket.flags & flag::cautious) return f(std::integral_constant<Decay, Decay::cautious>{});
+  if (row[sgd_coefficient::weight_decay] != 0) {
+    if (!(bucket.flags & flag::decoupled)) return f(std::integral_constant<Decay, Decay::coupled>{});
+    if (bucket.flags & flag::cautious) return f(std::integral_constant<Decay, Decay::cautious>{});
+  }
   f(std::integral_constant<Decay, Decay::decoupled>{});
 }
 
@@ -33,6 +35,7 @@ template <class V> struct GradientTransform {
 };
 
 template <class V, Decay decay_kind, Momentum momentum_kind, bool nesterov> struct Sgd {
+  static constexpr int64_t id = rule::sgd;
   static constexpr int states = momentum_kind == Momentum::none ? 0 : 1;
   static constexpr bool reads_states = momentum_kind == Momentum::running;
   V weight_decay, decay, momentum, one_minus_dampening, neg_lr;
@@ -90,6 +93,7 @@ template <class V> struct ConstantDivisor {
 
 template <class V, Decay decay_kind, bool amsgrad> struct Adam {
   using T = typename V::T;
+  static constexpr int64_t id = rule::adam;
   static constexpr int states = amsgrad ? 3 : 2;
   static constexpr bool reads_states = true;
   V weight_decay, decay, lerp_weight, beta2, one_minus_beta2, eps, neg_step_size;

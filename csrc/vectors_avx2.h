@@ -15,6 +15,14 @@ struct I32 {
   static FUSED_L2_INLINE __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static FUSED_L2_INLINE I32 from(const uint16_t* p) { return _mm256_cvtepu16_epi32(load16(p)); }
   static FUSED_L2_INLINE I32 from(const int16_t* p) { return _mm256_cvtepi16_epi32(load16(p)); }
+  static FUSED_L2_INLINE I32 from(const int8_t* p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  FUSED_L2_INLINE void store_lowest_bytes(void* p) const {
+    const __m256i lowest = _mm256_and_si256(v, _mm256_set1_epi32(0xff));
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(lowest), _mm256_extracti128_si256(lowest, 1));
+    _mm_storel_epi64(static_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+  }
   FUSED_L2_INLINE void store_lower_halves(void* p) const {
     const __m256i lower = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(lower), _mm256_extracti128_si256(lower, 1));
@@ -35,6 +43,7 @@ struct F64 {
   static FUSED_L2_INLINE F64 broadcast(double x) { return {_mm256_set1_pd(x)}; }
 };
 constexpr bool kLoads16Bit = true;  // in the load of a vector, and in its store
+constexpr bool kGroupIsTwoVectors = 2 * F32::width == kGroup;
 
 FUSED_L2_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
 FUSED_L2_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -173,6 +182,7 @@ FUSED_L2_INLINE void narrow_codes(const uint32_t* from, uint8_t* to) {
 }
 
 FUSED_L2_INLINE I32 operator+(I32 a, I32 b) { return _mm256_add_epi32(a.v, b.v); }
+FUSED_L2_INLINE I32 operator-(I32 a, I32 b) { return _mm256_sub_epi32(a.v, b.v); }
 FUSED_L2_INLINE I32 operator*(I32 a, I32 b) { return _mm256_mullo_epi32(a.v, b.v); }
 FUSED_L2_INLINE I32 operator&(I32 a, I32 b) { return _mm256_and_si256(a.v, b.v); }
 FUSED_L2_INLINE I32 operator|(I32 a, I32 b) { return _mm256_or_si256(a.v, b.v); }

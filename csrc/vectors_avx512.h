@@ -17,6 +17,13 @@ struct I32 {
   static FUSED_L2_INLINE __m256i load16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static FUSED_L2_INLINE I32 from(const uint16_t* p) { return _mm512_cvtepu16_epi32(load16(p)); }
   static FUSED_L2_INLINE I32 from(const int16_t* p) { return _mm512_cvtepi16_epi32(load16(p)); }
+  static FUSED_L2_INLINE __m128i load8(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static FUSED_L2_INLINE I32 from(const uint8_t* p) { return _mm512_cvtepu8_epi32(load8(p)); }
+  static FUSED_L2_INLINE I32 from(const int8_t* p) { return _mm512_cvtepi8_epi32(load8(p)); }
+  FUSED_L2_INLINE uint32_t largest() const { return static_cast<uint32_t>(_mm512_reduce_max_epi32(v)); }  // with a sign
+  FUSED_L2_INLINE void store_lowest_bytes(void* p) const {
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+  }
   FUSED_L2_INLINE void store_lower_halves(void* p) const {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
   }
@@ -35,6 +42,7 @@ struct F64 {
   static FUSED_L2_INLINE F64 broadcast(double x) { return {_mm512_set1_pd(x)}; }
 };
 constexpr bool kLoads16Bit = true;  // in the load of a vector, and in its store
+constexpr bool kGroupIsTwoVectors = 2 * F32::width == kGroup;
 
 FUSED_L2_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 FUSED_L2_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -175,6 +183,7 @@ FUSED_L2_INLINE void narrow_codes(const uint32_t* from, uint8_t* to) {
 }
 
 FUSED_L2_INLINE I32 operator+(I32 a, I32 b) { return _mm512_add_epi32(a.v, b.v); }
+FUSED_L2_INLINE I32 operator-(I32 a, I32 b) { return _mm512_sub_epi32(a.v, b.v); }
 FUSED_L2_INLINE I32 operator*(I32 a, I32 b) { return _mm512_mullo_epi32(a.v, b.v); }
 FUSED_L2_INLINE I32 operator&(I32 a, I32 b) { return _mm512_and_si512(a.v, b.v); }
 FUSED_L2_INLINE I32 operator|(I32 a, I32 b) { return _mm512_or_si512(a.v, b.v); }

@@ -35,6 +35,7 @@ using F64 = Lanes<double, 2>;
 // No instruction brings 16 bits to lanes here: such tensors take the staged path, which is as fast (within 2 % on an
 // AMD EPYC), and kernels of their own would be a third of the library.
 constexpr bool kLoads16Bit = false;
+constexpr bool kGroupIsTwoVectors = false;
 
 // Sums of products in float64, of the lanes of vectors.
 template <class V> struct Products {
