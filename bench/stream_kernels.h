@@ -5,6 +5,7 @@ namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
 template <class V, int states_> struct Stream {
+  static constexpr int64_t id = states_ == 2 ? rule::adam : rule::sgd;
   static constexpr int states = states_;
   static constexpr bool reads_states = true;
   V zero;
@@ -17,7 +18,7 @@ template <class V, int states_> struct Stream {
 
 void stream(const Piece& piece) {
   static const double zeros[kCoefficients] = {};
-  with_dtypes(*piece.bucket, [&](auto vector, auto param, auto state) {
+  with_dtypes(piece, [&](auto vector, auto param, auto state) {
     using V = decltype(vector);
     if (piece.bucket->rule == rule::adam)
       return Sweep<V, decltype(param), decltype(state), Stream<V, 2>>::run(piece, zeros);
