@@ -21,9 +21,11 @@
 #if defined(_MSC_VER)
 #define FUSED_L2_INLINE __forceinline
 #define FUSED_L2_NOINLINE __declspec(noinline)
+#define FUSED_L2_SMALL __declspec(noinline)
 #define FUSED_L2_LIKELY(condition) (condition)
 #else
 #define FUSED_L2_NOINLINE __attribute__((noinline))
+#define FUSED_L2_SMALL __attribute__((noinline, cold))  // rather small than fast
 #define FUSED_L2_LIKELY(condition) __builtin_expect(!!(condition), 1)
 #define FUSED_L2_INLINE inline __attribute__((always_inline))
 #endif

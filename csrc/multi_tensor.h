@@ -90,6 +90,19 @@ template <> struct StateAt<EightBit> {
   FUSED_L2_INLINE StateAt from(int64_t element) const { return StateAt(at + element, scale + element / kGroup); }
 };
 
+// Adds up what statistics tell of a tail. `exact`: the values before they were rounded, or null.
+template <class W>
+FUSED_L2_SMALL void measure_tail(const W& before, const W& after, const typename W::Number* grad, const float* exact,
+                                 size_t tail, double* out) {
+  for (size_t i = 0; i < tail; ++i) {
+    const double g = widen(grad[i]), old = before.value(i), change = after.value(i) - old;
+    out[statistic::grads] += g * g;
+    out[statistic::params] += old * old;
+    out[statistic::updates] += change * change;
+    if (exact != nullptr) out[statistic::returned] += old * (after.value(i) - static_cast<double>(exact[i]));
+  }
+}
+
 // Two vectors are in flight at a time; the end of a tensor, shorter than two vectors, passes through a buffer of that
 // size and the same code, so that no element's result depends on where it stands.
 template <class V, class W, class S, class Rule> struct Sweep {
@@ -232,28 +245,18 @@ template <class V, class W, class S, class Rule> struct Sweep {
       if (Rule::reads_states) std::memcpy(state_tail[k], state[k].at, tail * sizeof(S));
       state_at[k] = State(state_tail[k]);
     }
-    [[maybe_unused]] float exact[block];
+    float exact[rounds ? block : 1];
     if constexpr (rounds)
       if (out != nullptr) exact_values(rule, param_tail, grad_tail, state_at, tail, exact);
     step_blocks(rule, param_tail, grad_tail, state_at, 1, false, unmeasured);
-    if (out != nullptr) {
-      for (size_t i = 0; i < tail; ++i) {
-        const double g = widen(grad_tail[i]), before = param_end.value(i);
-        const double change = param_tail.value(i) - before;
-        out[statistic::grads] += g * g;
-        out[statistic::params] += before * before;
-        out[statistic::updates] += change * change;
-        if constexpr (rounds)
-          out[statistic::returned] += before * (param_tail.value(i) - static_cast<double>(exact[i]));
-      }
-    }
+    if (out != nullptr) measure_tail(param_end, param_tail, grad_tail, rounds ? exact : nullptr, tail, out);
     param_end.copy(param_tail, tail);
     for (int k = 0; k < states; ++k) std::memcpy(state[k].at, state_tail[k], tail * sizeof(S));
   }
 
   // What a tail's step computes before it is rounded: the same in float32.
-  static void exact_values(const Rule& rule, const W& param, const P* grad, const State* state, size_t tail,
-                           float* exact) {
+  FUSED_L2_SMALL static void exact_values(const Rule& rule, const W& param, const P* grad, const State* state,
+                                          size_t tail, float* exact) {
     using T = typename V::T;
     alignas(64) T values[block] = {}, wide_grad[block], wide_state[states + 1][block] = {};
     StateAt<T> state_at[states + 1];
