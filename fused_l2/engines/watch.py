@@ -256,7 +256,8 @@ def _plain_keys(library: Library) -> int:
 def _found_keys(library: Library) -> int:
     if sys.implementation.name != "cpython" or not library.has_tensors:
         return 0
-    for _ in range(3):  # chance may leave the same word in several places
+    tried: list[Any] = []  # stays, so that the next tensors lie elsewhere
+    for _ in range(8):  # chance may leave the same word in several places
         # What is found outlives the caller's modes, so it is found outside of them.
         with (
             torch._C.DisableTorchFunction(),
@@ -266,7 +267,7 @@ def _found_keys(library: Library) -> int:
             torch.no_grad(),
         ):
             try:
-                if keys := _find_offsets(library):
+                if keys := _find_offsets(library, tried):
                     return keys
             # Not public API: whatever goes wrong, the plain way remains. What a signal's handler raises goes on its way.
             except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
@@ -274,7 +275,7 @@ def _found_keys(library: Library) -> int:
     return 0
 
 
-def _find_offsets(library: Library) -> int:
+def _find_offsets(library: Library, tried: list[Any]) -> int:
     def plain(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device="cpu")
 
@@ -295,6 +296,7 @@ def _find_offsets(library: Library) -> int:
     ]
     with torch.inference_mode():
         different.append(plain(2, 3))
+    tried.append((same, different))
     impls = {id(t): _impl_of(library, t) for t in (*same, *different)}
     head = object.__basicsize__
 
