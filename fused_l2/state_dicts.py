@@ -198,11 +198,13 @@ def own(loaded: Mapping[str, Any], stepper: Stepper, groups: Groups, states: dic
     """After torch has cast and copied: the dtypes that torch does not keep, and memory of our own."""
     rule, waiting = stepper.rule, stepper.waiting
     waiting.clear()
+    owned: set[Tensor] = set()
     for group, saved in zip(groups, loaded["param_groups"], strict=True):
         has_states = rule.counts or rule.state_names(rule.flags(rule.Values._make(rule.read(group)), stepper.options))
         for i, param in zip(saved["params"], group["params"], strict=True):
             given = loaded["state"].get(i)
-            if isinstance(given, Mapping) and param in states:
+            if isinstance(given, Mapping) and param in states and param not in owned:
+                owned.add(param)  # one that is listed twice has one state
                 _own_state(given, param, states, stepper.options.precision)
                 # Set before a first step. Of a rule without states it is all that a step leaves.
                 if has_states and states[param] and all(key in STATE_NAMES for key in states[param]):

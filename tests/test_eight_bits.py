@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -431,6 +432,22 @@ def test_momentum_that_is_switched_off_waits_in_its_state_as_of_torch(state_dtyp
         found = {key: value for key, value in made.state[param].items() if key != "step"}
         assert found.keys() == kept.keys()
         assert all(torch.equal(found[key], kept[key]) for key in kept) is is_kept
+
+
+def test_float32_states_of_a_parameter_that_is_listed_twice_are_rounded_once():
+    param, other = (torch.nn.Parameter(draw((64, 64), seed, special=False)) for seed in (1, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of the duplicate
+        made = fused_l2.AdamW([param, param, other], state_dtype="8bit")
+    for p in (param, other):
+        set_grad(p, draw((64, 64), 3, special=False))
+    made.step()
+    before = copy.deepcopy(made.float32_state_dict()["state"])
+    made.load_state_dict(made.float32_state_dict())
+    assert all("exp_avg_8bit" in made.state[p] for p in (param, other))
+    after = made.float32_state_dict()["state"]
+    assert all(torch.equal(state[key], after[i][key]) for i, state in before.items() for key in state)
+    made.step()
 
 
 def all_bits(made: Any, params: list[Any]) -> list[torch.Tensor]:
