@@ -109,11 +109,30 @@ struct Shares {
 
 using Clock = std::chrono::steady_clock;
 
-Patience patience;
+struct IndexedCall {
+  void (*f)(void*, int64_t);
+  void* context;
+};
+
+// Calls f(context, index) for 0 <= index < count on torch's threads; if torch fails, for all of them once more.
+void for_each_index(int64_t count, void (*f)(void*, int64_t), void* context) {
+  const auto serial = [&](int64_t begin) {
+    for (int64_t i = begin; i < count; ++i) f(context, i);
+  };
+  if (count <= 1 || thread_count() == 1) return serial(0);
+  IndexedCall call{f, context};
+  const auto range = [](int64_t begin, int64_t end, void* opaque) {
+    const auto* c = static_cast<IndexedCall*>(opaque);
+    const DefaultFloatMode mode;  // each thread has its own
+    for (int64_t i = begin; i < end; ++i) c->f(c->context, i);
+  };
+  // An error leaves some indices undone: f has to bear being called again for those that were done.
+  if (torch_threads.parallel_for(0, count, 1, range, &call) != 0) serial(0);
+}
 
 // f(index) for what is left of 0 <= index < count, by all of torch's threads. `small`: what one thread does in less
 // than a millisecond. Nothing is allocated once *begun is set.
-template <class F> void share_out(int64_t count, bool small, F&& f, int64_t* begun) {
+template <class F> void share_out(int64_t count, bool small, F&& f, int64_t* begun, Patience& patience) {
   struct Work {
     Shares shares;
     F& f;
@@ -138,16 +157,13 @@ template <class F> void share_out(int64_t count, bool small, F&& f, int64_t* beg
 }
 
 // Whether the calling thread makes a step of so many elements alone.
-bool is_alone(int64_t elements) {
+bool is_alone(int64_t elements, Patience& patience) {
   return thread_count() == 1 || elements < kSerialElements || (elements < kSmallElements && !patience.shares());
 }
 
-struct IndexedCall {
-  void (*f)(void*, int64_t);
-  void* context;
-};
-
 }  // namespace
+
+Patience step_patience;
 
 void use_threads_of(const TorchThreads& threads) { torch_threads = threads; }
 
@@ -158,44 +174,30 @@ int64_t thread_count() {
   return std::max<int64_t>(count, 1);
 }
 
-void for_each_index(int64_t count, void (*f)(void*, int64_t), void* context) {
-  const auto serial = [&](int64_t begin) {
-    for (int64_t i = begin; i < count; ++i) f(context, i);
-  };
-  if (count <= 1 || thread_count() == 1) return serial(0);
-  IndexedCall call{f, context};
-  const auto range = [](int64_t begin, int64_t end, void* opaque) {
-    const auto* c = static_cast<IndexedCall*>(opaque);
-    const DefaultFloatMode mode;  // each thread has its own
-    for (int64_t i = begin; i < end; ++i) c->f(c->context, i);
-  };
-  // An error leaves some indices undone: f has to bear being called again for those that were done.
-  if (torch_threads.parallel_for(0, count, 1, range, &call) != 0) serial(0);
-}
-
 bool streams_from_memory(int64_t elements) {
   return elements * 16 > kStreamsFrom;  // 16: param, grad and two states of float32
 }
 
-void for_each_once(int64_t count, int64_t elements, void (*f)(void*, int64_t), void* context, int64_t* begun) {
-  if (is_alone(elements)) {
+void for_each_once(int64_t count, int64_t elements, void (*f)(void*, int64_t), void* context, int64_t* begun,
+                   Patience& patience) {
+  if (is_alone(elements, patience)) {
     *begun = 1;
     for (int64_t i = 0; i < count; ++i) f(context, i);
   } else {
-    share_out(count, elements < kSmallElements, [&](int64_t i) { f(context, i); }, begun);
+    share_out(count, elements < kSmallElements, [&](int64_t i) { f(context, i); }, begun, patience);
   }
 }
 
 void for_each_piece(const Bucket* buckets, int64_t count, PieceFunction f, int64_t* begun) {
   const Line line(buckets, count);
-  if (is_alone(line.size())) {
+  if (is_alone(line.size(), step_patience)) {
     *begun = 1;
     return line.visit(0, line.size(), f);
   }
   // 32 bits hold the chunk numbers of a share: a larger line gets larger chunks.
   const int64_t chunk = std::max(kChunk, (line.size() / (int64_t(1) << 31) + 1) * kCut);
   share_out((line.size() + chunk - 1) / chunk, line.size() < kSmallElements,
-            [&](int64_t i) { line.visit(line.cut(i * chunk), line.cut((i + 1) * chunk), f); }, begun);
+            [&](int64_t i) { line.visit(line.cut(i * chunk), line.cut((i + 1) * chunk), f); }, begun, step_patience);
 }
 
 }  // namespace fused_l2

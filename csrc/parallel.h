@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "patience.h"
 #include "table.h"
 
 namespace fused_l2 {
@@ -26,13 +27,13 @@ using PieceFunction = void (*)(const Piece&);
 // first call: what is thrown (std::bad_alloc) is thrown before.
 void for_each_piece(const Bucket* buckets, int64_t count, PieceFunction f, int64_t* begun);
 
-// Calls f(context, index) for 0 <= index < count on torch's threads; if torch fails, for all of them once more.
-void for_each_index(int64_t count, void (*f)(void* context, int64_t index), void* context);
-
-// The same for an f that must not be called twice, with indices shared out as pieces are, of so many `elements`
-// together, and *begun set as there.
+// Calls f(context, index) for 0 <= index < count, with indices shared out as pieces are, of so many `elements`
+// together, and *begun set as there. `patience`: that of such work, for the same elements may be a longer or a shorter
+// one.
 void for_each_once(int64_t count, int64_t elements, void (*f)(void* context, int64_t index), void* context,
-                   int64_t* begun);
+                   int64_t* begun, Patience& patience);
+// That of steps.
+extern Patience step_patience;
 
 // Whether a step of so many elements is larger than the caches.
 bool streams_from_memory(int64_t elements);

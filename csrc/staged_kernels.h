@@ -1,5 +1,4 @@
-// Steps of tensors whose dtypes no kernel has of its own, of 16-bit parameters that keep more than 16 bits, and of
-// 8-bit states.
+// Steps that no kernel has of its own, see is_staged: rare mixes of dtypes, of what is kept, and of rules.
 //
 // A stretch of a tensor is brought to float32 in buffers that stay in the first caches, stepped there by the float32
 // loop, and brought back. No include guard: compiled once per instruction set by foreach_capability.h.
@@ -141,8 +140,9 @@ inline int64_t state_dtype(const Bucket& bucket) {
 }
 
 // Whether there is no kernel of its own for a piece: for its dtypes and what it keeps, or for them with this rule.
-// Kernels are compiled for what is stepped often. SGD's first step is not, nor is cautious decay or amsgrad with few
-// bytes.
+// Kernels are compiled for what is stepped often. That is not SGD's first step of 16-bit parameters or states, nor
+// cautious decay or amsgrad beside a mode, beside 8-bit states or beside bfloat16 states of float32. with_dtypes and
+// has_all_rules say the same of types.
 inline bool is_staged(const Piece& piece) {
   const Bucket& bucket = *piece.bucket;
   const int64_t type = bucket.param_dtype, states = state_dtype(bucket), mode = bucket.flags & flag::low_precision;
@@ -156,7 +156,8 @@ inline bool is_staged(const Piece& piece) {
     return !kGroupIsTwoVectors || !is_common || !has_kernel || type == dtype::float16;
   }
   if (mode != 0) {
-    const bool has_kernel = mode == flag::master || is_bfloat16;
+    const int64_t of_bfloat16 = flag::remainder | flag::remainder8 | flag::stochastic | flag::kahan;
+    const bool has_kernel = mode == flag::master || (is_bfloat16 && mode & of_bfloat16);
     return !is_common || !has_kernel || (has_states(bucket) && states != dtype::float32);
   }
   if (states == type || (half && states == dtype::float32)) return false;
@@ -238,6 +239,7 @@ template <class Loop> void step_staged(const Piece& piece, int states, bool read
   Staged staged(piece, states, reads_states);
   const double step = piece.bucket->coefficients[piece.row[column::coefficients] * kCoefficients + kStepCount];
   const int64_t stretch = piece.streams ? kStreamingStretch : kStretch;
+  const bool rounds = !(piece.bucket->flags & (flag::master | flag::remainder));
   for (int64_t done = 0; done < piece.count; done += stretch) {
     Piece here = piece;
     here.begin += done;
@@ -258,7 +260,8 @@ template <class Loop> void step_staged(const Piece& piece, int states, bool read
     piece.measured[statistic::grads] += measured[statistic::grads];
     piece.measured[statistic::params] += measured[statistic::params];
     piece.measured[statistic::updates] += sum_of_changes(staged.before, staged.param.at, here.count);
-    piece.measured[statistic::returned] += sum_of_returned(staged.before, staged.exact, staged.param.at, here.count);
+    if (rounds)
+      piece.measured[statistic::returned] += sum_of_returned(staged.before, staged.exact, staged.param.at, here.count);
   }
 }
 

@@ -40,7 +40,7 @@ void step_measured(const Bucket* buckets, int64_t count, int64_t chunk, bool ski
     const Piece& piece = c.pieces[static_cast<size_t>(i)];
     step_chunk_kernels.get()(piece, c.skip ? nullptr : kernel_of(piece), c.out + i * statistic::count);
   };
-  for_each_once(static_cast<int64_t>(context.pieces.size()), elements, one, &context, begun);
+  for_each_once(static_cast<int64_t>(context.pieces.size()), elements, one, &context, begun, step_patience);
   if (!skip) count_steps(buckets, count);
 }
 
