@@ -98,6 +98,8 @@ def run_until(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # A process that was started in the background may ignore interrupts, and what it starts inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     lines: list[str] = []
 
