@@ -7,33 +7,36 @@ namespace FUSED_L2_NAMESPACE {
 
 // Values with a sign: momentum and first moments. Code 127 is 1.75 * 2^(scale - 127), code 1 a power of two.
 struct SignedCodes {
-  static FUSED_L2_INLINE uint32_t base(uint32_t scale) { return 8 * scale - 121; }
+  using Code = int8_t;  // the bits above a widened one are its sign
+  static FUSED_L2_INLINE uint32_t base(uint32_t scale) { return (8 * scale - 121) << 20; }
 
   template <class I> static FUSED_L2_INLINE auto decoded(I code, I base) {
-    const I c = code & 127u, zero = 0u;
-    return float_of(select(is_equal(c, zero), zero, (c + base) << 20) | (code & 128u) << 24);
+    const I bits = code << 20 & 0x87f00000u;
+    return float_of(select(has_bits(code, 127u), bits + base, bits));
   }
-  template <class F, class I> static FUSED_L2_INLINE I encoded(F x, I random, I base, F inverse) {
-    const I u = bits_of(x), all = u & 0x7fffffffu, r = (random & 0xff00u) << 4 | 0x800u;
-    const I rounded = ((all + r) >> 20) - base;
+  template <class F, class I> static FUSED_L2_INLINE I encoded(F x, I random, uint32_t base, F inverse) {
+    const I u = bits_of(x), all = u & 0x7fffffffu;
+    const I rounded = shifted_with_sign(all + ((random << 4 & 0xff000u) | (0x800u - base)), 20);
     // Below code 1: that or 0. The product is a power of two times a number, so the sum is rounded once.
-    const F shifted = float_of(all) * inverse + everywhere(x, 1);
-    const I least = (bits_of(shifted) - 0x3f800000u + (r << 3)) >> 23;
-    return lesser(greater(rounded, least), 127u) | (u >> 24 & 128u);
+    const I shifted = bits_of(sum_of_exact(float_of(all), inverse, everywhere(x, 1)));
+    const I code = greater(rounded, (shifted + ((random << 7 & 0x7f8000u) | (0x4000u - 0x3f800000u))) >> 23);
+    return lesser(code, 127u) | (u >> 24 & 128u);
   }
 };
 
 // Second moments. Below code 1 only 0 is 0: a moment that vanished beside one that did not would make huge updates.
 struct PositiveCodes {
-  static FUSED_L2_INLINE uint32_t base(uint32_t scale) { return 8 * scale - 248; }
+  using Code = uint8_t;
+  static FUSED_L2_INLINE uint32_t base(uint32_t scale) { return (8 * scale - 248) << 20; }
 
   template <class I> static FUSED_L2_INLINE auto decoded(I code, I base) {
-    const I zero = 0u;
-    return float_of(select(is_equal(code, zero), zero, (code + base) << 20));
+    return float_of(select(has_bits(code, 255u), (code << 20) + base, I(0u)));
   }
-  template <class F, class I> static FUSED_L2_INLINE I encoded(F x, I random, I base, F) {
-    const I u = bits_of(x) & 0x7fffffffu, rounded = ((u + (random >> 16 << 4 | 8u)) >> 20) - base;
-    return lesser(greater(rounded, lesser(u, 1u)), 255u);
+  template <class F, class I> static FUSED_L2_INLINE I encoded(F x, I random, uint32_t base, F) {
+    const I u = bits_of(x) & 0x7fffffffu;
+    const I rounded = shifted_with_sign(u + ((random >> 12 & 0xffff0u) | (8u - base)), 20);
+    const I code = select(has_bits(u, ~0u), greater(rounded, 1u), I(0u));
+    return lesser(code, 255u);
   }
 };
 
@@ -46,7 +49,7 @@ FUSED_L2_INLINE float inverse_of(uint32_t scale) { return float_of((269u - scale
 template <class Codes> FUSED_L2_INLINE void decode_group(const uint8_t* codes, uint8_t scale, float* x) {
   const uint32_t base = Codes::base(scale);
   alignas(64) uint32_t wide[kGroup];
-  widen_codes(codes, wide);
+  widen_codes(reinterpret_cast<const typename Codes::Code*>(codes), wide);
   for (int i = 0; i < kGroup; ++i) x[i] = Codes::decoded(wide[i], base);
 }
 
@@ -65,13 +68,14 @@ template <class Codes> FUSED_L2_INLINE uint8_t encode_group(const float* x, cons
 template <class Codes, class V> FUSED_L2_INLINE void decode_vectors(const uint8_t* codes, uint8_t scale, V& a, V& b) {
   using I = typename V::Integers;
   const I base = Codes::base(scale);
-  a = Codes::decoded(I::from(codes), base);
-  b = Codes::decoded(I::from(codes + V::width), base);
+  const auto* from = reinterpret_cast<const typename Codes::Code*>(codes);
+  a = Codes::decoded(I::from(from), base);
+  b = Codes::decoded(I::from(from + V::width), base);
 }
-template <class Codes, class V> FUSED_L2_INLINE uint8_t encode_vectors(V a, V b, uint32_t random, uint8_t* codes) {
+template <class Codes, class V>
+FUSED_L2_INLINE uint8_t encode_vectors(V a, V b, uint32_t largest, uint32_t random, uint8_t* codes) {
   using I = typename V::Integers;
-  const uint32_t scale = scale_of(greater(bits_of(magnitude(a)), bits_of(magnitude(b))).largest());
-  const I base = Codes::base(scale);
+  const uint32_t scale = scale_of(largest), base = Codes::base(scale);
   const V inverse = V::broadcast(inverse_of(scale));
   Codes::encoded(a, random_lanes<I>(random), base, inverse).store_lowest_bytes(codes);
   Codes::encoded(b, random_lanes<I>(random + RandomBits::kStride * V::width), base, inverse)

@@ -68,9 +68,7 @@ template <class S> struct StateAt {
   template <class Codes, bool interleaved, class V> FUSED_L2_INLINE void load(V& a, V& b) const {
     load2<V, interleaved>(at, a, b);
   }
-  template <class Codes, bool interleaved, class V> FUSED_L2_INLINE void store(V a, V b, uint32_t) const {
-    store2<interleaved>(at, a, b);
-  }
+  template <bool interleaved, class V> FUSED_L2_INLINE void store(V a, V b) const { store2<interleaved>(at, a, b); }
   FUSED_L2_INLINE StateAt from(int64_t element) const { return StateAt(at + element); }
 };
 // Codes, a group of which is two vectors.
@@ -84,8 +82,8 @@ template <> struct StateAt<EightBit> {
   template <class Codes, bool interleaved, class V> FUSED_L2_INLINE void load(V& a, V& b) const {
     decode_vectors<Codes>(at, *scale, a, b);
   }
-  template <class Codes, bool interleaved, class V> FUSED_L2_INLINE void store(V a, V b, uint32_t random) const {
-    *scale = encode_vectors<Codes>(a, b, random, at);
+  template <class Codes, class V> FUSED_L2_INLINE void store(V a, V b, uint32_t largest, uint32_t random) const {
+    *scale = encode_vectors<Codes>(a, b, largest, random, at);
   }
   FUSED_L2_INLINE StateAt from(int64_t element) const { return StateAt(at + element, scale + element / kGroup); }
 };
@@ -122,10 +120,23 @@ template <class V, class W, class S, class Rule> struct Sweep {
     }
   }
   template <int k = 0>
-  static FUSED_L2_INLINE void store_states(const State* state, const V (&s)[2][states + 1], uint32_t random) {
+  static FUSED_L2_INLINE void store_codes(const State* state, const V (&s)[2][states + 1], const uint32_t* largest,
+                                          uint32_t random) {
     if constexpr (k < states) {
-      state[k].template store<CodesOf<Rule::id, k>, interleaved>(s[0][k], s[1][k], random);
-      store_states<k + 1>(state, s, random);
+      state[k].template store<CodesOf<Rule::id, k>>(s[0][k], s[1][k], largest[k], random);
+      store_codes<k + 1>(state, s, largest, random);
+    }
+  }
+  static FUSED_L2_INLINE void store_states(const State* state, const V (&s)[2][states + 1], uint32_t random) {
+    if constexpr (eight_bit) {
+      using I = typename V::Integers;
+      const auto larger = [&](int k) { return greater(bits_of(magnitude(s[0][k])), bits_of(magnitude(s[1][k]))); };
+      uint32_t largest[states];  // magnitudes of the groups
+      if constexpr (states == 1) I::largest({larger(0)}, largest);
+      else I::largest({larger(0), larger(1)}, largest);
+      store_codes(state, s, largest, random);
+    } else {
+      for (int k = 0; k < states; ++k) state[k].template store<interleaved>(s[0][k], s[1][k]);
     }
   }
 

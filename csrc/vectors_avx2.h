@@ -15,9 +15,9 @@ struct I32 {
   static FUSED_L2_INLINE __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static FUSED_L2_INLINE I32 from(const uint16_t* p) { return _mm256_cvtepu16_epi32(load16(p)); }
   static FUSED_L2_INLINE I32 from(const int16_t* p) { return _mm256_cvtepi16_epi32(load16(p)); }
-  static FUSED_L2_INLINE I32 from(const int8_t* p) {
-    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  }
+  static FUSED_L2_INLINE __m128i load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+  static FUSED_L2_INLINE I32 from(const uint8_t* p) { return _mm256_cvtepu8_epi32(load8(p)); }
+  static FUSED_L2_INLINE I32 from(const int8_t* p) { return _mm256_cvtepi8_epi32(load8(p)); }
   FUSED_L2_INLINE void store_lowest_bytes(void* p) const {
     const __m256i lowest = _mm256_and_si256(v, _mm256_set1_epi32(0xff));
     const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(lowest), _mm256_extracti128_si256(lowest, 1));
@@ -164,11 +164,8 @@ template <bool interleaved, class V, class S> FUSED_L2_INLINE void store2(S* p, 
 }
 
 // A group of 8-bit codes as integers of a register's lanes, and back.
-FUSED_L2_INLINE void widen_codes(const uint8_t* from, uint32_t* to) {
-  for (int i = 0; i < kGroup; i += 8) {
-    const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_cvtepu8_epi32(x));
-  }
+template <class Code> FUSED_L2_INLINE void widen_codes(const Code* from, uint32_t* to) {
+  for (int i = 0; i < kGroup; i += 8) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), I32::from(from + i).v);
 }
 FUSED_L2_INLINE void narrow_codes(const uint32_t* from, uint8_t* to) {
   static_assert(kGroup == 32, "");

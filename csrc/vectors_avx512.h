@@ -20,7 +20,19 @@ struct I32 {
   static FUSED_L2_INLINE __m128i load8(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static FUSED_L2_INLINE I32 from(const uint8_t* p) { return _mm512_cvtepu8_epi32(load8(p)); }
   static FUSED_L2_INLINE I32 from(const int8_t* p) { return _mm512_cvtepi8_epi32(load8(p)); }
-  FUSED_L2_INLINE uint32_t largest() const { return static_cast<uint32_t>(_mm512_reduce_max_epi32(v)); }  // with a sign
+  // With a sign.
+  static FUSED_L2_INLINE void largest(const I32 (&of)[1], uint32_t (&found)[1]) {
+    found[0] = static_cast<uint32_t>(_mm512_reduce_max_epi32(of[0].v));
+  }
+  static FUSED_L2_INLINE void largest(const I32 (&of)[2], uint32_t (&found)[2]) {  // each in half of a register
+    const __m512i lower = _mm512_inserti64x4(of[0].v, _mm512_castsi512_si256(of[1].v), 1);
+    __m512i x = _mm512_max_epi32(lower, _mm512_shuffle_i64x2(of[0].v, of[1].v, 0xee));
+    x = _mm512_max_epi32(x, _mm512_permutex_epi64(x, 0x4e));
+    x = _mm512_max_epi32(x, _mm512_shuffle_epi32(x, _MM_PERM_BADC));
+    x = _mm512_max_epi32(x, _mm512_shuffle_epi32(x, _MM_PERM_CDAB));
+    found[0] = static_cast<uint32_t>(_mm512_cvtsi512_si32(x));
+    found[1] = static_cast<uint32_t>(_mm_cvtsi128_si32(_mm512_extracti32x4_epi32(x, 2)));
+  }
   FUSED_L2_INLINE void store_lowest_bytes(void* p) const {
     _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
   }
@@ -169,11 +181,8 @@ template <bool interleaved, class V, class S> FUSED_L2_INLINE void store2(S* p, 
 
 // A group of 8-bit codes as integers of a register's lanes, and back. Compilers make the former of two halves, which a
 // load of the whole has to wait for.
-FUSED_L2_INLINE void widen_codes(const uint8_t* from, uint32_t* to) {
-  for (int i = 0; i < kGroup; i += 16) {
-    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-    _mm512_storeu_si512(to + i, _mm512_cvtepu8_epi32(x));
-  }
+template <class Code> FUSED_L2_INLINE void widen_codes(const Code* from, uint32_t* to) {
+  for (int i = 0; i < kGroup; i += 16) _mm512_storeu_si512(to + i, I32::from(from + i).v);
 }
 FUSED_L2_INLINE void narrow_codes(const uint32_t* from, uint8_t* to) {
   for (int i = 0; i < kGroup; i += 16) {
@@ -198,6 +207,9 @@ FUSED_L2_INLINE F32 magnitude(F32 x) { return {_mm512_abs_ps(x.v)}; }
 FUSED_L2_INLINE __mmask16 is_nan(F32 x) { return _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q); }
 FUSED_L2_INLINE __mmask16 is_at_most(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
 FUSED_L2_INLINE __mmask16 is_equal(I32 a, I32 b) { return _mm512_cmpeq_epi32_mask(a.v, b.v); }
+FUSED_L2_INLINE __mmask16 has_bits(I32 a, I32 bits) { return _mm512_test_epi32_mask(a.v, bits.v); }
+FUSED_L2_INLINE I32 shifted_with_sign(I32 a, int bits) { return _mm512_srai_epi32(a.v, unsigned(bits)); }
+FUSED_L2_INLINE F32 sum_of_exact(F32 a, F32 b, F32 c) { return fma(a, b, c); }
 FUSED_L2_INLINE I32 select(__mmask16 where, I32 a, I32 b) { return _mm512_mask_mov_epi32(b.v, where, a.v); }
 FUSED_L2_INLINE F32 select(__mmask16 where, F32 a, F32 b) { return {_mm512_mask_mov_ps(b.v, where, a.v)}; }
 FUSED_L2_INLINE I32 rounded(F32 x, BFloat16) { return _mm512_srli_epi32(rounded_bf16(x.v), 16); }

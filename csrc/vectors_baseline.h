@@ -93,8 +93,8 @@ template <bool interleaved, class V, class S> FUSED_L2_INLINE void store2(S* p, 
 }
 
 // A group of 8-bit codes as 32-bit integers, and back.
-FUSED_L2_INLINE void widen_codes(const uint8_t* from, uint32_t* to) {
-  for (int i = 0; i < kGroup; ++i) to[i] = from[i];
+template <class Code> FUSED_L2_INLINE void widen_codes(const Code* from, uint32_t* to) {
+  for (int i = 0; i < kGroup; ++i) to[i] = static_cast<uint32_t>(int32_t{from[i]});
 }
 FUSED_L2_INLINE void narrow_codes(const uint32_t* from, uint8_t* to) {
   for (int i = 0; i < kGroup; ++i) to[i] = static_cast<uint8_t>(from[i]);
