@@ -108,7 +108,7 @@ CORE := $(notdir $(filter-out csrc/library.cpp csrc/torch_abi.cpp csrc/look.cpp,
 sanitize:
 	@mkdir -p build/address build/thread
 	$(MAKE) -j$(shell getconf _NPROCESSORS_ONLN) build/fuzz-address build/fuzz-thread
-	build/fuzz-address 300
+	build/fuzz-address 600
 	build/fuzz-thread 40
 	$(MAKE) stress-asan STRESS="--seconds 60"
 vpath %.cpp csrc tests
