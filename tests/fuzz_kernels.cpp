@@ -63,8 +63,8 @@ struct Sums {  // what statistics found, of a tensor
       const double a = of[i], b = other.of[i];
       const double size = i == statistic::returned ? of[statistic::params] + of[statistic::updates] : std::fabs(a);
       const double unit = i == statistic::returned || i == statistic::updates ? 0x1p-22 : 1e-12;
-      const bool found_nothing = !std::isfinite(size) && (i == statistic::returned || !std::isfinite(b));
-      if (!found_nothing && !(std::fabs(a - b) <= unit * size)) return false;
+      const bool close = std::isfinite(size) ? std::fabs(a - b) <= unit * size : !std::isfinite(b);
+      if (!close && (std::isfinite(size) || i != statistic::returned)) return false;
     }
     return true;
   }

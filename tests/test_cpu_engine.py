@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def test_fuzz_of_the_kernels_without_torch(tmp_path):
     if compiler is None:
         pytest.skip("no C++ compiler")
     sources = [
-        *(ROOT / "csrc" / f"{n}.cpp" for n in ("adam", "capability", "norms", "parallel", "sgd")),
+        *(ROOT / "csrc" / f"{n}.cpp" for n in ("adam", "capability", "norms", "parallel", "sgd", "statistics", "steps")),
         ROOT / "tests" / "fuzz_kernels.cpp",
     ]
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-w", f"-I{ROOT / 'csrc'}", "-pthread"]
@@ -154,9 +155,9 @@ def test_fuzz_of_the_kernels_without_torch(tmp_path):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources))
     subprocess.run([compiler, *objects, "-pthread", "-o", str(tmp_path / "fuzz")], check=True)
-    done = subprocess.run([str(tmp_path / "fuzz"), "200"], capture_output=True, text=True)
+    done = subprocess.run([str(tmp_path / "fuzz"), "2000"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "200 rounds, no difference" in done.stdout
+    assert "2000 rounds, no difference" in done.stdout
 
 
 def test_declarations_of_torchs_functions_match_its_headers(tmp_path):
@@ -227,3 +228,172 @@ int main() {
     assert shared[20000:].index("1") <= 4096  # then one finds out that cores are free again
     assert shared[25000:39000] == "1" * 14000
     assert shared[39000:39018] == "1" + "0" * 16 + "1"  # what was learned is forgotten
+
+
+# Two "threads" that are the caller's, as torch.get_num_threads and torch's pool would be: what is shared out is counted, and
+# the wait for the second one lasts as long as it is told to.
+POOL = r"""
+#include <chrono>
+#include <cstdint>
+#include <thread>
+extern "C" {
+int calls = 0, milliseconds = 0;
+int torch_get_num_threads(uint32_t* count) { return *count = 2, 0; }
+int torch_parallel_for(int64_t begin, int64_t end, int64_t, void (*f)(int64_t, int64_t, void*), void* context) {
+  ++calls;
+  for (int64_t i = begin; i < end; ++i) f(i, i + 1, context);
+  std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
+  return 0;
+}
+}
+"""
+COUNTED = r"""
+import ctypes, os, sys, torch, fused_l2
+from fused_l2.engines import cpu
+
+pool = ctypes.CDLL(sys.argv[1])
+assert cpu.library()._short.fused_l2_connect(os.fsencode(sys.argv[1])) == 3
+calls, milliseconds = (ctypes.c_int.in_dll(pool, name) for name in ("calls", "milliseconds"))
+
+def parameter():
+    p = torch.nn.Parameter(torch.ones(50_000))
+    p.grad = torch.ones(50_000)
+    return p
+
+def shared(f):
+    before = calls.value
+    f()
+    return calls.value - before
+
+plain, measured = fused_l2.SGD([parameter()], lr=0.1), fused_l2.SGD([parameter()], lr=0.1, statistics=True)
+plain.step(), measured.step()
+tensors = [torch.ones(50_000)]
+norms = lambda: cpu.library().sums_of_squares(tensors, [0])
+assert shared(norms) == 1 and shared(plain.step) == 1 and shared(measured.step) == 1
+milliseconds.value = 300
+assert shared(norms) == 1
+milliseconds.value = 0
+assert [shared(norms) for _ in range(17)] == [0] * 16 + [1]
+assert shared(plain.step) == 1 and shared(measured.step) == 1
+milliseconds.value = 300
+assert shared(measured.step) == 1
+milliseconds.value = 0
+assert shared(plain.step) == 0 and shared(measured.step) == 0 and shared(norms) == 1
+"""
+
+
+@needs_library
+def test_norms_and_steps_find_out_by_themselves_whether_a_second_thread_is_worth_its_wait(tmp_path):
+    """Norms that waited in vain are made by the caller, while steps, with statistics or without, are still shared out; and
+    the other way round. The wait of 0.3 s is a thousand times what the caller has to do."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if compiler is None or not torch_library.exists():
+        pytest.skip("no C++ compiler, or not Linux")
+    source, built = tmp_path / "pool.cpp", tmp_path / "libpool.so"
+    source.write_text(POOL)
+    # Linked with torch: what is not found in this library is found there.
+    linked = ["-Wl,--no-as-needed", str(torch_library), f"-Wl,-rpath,{torch_library.parent}", "-Wl,--allow-shlib-undefined"]
+    subprocess.run([compiler, "-std=c++17", "-shared", "-fPIC", str(source), *linked, "-o", str(built)], check=True)
+    done = subprocess.run([sys.executable, "-c", COUNTED, str(built)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+KERNELS = r"""
+#define FUSED_L2_KERNELS "multi_tensor.h"
+#include "foreach_capability.h"
+#include <cstdio>
+#include <initializer_list>
+#include <string>
+using namespace fused_l2;
+
+std::string name(float) { return "float32"; }
+std::string name(double) { return "float64"; }
+std::string name(BFloat16) { return "bfloat16"; }
+std::string name(Float16) { return "float16"; }
+
+#define PRINT(capability)                                                                                          \
+  struct Of_##capability {                                                                                         \
+    static std::string state(capability::EightBit) { return "8bit"; }                                              \
+    template <class S> static std::string state(S x) { return name(x); }                                           \
+    static std::string kernel(const Piece& piece) {                                                                \
+      if (capability::is_staged(piece)) return "staged";                                                           \
+      std::string found;                                                                                           \
+      capability::with_dtypes(piece, [&](auto, auto param, auto states) {                                          \
+        using W = decltype(param);                                                                                 \
+        using K = typename W::Kept;                                                                                \
+        const char* kept = std::is_same_v<K, Nothing>        ? "round"                                             \
+                           : std::is_same_v<K, float>        ? "master"                                            \
+                           : std::is_same_v<K, int16_t>      ? "remainder"                                         \
+                           : std::is_same_v<K, int8_t>       ? "remainder8"                                        \
+                           : std::is_same_v<K, Compensation> ? "kahan"                                             \
+                                                             : "stochastic";                                       \
+        found = name(typename W::Number{}) + " " + kept + " " + state(states);                                     \
+        if (!capability::has_all_rules<W, decltype(states)>) found += " common";                                   \
+      });                                                                                                          \
+      return found;                                                                                                \
+    }                                                                                                              \
+  };
+PRINT(baseline)
+PRINT(avx2)
+PRINT(avx512)
+
+int main() {
+  const char* dtypes[] = {"float32", "float64", "bfloat16", "float16"};
+  const std::pair<const char*, int64_t> modes[] = {{"round", 0}, {"master", flag::master}, {"remainder", flag::remainder},
+    {"kahan", flag::kahan}, {"stochastic", flag::stochastic}, {"remainder8", flag::remainder8}};
+  for (int param = 0; param < 4; ++param)
+    for (int state : {0, 1, 2, 3, 4})
+      for (const auto& mode : modes)
+        for (bool rare : {false, true}) {
+          if (param < 2 && (mode.second || (param == 1) != (state == 1))) continue;  // no such step exists
+          int64_t table[column::count] = {};
+          const int64_t flags = mode.second | (rare ? flag::amsgrad : 0) | (state == 4 ? flag::eight_bit : 0);
+          Bucket bucket{rule::adam, flags, param, param, state % 4, 1, table, nullptr, nullptr, nullptr};
+          const Piece piece{&bucket, table, 0, 1024, false, false};
+          for (const auto& [capability, kernel] : {std::pair{"baseline", Of_baseline::kernel}, {"avx2", Of_avx2::kernel},
+                                                   {"avx512", Of_avx512::kernel}})
+            std::printf("%s,%s %s %s,%d,%s\n", capability, dtypes[param], mode.first, state == 4 ? "8bit" : dtypes[state], rare,
+                        kernel(piece).c_str());
+        }
+}
+"""
+# Parameters, what is kept of them, states: what docs/design.md says is stepped without buffers. The first with every rule.
+ALL_RULES = {
+    f"{param} round {state}"
+    for param, state in [("float32", "float32"), ("float64", "float64"), ("bfloat16", "bfloat16"), ("float16", "float16"),
+                         ("bfloat16", "float32"), ("float16", "float32")]
+}  # fmt: skip
+COMMON_RULES = {
+    "float32 round bfloat16", "float16 master float32",
+    *(f"bfloat16 {mode} float32" for mode in ("master", "remainder", "remainder8", "kahan", "stochastic")),
+}  # fmt: skip
+EIGHT_BIT = {"float32 round 8bit", *(f"bfloat16 {mode} 8bit" for mode in ("round", "remainder", "remainder8"))}
+
+
+def test_what_is_stepped_often_has_a_kernel_of_its_own(tmp_path):
+    """csrc/staged_kernels.h, is_staged: each kernel serves what its types say, and what had one stays out of the buffers."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("no C++ compiler, or none for x86-64")
+    program, executable = tmp_path / "kernels.cpp", tmp_path / "kernels"
+    program.write_text(KERNELS)
+    subprocess.run([compiler, "-std=c++17", "-w", f"-I{ROOT / 'csrc'}", str(program), "-o", str(executable)], check=True)
+    lines = subprocess.run([str(executable)], check=True, capture_output=True, text=True).stdout.splitlines()
+    own: dict[tuple[str, str], set[str]] = {}
+    for line in lines:
+        capability, asked, rare, kernel = line.split(",")
+        if kernel == "staged":
+            continue
+        assert kernel.removesuffix(" common") == asked, line
+        assert rare == "0" or not kernel.endswith(" common"), line
+        own.setdefault((capability, "rare" if rare == "1" else "common"), set()).add(asked)
+    of_16_bits = {kernel for kernel in ALL_RULES if "16" in kernel}
+    assert own == {
+        ("baseline", "common"): ALL_RULES - of_16_bits,
+        ("baseline", "rare"): ALL_RULES - of_16_bits,
+        ("avx2", "common"): ALL_RULES | COMMON_RULES,
+        ("avx2", "rare"): ALL_RULES,
+        ("avx512", "common"): ALL_RULES | COMMON_RULES | EIGHT_BIT,
+        ("avx512", "rare"): ALL_RULES,
+    }
