@@ -6,9 +6,11 @@ A table stands between ``<!-- table TOPIC FILE -->`` and ``<!-- end -->``. No fi
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from . import predictions, step
@@ -211,10 +213,14 @@ def seeds(results: list[dict[str, Any]]) -> str:
         for name, row in r["rows"].items():
             apart = [a - b for a, b in zip(row["loss"], exact["loss"], strict=True)]
             norms = [a / b for a, b in zip(row["norm"], exact["norm"], strict=True)]
-            shown = (row["loss"], apart, norms, row["update"])
-            rows.append([f"{r['model']}: {name}", *(f"{min(v):.3f} to {max(v):.3f}" for v in shown)])
-    columns = ["AdamW, three seeds", "loss, mean of the last 50 steps", "minus float32's", "norm of w, of float32's",
-               "largest update, in lr"]  # fmt: skip
+            loss, apart, of_norms, update = (
+                f"{min(v):.3f} to {max(v):.3f}" for v in (row["loss"], apart, norms, row["update"])
+            )
+            error = stdev(norms) / math.sqrt(len(norms))
+            average = f"{mean(norms):.3f} ± {error:.3f}"
+            rows.append([f"{r['model']}, {len(norms)} seeds: {name}", loss, apart, of_norms, average, update])
+    columns = ["AdamW", "loss, mean of the last 50 steps", "minus float32's", "norm of w, of float32's",
+               "mean of that ± its standard error", "largest update, in lr"]  # fmt: skip
     return _markdown(columns, rows)
 
 
