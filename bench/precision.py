@@ -59,6 +59,9 @@ def decay(lr: float, noise: bool, options: Options) -> dict[str, Any]:
     for mode in MODES:
         p = torch.nn.Parameter(start.clone())
         contestants[f"fused_l2 {mode}"] = p, fused_l2.AdamW([p], **settings, low_precision=mode, seed=1)
+    for bits in (24, 32):
+        p = torch.nn.Parameter(start.float())
+        contestants[f"FlashOptim {bits} bits"] = p, FlashOptimWeights(p, bits, settings)
     absent = {}
     for name in PEERS:
         if name not in options.providers:
@@ -87,6 +90,23 @@ def decay(lr: float, noise: bool, options: Options) -> dict[str, Any]:
 
 
 FORMATS: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit"}
+
+
+class FlashOptimWeights:
+    """The weights of FlashOptim 0.1.4, by its formula, for it runs on a GPU alone: a bfloat16 number, and the rest in 127ths
+    (24 bits) or 32767ths (32 bits) of half its unit in the last place, rounded to nearest. AdamW's update is ours."""
+
+    def __init__(self, p: torch.nn.Parameter, bits: int, settings: dict[str, Any]) -> None:
+        self._param, self._most = p, (1 << (bits - 17)) - 1
+        self._inner = fused_l2.AdamW([p], **settings)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self._inner.step()
+        number = self._param.bfloat16().float()
+        half_unit = torch.ldexp(torch.ones_like(number), number.frexp().exponent - 9)
+        rest = (self._param - number) / half_unit * self._most
+        self._param.copy_(number + (rest.abs() + 0.5).floor().copysign(rest) / self._most * half_unit)
 
 
 class FlashOptim:
@@ -325,6 +345,35 @@ def seeds(name: str) -> dict[str, Any]:
     return {"case": f"seeds-{name}", "kind": "seeds", "model": name, "steps": task.steps, "lr": task.lr, "rows": rows}
 
 
+def _in_caches(variants: dict[str, tuple[torch.dtype, dict[str, Any]]], seconds: float) -> dict[str, dict[str, list[float]]]:
+    """What an element takes in steps of 65,536 on one thread: seconds, and times float32's, quartiles."""
+    shape, times, threads = (256, 256), 5, torch.get_num_threads()
+    calls: dict[str, Callable[[], None]] = {}
+    for name, (dtype, options) in variants.items():
+        p = torch.nn.Parameter(torch.randn(shape).to(dtype))
+        p.grad = torch.randn_like(p)
+        optimizer = fused_l2.AdamW([p], lr=1e-6, **options)
+        optimizer.step()
+
+        def call(step: Callable[[], object] = optimizer.step) -> None:
+            for _ in range(times):
+                step()
+
+        calls[name] = call
+    torch.set_num_threads(1)
+    try:
+        samples = timing.interleave(calls, 5 * seconds)
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        name: {
+            "seconds": [s / (times * shape[0] * shape[1]) for s in of.quartiles()],
+            "of float32": timing.quartiles(timing.ratios(samples["float32"], of)),
+        }
+        for name, of in samples.items()
+    }
+
+
 def speed(seconds: float) -> dict[str, Any]:
     """AdamW on one tensor of 25M: bytes of parameter, gradient and states, bytes moved, and GB/s against float32's."""
     numel = 25_000_000
@@ -342,6 +391,7 @@ def speed(seconds: float) -> dict[str, Any]:
     params = {d: torch.nn.Parameter(torch.randn(numel // 4000, 4000).to(d)) for d in (torch.float32, torch.bfloat16)}
     for p in params.values():
         p.grad = torch.randn_like(p)
+    in_caches = _in_caches(variants, seconds)
     for name, (dtype, options) in variants.items():
         p = params[dtype]
         optimizer = fused_l2.AdamW([p], lr=1e-6, **options)
@@ -362,6 +412,7 @@ def speed(seconds: float) -> dict[str, Any]:
         row["seconds"] = samples[name].quartiles()
         row["GB/s"] = numel * row["moved"] / row["seconds"][1] * 1e-9
         row["GB/s, of float32's"] = [r / per_byte for r in timing.quartiles(ratios)]
+        row["in caches"] = in_caches[name]
     noise = timing.noise_floor(timing.ratios(samples["float32"], samples["float32 again"]))
     others, absent = {}, {}
     for shapes in ([(numel // 4000, 4000)], [(62, 4000)] * 100):
@@ -422,6 +473,8 @@ def show(result: dict[str, Any]) -> str:
     for name, row in result["rows"].items():
         ratio, quartiles = spread(row["GB/s, of float32's"])
         timed = f"{1e3 * row['seconds'][1]:>8.1f}{row['GB/s']:>8.1f}{ratio:>12} ({quartiles})"
+        cached, apart = row["in caches"], spread(row["in caches"]["of float32"])
+        timed += f"; in caches {1e9 * cached['seconds'][1]:.2f} ns an element, {apart[0]} of float32's ({apart[1]})"
         lines.append(f"  {name:26}{row['states']:>8.2f}{row['moved']:>8.1f}{timed}")
     for case, others in result["others"].items():
         lines.append(f"AdamW with 8-bit states, float32, {case}: time / ours")

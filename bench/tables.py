@@ -240,10 +240,12 @@ def speed(results: list[dict[str, Any]]) -> str:
     r = next(r for r in results if r.get("kind") == "speed")
     rows = [
         [name, f"{row['parameter, gradient']} + {row['states']:.3g}", f"{row['moved']:.3g}", f"{1e3 * row['seconds'][1]:.1f}",
-         f"{row['GB/s']:.0f}", _spread(row["GB/s, of float32's"])]
+         f"{row['GB/s']:.0f}", _spread(row["GB/s, of float32's"]), f"{1e9 * row['in caches']['seconds'][1]:.2f}",
+         _spread(row["in caches"]["of float32"])]
         for name, row in r["rows"].items()
     ]  # fmt: skip
-    columns = ["AdamW, 25M", "bytes a parameter: it and its gradient + states", "moved", "ms", "GB/s", "GB/s, of float32's"]
+    columns = ["AdamW, 25M", "bytes a parameter: it and its gradient + states", "moved", "ms", "GB/s", "GB/s, of float32's",
+               "in caches, ns an element", "of float32's"]  # fmt: skip
     return _markdown(columns, rows)
 
 
