@@ -347,7 +347,7 @@ def seeds(name: str) -> dict[str, Any]:
 
 def _in_caches(variants: dict[str, tuple[torch.dtype, dict[str, Any]]], seconds: float) -> dict[str, dict[str, list[float]]]:
     """What an element takes in steps of 65,536 on one thread: seconds, and times float32's, quartiles."""
-    shape, times, threads = (256, 256), 5, torch.get_num_threads()
+    shape, times, threads = (256, 256), 20, torch.get_num_threads()
     calls: dict[str, Callable[[], None]] = {}
     for name, (dtype, options) in variants.items():
         p = torch.nn.Parameter(torch.randn(shape).to(dtype))

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MORE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -26,7 +27,8 @@ def test_snippets_run(page, monkeypatch, tmp_path):
             pytest.importorskip(needed[1], reason=f"the rest of {page.name} needs {needed[1]}")
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(snippet, str(page), "exec"), namespace)
-        assert not output or printed.getvalue().strip() == output.strip(), snippet
+        # What a snippet prints is shown under it.
+        assert printed.getvalue().strip() == output.strip(), snippet
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
@@ -49,7 +51,7 @@ def sentences(page: Path) -> Iterator[str]:
 
 def test_sentences_are_short():
     """At most one of fifty has more than 35 words."""
-    found = [sentence for page in PAGES for sentence in sentences(page)]
+    found = [sentence for page in (*PAGES, *MORE) for sentence in sentences(page)]
     long = [sentence for sentence in found if len(re.findall(r"\S*\w\S*", sentence)) > 35]
     assert len(found) > 800
     assert len(long) <= len(found) / 50, long
@@ -131,6 +133,13 @@ def test_no_figure_without_its_source(page):
     for section in re.split(r"^#{1,3} ", text, flags=re.MULTILINE):
         found = FIGURE.search(section)
         assert found is None or SOURCE.search(section), f"{section.splitlines()[0]!r} shows {found[0]!r} without a source"
+
+
+def test_readme_counts_the_traps():
+    rows = re.findall(r"^\| T\d\d \|[^|]*\|([^|]*)\|", (ROOT / "docs" / "traps.md").read_text(), re.MULTILINE)
+    reported = sum(bool(cell.strip()) for cell in rows)
+    said = f"{len(rows)} failures of other optimizers, {reported} of them with a public report, are tests"
+    assert said in (ROOT / "README.md").read_text()
 
 
 def test_every_trap_that_a_test_names_is_in_the_list():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,15 +28,24 @@ class Finding:
     source: str
 
     def __str__(self) -> str:
-        lines = [f"{self.severity}: {self.code}: {self.what}"]
+        lines = [*wrapped("", f"{self.severity}: {self.code}: {self.what}")]
         if self.parameters:
-            lines.append(f"    of:  {shortened(self.parameters)}")
-        lines += [f"    why: {self.why}", f"    fix: {self.fix}", f"    see: {self.source}"]
+            lines += wrapped("    of:  ", shortened(self.parameters))
+        # The fix stays in one line: it is Python to be copied.
+        lines += [*wrapped("    why: ", self.why), f"    fix: {self.fix}", *wrapped("    see: ", self.source)]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, object]:
         """The fields, parameters as a list: for JSON."""
         return {**vars(self), "parameters": list(self.parameters)}
+
+
+def wrapped(label: str, text: str, width: int = 85) -> list[str]:
+    """Lines of at most so many columns, the later ones indented."""
+    further = " " * (len(label) or 4)
+    return textwrap.wrap(
+        text, width, initial_indent=label, subsequent_indent=further, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def shortened(names: Sequence[str], shown: int = 6) -> str:
