@@ -220,8 +220,9 @@ def test_the_report_as_text_html_and_data():
     text = str(report)
     assert text.startswith("torch.Adam: 0 wrong, 3 doubtful, 0 notes\ndoubtful: ")
     for finding in report.findings:
-        assert finding.what in text
-        assert finding.fix in text
+        assert finding.what in " ".join(text.split())
+        assert f"    fix: {finding.fix}\n" in text  # in one line, to be copied
+        assert all(len(line) <= 85 for line in str(finding).splitlines() if not line.startswith("    fix: "))
     assert json.loads(json.dumps(report.as_dict()))["findings"][0]["code"] == report.findings[0].code
     assert "<td>1.weight</td>" in report._repr_html_()
     assert not report.is_wrong
