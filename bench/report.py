@@ -91,7 +91,7 @@ def _table(results: list[dict[str, Any]]) -> str:
 
 def _losses(results: list[dict[str, Any]]) -> str:
     """The sentence a reader looks for first: where something else is faster, or as fast within the noise."""
-    lost, tied = [], []
+    lost, tied, faster = [], [], 0
     for r in results:
         peer = step.best_peer(r)
         if peer is None:
@@ -102,8 +102,12 @@ def _losses(results: list[dict[str, Any]]) -> str:
             lost.append(line)
         elif standing == "as fast as":
             tied.append(line)
+        else:
+            faster += 1
     if not results:
         return ""
-    said = [f"Slower than the fastest other in: {', '.join(lost)}." if lost else "Slower than no other in any case."]
-    said += [f"As fast within the noise floor in: {', '.join(tied)}."] if tied else []
-    return f"<p>{html.escape(' '.join(said))}</p>"
+    said = f"Beside the fastest other: faster in {faster} cases, as fast within noise in {len(tied)}, slower in {len(lost)}."
+    lists = [(label, lines) for label, lines in (("Slower", lost), ("As fast", tied)) if lines]
+    return f"<p>{said}</p>" + "".join(
+        f"<p>{label}:</p><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>" for label, lines in lists
+    )
