@@ -16,6 +16,7 @@ struct SignedCodes {
   }
   template <class F, class I> static FUSED_L2_INLINE I encoded(F x, I random, uint32_t base, F inverse) {
     const I u = bits_of(x), all = u & 0x7fffffffu;
+    // The random bits, half of the last of them, and the base, subtracted with them: they share no bit.
     const I rounded = shifted_with_sign(all + ((random << 4 & 0xff000u) | (0x800u - base)), 20);
     // Below code 1: that or 0. The product is a power of two times a number, so the sum is rounded once.
     const I shifted = bits_of(sum_of_exact(float_of(all), inverse, everywhere(x, 1)));
