@@ -164,7 +164,7 @@ def _curves(axes: list[Any], groups: list[list[str]], drawn: list[tuple[Any, dic
 
 def decay(results: list[dict[str, Any]]) -> Any:
     of = [r for r in results if r["kind"] == "decay"]
-    figure, axes = _panels(of, "lr", "noise", 5)
+    figure, axes = _panels(of, "lr", "noise", 5.6)
     shares = [{n: [100 * share for share in curve] for n, curve in r["shares"].items() if n != "float32"} for r in of]
     groups = alike({name: [x for s in shares for x in s[name]] for name in shares[0]}, 1)
     _curves(axes, groups, [(r["steps"], s) for r, s in zip(of, shares, strict=True)])
