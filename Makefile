@@ -36,7 +36,7 @@ REQUIREMENTS = import importlib.metadata as m; wanted = ['extra == \"%s\"' % e f
 install = $(PYTHON) -c "$(REQUIREMENTS)" | xargs $(PYTHON) -m pip install -q -c $(ENVIRONMENT)/.fused_l2-torch
 
 help:
-	@echo "make demo               train on handwritten digits: what lambda does, and the bits of torch.optim (half a minute)"
+	@echo "make demo               train on handwritten digits: what lambda does, and the bits of torch.optim (under a minute)"
 	@echo "make test               the tests, with a sample of the long lists of combinations (five minutes)"
 	@echo "make test-all           the tests, with all of them (a quarter of an hour)"
 	@echo "make test-integrations  the tests in the trainers of others, which it installs"

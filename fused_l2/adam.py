@@ -33,7 +33,7 @@ class Adam(FusedOptimizer):
         params: parameters, named parameters or param groups, as for ``torch.optim.Adam``.
         lr: learning rate; a float, or a tensor with one element.
         betas: (beta1, beta2), the shares of m and v that stay from step to step; floats, or tensors with one element.
-        eps: added to the root, so that a small v divides by no less.
+        eps: added to the root, so that a small v divides by no less; a float, or a tensor with one element.
         weight_decay: coefficient of w in the gradient, lambda / n: see :func:`fused_l2.weight_decay.from_lambda`; a float, or a
             tensor with one element.
         amsgrad: divide by the largest v so far.
@@ -57,7 +57,7 @@ class Adam(FusedOptimizer):
         params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
+        eps: float | Tensor = 1e-8,
         weight_decay: float | Tensor = 0,
         amsgrad: bool = False,
         *,
@@ -103,7 +103,7 @@ class AdamW(Adam):
         params: parameters, named parameters or param groups, as for ``torch.optim.AdamW``.
         lr: learning rate; a float, or a tensor with one element.
         betas: (beta1, beta2), the shares of m and v that stay from step to step; floats, or tensors with one element.
-        eps: added to the root, so that a small v divides by no less.
+        eps: added to the root, so that a small v divides by no less; a float, or a tensor with one element.
         weight_decay: each step multiplies w by 1 - lr * weight_decay; a float, or a tensor with one element.
         amsgrad: divide by the largest v so far.
         maximize: ascend: the gradient's sign is turned.
@@ -123,7 +123,7 @@ class AdamW(Adam):
         params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
+        eps: float | Tensor = 1e-8,
         weight_decay: float | Tensor = 1e-2,
         amsgrad: bool = False,
         *,

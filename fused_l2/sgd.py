@@ -28,10 +28,11 @@ class SGD(FusedOptimizer):
 
     Args:
         params: parameters, named parameters or param groups, as for ``torch.optim.SGD``.
-        lr: learning rate; a float, or a tensor with one element. A step captured into a CUDA graph follows lr and weight_decay
-            that are tensors on the device, and keeps numbers.
-        momentum: share of the momentum buffer b that stays from step to step; 0 for none.
-        dampening: the gradient enters the momentum buffer times 1 - dampening.
+        lr: learning rate; a float, or a tensor with one element. A step captured into a CUDA graph follows lr, momentum,
+            dampening and weight_decay that are tensors on the device, and keeps numbers.
+        momentum: share of the momentum buffer b that stays from step to step, 0 for none; a float, or a tensor with one
+            element.
+        dampening: the gradient enters the momentum buffer times 1 - dampening; a float, or a tensor with one element.
         weight_decay: coefficient of w in the gradient, lambda / n; a float, or a tensor with one element.
         nesterov: look ahead along the momentum buffer.
         maximize: ascend: the gradient's sign is turned.
@@ -52,8 +53,8 @@ class SGD(FusedOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
+        momentum: float | Tensor = 0,
+        dampening: float | Tensor = 0,
         weight_decay: float | Tensor = 0,
         nesterov: bool = False,
         *,

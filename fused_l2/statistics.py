@@ -66,7 +66,7 @@ class Statistics:
     decay_asked: Tensor  # sum of r * w^2; 0 for a skipped step
     decay_arrived: Tensor  # decay_asked - sum of w * (stored - exact)
     decay_share: Tensor  # decay_arrived / decay_asked; NaN where nothing was asked
-    _sums: TensorSums = field(repr=False, compare=False)
+    _sums: TensorSums = field(compare=False)
 
     def as_dict(self) -> dict[str, float]:
         """The figures as numbers, for a logger. Waits for the device."""
@@ -75,12 +75,24 @@ class Statistics:
 
     def __str__(self) -> str:
         """For ``print``: a line for each figure. Waits for the device."""
-        width = max(map(len, self.as_dict()))
-        return "\n".join(f"{name:{width}}  {value:.6g}" for name, value in self.as_dict().items())
+        shown = self._shown()
+        width = max(len(name) for name, _ in shown)
+        return "\n".join(f"{name:{width}}  {value}" for name, value in shown)
+
+    def __repr__(self) -> str:
+        """The figures in one line, if they are on the CPU. Elsewhere the device alone: debuggers ask for this, and should not
+        wait for it."""
+        device = self.grad_norm.device
+        if device.type != "cpu":
+            return f"Statistics(on {device}; print() reads it)"
+        return f"Statistics({', '.join(f'{name}={value}' for name, value in self._shown())})"
 
     def _repr_html_(self) -> str:
         """In a notebook: the figures as a table. Waits for the device."""
-        return _html.table(("figure", "value"), [(name, f"{value:.6g}") for name, value in self.as_dict().items()])
+        return _html.table(("figure", "value"), self._shown())
+
+    def _shown(self) -> list[tuple[str, str]]:
+        return [(name, f"{value:.6g}") for name, value in self.as_dict().items()]
 
     def by_group(self) -> list[Statistics]:
         """The same figures of each param group. If ``norm_process_group`` says that other processes have other parts, here and

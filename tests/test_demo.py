@@ -34,12 +34,13 @@ def data():
 
 
 def test_lambda_that_validation_chooses_helps_on_test_images(results):
-    for n in demo.SIZES:
-        runs = results["SGD", n]
+    for key in (*(("SGD", n) for n in demo.SIZES), ("AdamW", demo.SIZES[0])):
+        runs = results[key]
         best = demo.chosen(runs)
-        assert 0 < best < max(runs), n  # within the grid
+        assert 0 < best < max(runs), key  # within the grid
         (with_it, error), (without, other) = (demo.mean_and_error(runs[lam], "test") for lam in (best, 0.0))
-        assert with_it - without > error + other, n
+        # With three seeds what AdamW gains is no more than their spread.
+        assert with_it - without > (error + other if key[0] == "SGD" else 0), key
 
 
 def test_weights_shrink_as_lambda_grows(results):
@@ -69,8 +70,18 @@ def test_decay_keeps_the_effective_learning_rate_of_a_normalized_weight_up(data)
 
 
 def test_decay_arrives_in_bfloat16_with_the_remainder_alone():
-    assert demo.bfloat16_decay(None, steps=200) < 0.01
-    assert demo.bfloat16_decay("remainder", steps=200) == pytest.approx(1, abs=0.05)  # the last weights' own rounding
+    shares = {name: demo.bfloat16_decay(name, False, steps=200) for name in demo.BFLOAT16}
+    assert shares.pop("fused_l2, low_precision='remainder'") == pytest.approx(1, abs=0.05)  # the last weights' own rounding
+    assert len(shares) == 3
+    assert not any(shares.values())
+
+
+def test_normal_gradients_carry_a_part_of_the_decay_in_bfloat16():
+    """Less where torch rounds the decay on its own, the same where it is rounded once."""
+    shares = {name: demo.bfloat16_decay(name, True, steps=1000) for name in demo.BFLOAT16}
+    assert shares["fused_l2, low_precision='remainder'"] == pytest.approx(1, abs=0.05)
+    assert 0.2 < shares["torch default"] < 0.5 < shares["fused_l2"] < 0.9
+    assert shares["torch fused=True"] == pytest.approx(shares["fused_l2"], abs=0.05)
 
 
 @pytest.mark.parametrize("name", list(demo.OPTIMIZERS))
@@ -106,5 +117,24 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_training(monkeypatch, t
 
 def test_one_seed_has_no_error():
     run = demo.Run(0.5, 0.6, 0.7, 1.0, 2.0, [])
-    printed = demo.table("one seed", {0.0: [run]}, 100).split()
+    printed = demo.table("SGD", {0.0: [run]}, 100).split()
     assert printed[printed.index("0.700") + 1] == "-"
+    assert demo.table("SGD", {0.0: [run]}, 100).startswith("SGD, n = 100: one seed\n")
+    assert "+-" not in demo.report("SGD", {0.0: [run]}, 100)
+    assert "n = 100: mean over 2 seeds, +- its standard error\n" in demo.table("SGD", {0.0: [run, run]}, 100)
+    assert "Test accuracy 0.700 +- 0.000;" in demo.report("SGD", {0.0: [run, run]}, 100)
+
+
+def test_a_lambda_at_the_end_of_the_grid_is_said():
+    bad, good = (demo.Run(0.5, accuracy, 0.7, 1.0, 2.0, []) for accuracy in (0.6, 0.7))
+    assert "end of the grid" in demo.report("SGD", {0.0: [bad], 1.0: [bad], 3.0: [good]}, 100)
+    assert "end of the grid" not in demo.report("SGD", {0.0: [bad], 1.0: [good], 3.0: [bad]}, 100)
+
+
+def test_help_says_what_is_printed_and_how_long_it_takes(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["demo", "--help"])
+    with pytest.raises(SystemExit):
+        demo.main()
+    shown = capsys.readouterr().out
+    assert "`" not in shown
+    assert [line.split()[0] for line in shown.splitlines()[-2:]] == ["Prints", "Takes"]

@@ -1,14 +1,17 @@
-"""What a notebook shows: small tables, with what users name escaped. The text stays what it was."""
+"""What a notebook shows: small tables, with what users name escaped. A console shows the same as text."""
 
 from __future__ import annotations
 
+import copy
 import html
+import pickle
 import re
+from collections import OrderedDict
 
 import torch
 
 import fused_l2
-from fused_l2.weight_decay import param_groups
+from fused_l2.weight_decay import normalized_weights, param_groups
 
 
 def cells(shown: str) -> list[list[str]]:
@@ -28,7 +31,7 @@ def test_statistics_are_a_table_of_their_figures() -> None:
     assert header == ["figure", "value"]
     assert rows == [[name, f"{value:.6g}"] for name, value in figures.as_dict().items()]
     assert [line.split() for line in str(figures).splitlines()] == rows  # what print shows
-    assert repr(figures).startswith("Statistics(grad_norm=")
+    assert repr(figures) == f"Statistics({', '.join(f'{name}={value}' for name, value in rows)})"
 
 
 def test_param_groups_are_the_table_that_print_shows() -> None:
@@ -51,4 +54,20 @@ def test_param_groups_are_the_table_that_print_shows() -> None:
             "not decayed: 9 parameters in 3 tensors",
         ]
     )
-    assert repr(groups).startswith("[{'params': [")  # a list still
+    assert repr(groups) == str(groups)
+    assert isinstance(groups, list)
+    assert repr(groups[:1]).startswith("[{'params': [")  # of a list without rules
+    for copied in (copy.deepcopy(groups), pickle.loads(pickle.dumps(groups))):
+        assert repr(copied) == repr(groups)
+
+
+def test_normalized_weights_are_the_table_that_print_shows() -> None:
+    model = torch.nn.Sequential(OrderedDict({"a&b": torch.nn.Linear(2, 3), "norm": torch.nn.BatchNorm1d(3)}))
+    found = normalized_weights(model, fused_l2.SGD(model.parameters(), lr=0.1, weight_decay=0.01))
+    header, *rows = cells(found._repr_html_())
+    assert [row[:2] for row in rows] == [["a&b.weight", "norm"]]
+    assert "a&b" not in found._repr_html_()
+    assert [line.split() for line in repr(found).splitlines()] == [header, *rows]
+    assert normalized_weights(model, fused_l2.SGD(model.parameters()))._repr_html_() == (
+        "<p>no decayed weight feeds a normalization layer</p>"
+    )

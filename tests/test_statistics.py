@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import pickle
 from typing import Any
@@ -268,8 +269,19 @@ def test_what_was_read_stays_and_what_was_not_costs_nothing():
     assert first.as_dict() == figures
     assert optimizer.statistics.as_dict() != figures
     assert list(figures) == list(FIGURES)
-    assert "grad_norm=tensor(" in repr(first)
-    assert "rows" not in repr(first)
+    assert repr(first) == f"Statistics({', '.join(f'{name}={value:.6g}' for name, value in figures.items())})"
+
+
+def test_a_repr_does_not_wait_for_a_device():
+    """Of tensors on "meta", which have no values that could be read."""
+    params = make_params(SIZES)
+    optimizer = make("AdamW", params)
+    set_grads(params, 0)
+    optimizer.step()
+    elsewhere = dataclasses.replace(
+        optimizer.statistics, **{name: getattr(optimizer.statistics, name).to("meta") for name in FIGURES}
+    )
+    assert repr(elsewhere) == "Statistics(on meta; print() reads it)"
 
 
 def test_switching_and_copying():

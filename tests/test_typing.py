@@ -27,7 +27,10 @@ import fused_l2
 
 model = torch.nn.Linear(2, 2)
 fused_l2.AdamW(model.parameters(), lr=torch.tensor(0.1), weight_decay=torch.tensor(0.1), norm_process_group="world")
-fused_l2.Adam(model.parameters(), decay_rule=["plain", "corrected"], state_dtype=torch.bfloat16)
+fused_l2.AdamW(model.parameters(), betas=(torch.tensor(0.9), torch.tensor(0.99)), eps=torch.tensor(1e-8))
+fused_l2.Adam(model.parameters(), decay_rule=["plain", "corrected"], state_dtype=torch.bfloat16, eps=torch.tensor(1e-8))
+fused_l2.SGD(model.parameters(), momentum=torch.tensor(0.9), dampening=torch.tensor(0.1))
+fused_l2.SGD(fused_l2.weight_decay.param_groups(model, torch.tensor(0.1)))
 fused_l2.SGD(fused_l2.weight_decay.param_groups(model, 0.1), low_precision="remainder8", state_dtype="8bit")
 optimizer = fused_l2.AdamW(model.parameters(), decay_rule="corrected", statistics=True)
 optimizer.low_precision = "master"

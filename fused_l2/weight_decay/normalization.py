@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.optimizer import Optimizer
 
+from .. import _html
 from ..engines import sums_of_squares
+
+_HEADER = ("weight", "feeds", "|w|", "lr", "weight_decay", "lr/|w|^2")
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,23 @@ class NormalizedWeight:
 
 
 class NormalizedWeights(list[NormalizedWeight]):
-    """What :func:`normalized_weights` returns; prints as a table."""
+    """What :func:`normalized_weights` returns: a list that shows itself as a table."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         if not self:
             return "no decayed weight feeds a normalization layer"
-        rows = [("weight", "feeds", "|w|", "lr", "weight_decay", "lr/|w|^2")]
-        rows += [
+        rows = [_HEADER, *self._rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def _repr_html_(self) -> str:
+        return _html.table(_HEADER, self._rows()) if self else f"<p>{self}</p>"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
             (w.name, w.normalization, f"{w.norm:.4g}", f"{w.lr:.4g}", f"{w.weight_decay:.4g}", f"{w.effective_lr:.4g}")
             for w in self
         ]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 @torch.no_grad()

@@ -49,8 +49,8 @@ class ParamRule:
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """Param groups for an optimizer: the decayed parameters, then the others. ``print``, and a notebook, show ``rules``
-    as a table. Those of two parts of a model added up, ``a + b``, have the rules of both."""
+    """Param groups for an optimizer: a list of the decayed parameters' group, then the others'. It shows itself as a table of
+    its ``rules``. Those of two parts of a model added up, ``a + b``, have the rules of both."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], rules: list[ParamRule]) -> None:
         super().__init__(groups)
@@ -71,7 +71,7 @@ class ParamGroups(list[dict[str, Any]]):
             self.rules = self.rules + other.rules
         return super().__iadd__(other)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         rows = [_HEADER, *self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join((*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3])) for row in rows]
@@ -94,7 +94,7 @@ class ParamGroups(list[dict[str, Any]]):
 
 def param_groups(
     model: nn.Module,
-    weight_decay: float,
+    weight_decay: float | Tensor,
     *,
     decay: Iterable[Rules] = (),
     no_decay: Iterable[Rules] = (),
@@ -112,7 +112,8 @@ def param_groups(
 
     Args:
         model: any module.
-        weight_decay: for the decayed group; see :func:`from_lambda`.
+        weight_decay: for the decayed group; see :func:`from_lambda`. A float, or a tensor with one element, which goes into
+            the group as it is: its value is for the optimizer to check.
         decay: what to decay all the same: rules that win over the above. A string is matched against a parameter's full name,
             with ``*`` and ``?`` as wildcards. A module type covers the parameters that such modules own. A module of this
             model covers its own and those of all within it. A name wins over a module, and a module over a type.
@@ -142,8 +143,8 @@ def param_groups(
     Raises:
         TypeError: if ``model`` is no module, ``weight_decay`` no number, a rule neither a string nor a module nor a type of
             modules, ``prefix`` no string, or a keyword is nearly one that is known, or another word for ``no_decay``.
-        ValueError: if ``weight_decay`` is negative or not finite, a rule matches nothing, or one parameter is named by both
-            ``decay`` and ``no_decay``.
+        ValueError: if ``weight_decay`` is a number that is negative or not finite, a rule matches nothing, or one parameter is
+            named by both ``decay`` and ``no_decay``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs a torch.nn.Module, got {type(model).__name__}")
