@@ -93,8 +93,8 @@ FORMATS: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16,
 
 
 class FlashOptimWeights:
-    """The weights of FlashOptim 0.1.4, by its formula, for it runs on a GPU alone: a bfloat16 number, and the rest in 127ths
-    (24 bits) or 32767ths (32 bits) of half its unit in the last place, rounded to nearest. AdamW's update is ours."""
+    """The weights of FlashOptim 0.1.4, from its formula, because it runs only on GPUs: a bfloat16 number, and the rest in
+    127ths (24 bits) or 32767ths (32 bits) of half its unit in the last place, rounded to nearest. AdamW's update is ours."""
 
     def __init__(self, p: torch.nn.Parameter, bits: int, settings: dict[str, Any]) -> None:
         self._param, self._most = p, (1 << (bits - 17)) - 1
@@ -300,7 +300,7 @@ def _cnn() -> Task:
             torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10),
         )  # fmt: skip
 
-    # It ends elsewhere with every change of a bit, so that means of several runs are needed.
+    # One changed bit makes it end elsewhere, so only a mean over several runs tells anything.
     return Task(model, batch, 300, 2e-3, 12)
 
 
@@ -346,8 +346,9 @@ def seeds(name: str) -> dict[str, Any]:
 
 
 def _in_caches(variants: dict[str, tuple[torch.dtype, dict[str, Any]]], seconds: float) -> dict[str, dict[str, list[float]]]:
-    """What an element takes in steps of 65,536 on one thread: seconds, and times float32's, quartiles."""
-    shape, times, threads = (256, 256), 20, torch.get_num_threads()
+    """A step of 65,536 elements on one thread, its call from Python included, divided by the elements: in seconds, and as a
+    multiple of float32's time; quartiles."""
+    shape, steps, threads = (256, 256), 20, torch.get_num_threads()
     calls: dict[str, Callable[[], None]] = {}
     for name, (dtype, options) in variants.items():
         p = torch.nn.Parameter(torch.randn(shape).to(dtype))
@@ -356,7 +357,7 @@ def _in_caches(variants: dict[str, tuple[torch.dtype, dict[str, Any]]], seconds:
         optimizer.step()
 
         def call(step: Callable[[], object] = optimizer.step) -> None:
-            for _ in range(times):
+            for _ in range(steps):
                 step()
 
         calls[name] = call
@@ -367,7 +368,7 @@ def _in_caches(variants: dict[str, tuple[torch.dtype, dict[str, Any]]], seconds:
         torch.set_num_threads(threads)
     return {
         name: {
-            "seconds": [s / (times * shape[0] * shape[1]) for s in of.quartiles()],
+            "seconds": [s / (steps * shape[0] * shape[1]) for s in of.quartiles()],
             "of float32": timing.quartiles(timing.ratios(samples["float32"], of)),
         }
         for name, of in samples.items()
@@ -375,7 +376,8 @@ def _in_caches(variants: dict[str, tuple[torch.dtype, dict[str, Any]]], seconds:
 
 
 def speed(seconds: float) -> dict[str, Any]:
-    """AdamW on one tensor of 25M: bytes of parameter, gradient and states, bytes moved, and GB/s against float32's."""
+    """AdamW on one tensor of 25M: bytes of parameter, gradient and states, bytes moved, GB/s against float32's, and what a step
+    takes in the caches."""
     numel = 25_000_000
     contestants, rows = {}, {}
     states: dict[Any, torch.Tensor] = {}

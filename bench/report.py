@@ -90,7 +90,7 @@ def _table(results: list[dict[str, Any]]) -> str:
 
 
 def _losses(results: list[dict[str, Any]]) -> str:
-    """The sentence a reader looks for first: where something else is faster, or as fast within the noise."""
+    """What a reader looks for first: how often something else is faster, or as fast within the noise, and where."""
     lost, tied, faster = [], [], 0
     for r in results:
         peer = step.best_peer(r)
@@ -104,9 +104,10 @@ def _losses(results: list[dict[str, Any]]) -> str:
             tied.append(line)
         else:
             faster += 1
-    if not results:
+    if not (lost or tied or faster):
         return ""
-    said = f"Beside the fastest other: faster in {faster} cases, as fast within noise in {len(tied)}, slower in {len(lost)}."
+    as_fast = f"as fast within the noise in {len(tied)}"
+    said = f"Against the fastest other, fused_l2 is faster in {faster} cases, {as_fast} and slower in {len(lost)}."
     lists = [(label, lines) for label, lines in (("Slower", lost), ("As fast", tied)) if lines]
     return f"<p>{said}</p>" + "".join(
         f"<p>{label}:</p><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>" for label, lines in lists

@@ -206,7 +206,8 @@ def training(results: list[dict[str, Any]]) -> str:
 
 
 def seeds(results: list[dict[str, Any]]) -> str:
-    """What 8 bits do to trainings: the smallest and the largest over the seeds; differences to float32 of the same seed."""
+    """What 8 bits do to trainings: the smallest and the largest over the seeds, differences to float32 of the same seed, and
+    the mean of |w| with its standard error."""
     rows = []
     for r in (r for r in results if r.get("kind") == "seeds"):
         exact = r["rows"]["float32"]
@@ -236,7 +237,7 @@ def eight_bit_peers(results: list[dict[str, Any]]) -> str:
 
 
 def speed(results: list[dict[str, Any]]) -> str:
-    """What the modes hold, move and take."""
+    """What the modes hold, move and take, from memory and in the caches."""
     r = next(r for r in results if r.get("kind") == "speed")
     rows = [
         [name, f"{row['parameter, gradient']} + {row['states']:.3g}", f"{row['moved']:.3g}", f"{1e3 * row['seconds'][1]:.1f}",
@@ -245,7 +246,7 @@ def speed(results: list[dict[str, Any]]) -> str:
         for name, row in r["rows"].items()
     ]  # fmt: skip
     columns = ["AdamW, 25M", "bytes a parameter: it and its gradient + states", "moved", "ms", "GB/s", "GB/s, of float32's",
-               "in caches, ns an element", "of float32's"]  # fmt: skip
+               "in caches, ns an element", "that time / float32's"]  # fmt: skip
     return _markdown(columns, rows)
 
 

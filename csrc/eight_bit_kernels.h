@@ -5,9 +5,12 @@
 namespace fused_l2 {
 namespace FUSED_L2_NAMESPACE {
 
+// Encoding: one addition brings the random bits, half a unit of the lowest of them, and minus the base. No two share a
+// bit, so they are joined by |. A scale is 32 at least.
+
 // Values with a sign: momentum and first moments. Code 127 is 1.75 * 2^(scale - 127), code 1 a power of two.
 struct SignedCodes {
-  using Code = int8_t;  // the bits above a widened one are its sign
+  using Code = int8_t;  // signed, so that widening copies the sign to every upper bit, and << 20 leaves it in bit 31
   static FUSED_L2_INLINE uint32_t base(uint32_t scale) { return (8 * scale - 121) << 20; }
 
   template <class I> static FUSED_L2_INLINE auto decoded(I code, I base) {
@@ -16,9 +19,8 @@ struct SignedCodes {
   }
   template <class F, class I> static FUSED_L2_INLINE I encoded(F x, I random, uint32_t base, F inverse) {
     const I u = bits_of(x), all = u & 0x7fffffffu;
-    // The random bits, half of the last of them, and the base, subtracted with them: they share no bit.
-    const I rounded = shifted_with_sign(all + ((random << 4 & 0xff000u) | (0x800u - base)), 20);
-    // Below code 1: that or 0. The product is a power of two times a number, so the sum is rounded once.
+    const I rounded = shifted_right_signed(all + ((random << 4 & 0xff000u) | (0x800u - base)), 20);
+    // Below code 1: that or 0. The product is a power of two times a number: exact, or too small to matter.
     const I shifted = bits_of(sum_of_exact(float_of(all), inverse, everywhere(x, 1)));
     const I code = greater(rounded, (shifted + ((random << 7 & 0x7f8000u) | (0x4000u - 0x3f800000u))) >> 23);
     return lesser(code, 127u) | (u >> 24 & 128u);
@@ -35,7 +37,7 @@ struct PositiveCodes {
   }
   template <class F, class I> static FUSED_L2_INLINE I encoded(F x, I random, uint32_t base, F) {
     const I u = bits_of(x) & 0x7fffffffu;
-    const I rounded = shifted_with_sign(u + ((random >> 12 & 0xffff0u) | (8u - base)), 20);
+    const I rounded = shifted_right_signed(u + ((random >> 12 & 0xffff0u) | (8u - base)), 20);
     const I code = select(has_bits(u, ~0u), greater(rounded, 1u), I(0u));
     return lesser(code, 255u);
   }

@@ -16,8 +16,10 @@ FUSED_L2_INLINE bool is_nan(float x) { return x != x; }
 FUSED_L2_INLINE bool is_at_most(float a, float b) { return a <= b; }
 FUSED_L2_INLINE bool is_equal(uint32_t a, uint32_t b) { return a == b; }
 FUSED_L2_INLINE bool has_bits(uint32_t a, uint32_t bits) { return a & bits; }
-FUSED_L2_INLINE uint32_t shifted_with_sign(uint32_t a, int bits) { return static_cast<uint32_t>(int32_t(a) >> bits); }
-// a * b + c where a * b is exact, so that it does not matter whether it is rounded.
+FUSED_L2_INLINE uint32_t shifted_right_signed(uint32_t a, int bits) {
+  return static_cast<uint32_t>(int32_t(a) >> bits);
+}
+// a * b + c, rounded once or twice, whichever is faster: only for an a * b that is exact, or too small to change c.
 FUSED_L2_INLINE float sum_of_exact(float a, float b, float c) { return a * b + c; }
 FUSED_L2_INLINE uint32_t select(bool where, uint32_t a, uint32_t b) { return where ? a : b; }
 FUSED_L2_INLINE float select(bool where, float a, float b) { return where ? a : b; }

@@ -131,6 +131,7 @@ template <class V, class W, class S, class Rule> struct Sweep {
     if constexpr (eight_bit) {
       using I = typename V::Integers;
       const auto larger = [&](int k) { return greater(bits_of(magnitude(s[0][k])), bits_of(magnitude(s[1][k]))); };
+      static_assert(states == 1 || states == 2, "");
       uint32_t largest[states];  // magnitudes of the groups
       if constexpr (states == 1) I::largest({larger(0)}, largest);
       else I::largest({larger(0), larger(1)}, largest);

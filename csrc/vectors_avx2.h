@@ -179,7 +179,6 @@ FUSED_L2_INLINE void narrow_codes(const uint32_t* from, uint8_t* to) {
 }
 
 FUSED_L2_INLINE I32 operator+(I32 a, I32 b) { return _mm256_add_epi32(a.v, b.v); }
-FUSED_L2_INLINE I32 operator-(I32 a, I32 b) { return _mm256_sub_epi32(a.v, b.v); }
 FUSED_L2_INLINE I32 operator*(I32 a, I32 b) { return _mm256_mullo_epi32(a.v, b.v); }
 FUSED_L2_INLINE I32 operator&(I32 a, I32 b) { return _mm256_and_si256(a.v, b.v); }
 FUSED_L2_INLINE I32 operator|(I32 a, I32 b) { return _mm256_or_si256(a.v, b.v); }

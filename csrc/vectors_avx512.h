@@ -20,7 +20,7 @@ struct I32 {
   static FUSED_L2_INLINE __m128i load8(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static FUSED_L2_INLINE I32 from(const uint8_t* p) { return _mm512_cvtepu8_epi32(load8(p)); }
   static FUSED_L2_INLINE I32 from(const int8_t* p) { return _mm512_cvtepi8_epi32(load8(p)); }
-  // With a sign.
+  // The largest lane of each, compared as signed numbers.
   static FUSED_L2_INLINE void largest(const I32 (&of)[1], uint32_t (&found)[1]) {
     found[0] = static_cast<uint32_t>(_mm512_reduce_max_epi32(of[0].v));
   }
@@ -192,7 +192,6 @@ FUSED_L2_INLINE void narrow_codes(const uint32_t* from, uint8_t* to) {
 }
 
 FUSED_L2_INLINE I32 operator+(I32 a, I32 b) { return _mm512_add_epi32(a.v, b.v); }
-FUSED_L2_INLINE I32 operator-(I32 a, I32 b) { return _mm512_sub_epi32(a.v, b.v); }
 FUSED_L2_INLINE I32 operator*(I32 a, I32 b) { return _mm512_mullo_epi32(a.v, b.v); }
 FUSED_L2_INLINE I32 operator&(I32 a, I32 b) { return _mm512_and_si512(a.v, b.v); }
 FUSED_L2_INLINE I32 operator|(I32 a, I32 b) { return _mm512_or_si512(a.v, b.v); }
@@ -208,7 +207,7 @@ FUSED_L2_INLINE __mmask16 is_nan(F32 x) { return _mm512_cmp_ps_mask(x.v, x.v, _C
 FUSED_L2_INLINE __mmask16 is_at_most(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
 FUSED_L2_INLINE __mmask16 is_equal(I32 a, I32 b) { return _mm512_cmpeq_epi32_mask(a.v, b.v); }
 FUSED_L2_INLINE __mmask16 has_bits(I32 a, I32 bits) { return _mm512_test_epi32_mask(a.v, bits.v); }
-FUSED_L2_INLINE I32 shifted_with_sign(I32 a, int bits) { return _mm512_srai_epi32(a.v, unsigned(bits)); }
+FUSED_L2_INLINE I32 shifted_right_signed(I32 a, int bits) { return _mm512_srai_epi32(a.v, unsigned(bits)); }
 FUSED_L2_INLINE F32 sum_of_exact(F32 a, F32 b, F32 c) { return fma(a, b, c); }
 FUSED_L2_INLINE I32 select(__mmask16 where, I32 a, I32 b) { return _mm512_mask_mov_epi32(b.v, where, a.v); }
 FUSED_L2_INLINE F32 select(__mmask16 where, F32 a, F32 b) { return {_mm512_mask_mov_ps(b.v, where, a.v)}; }

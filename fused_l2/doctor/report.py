@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import _html
-from .findings import DOUBTFUL, NOTE, SEVERITIES, WRONG, Finding
+from .findings import DOUBTFUL, NOTE, SEVERITIES, WRONG, Finding, wrapped
 from .layers import Layer
 
 _COLUMNS = {
@@ -73,7 +73,8 @@ class Report:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        parts = [f"{self.title}: {self.summary()}", *map(str, self.findings), *(f"not known: {text}" for text in self.unknown)]
+        parts = [f"{self.title}: {self.summary()}", *map(str, self.findings)]
+        parts += ["\n".join(wrapped("not known: ", text)) for text in self.unknown]
         if self.layers:
             parts += ["", self.table(ROWS)]
         return "\n".join(parts)
