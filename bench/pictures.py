@@ -171,7 +171,7 @@ def decay(results: list[dict[str, Any]]) -> Any:
     for axis, r in zip(axes, of, strict=True):
         title = f"lr {r['lr']:g}, " + ("normal gradients" if r["noise"] else "gradients of 0")
         axis.set_title(title, fontsize=9.5)
-        axis.set(ylim=(-5, 110), xticks=[0, 4000, 8000])
+        axis.set(ylim=(-5, 110), xticks=[0, 4000, 8000], yticks=[0, 50, 100])
     figure.supxlabel("steps", fontsize=10)
     figure.supylabel("% of the decay in float32", fontsize=10)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left")
