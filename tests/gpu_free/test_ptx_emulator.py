@@ -286,13 +286,19 @@ def test_shared_memory_of_the_program_has_two_names():
 
 
 class Launch:
-    """One tensor of n elements, ready to be stepped by the compiled AdamW kernel."""
+    """One tensor of n elements, ready to be stepped by the compiled AdamW kernel.
+
+    Around it, its gradient and its states lie more elements than a program steps, which belong to no tensor: an access beyond
+    one of them cannot fall into another by chance.
+    """
+
+    GUARD = 8192
 
     def __init__(self, n: int, offset: int = 0) -> None:
-        memory = [torch.ones(n + 8) for _ in range(4)]
+        memory = torch.ones(4, n + 8 + 2 * self.GUARD)
         self.tensors = []
         for m in memory:
-            start = -(m.data_ptr() // 4) % 4 + offset
+            start = self.GUARD - (m[self.GUARD :].data_ptr() // 4) % 4 + 4 + offset
             self.tensors.append(m[start : start + n])
         param, grad, *states = (t.data_ptr() for t in self.tensors)
         self.row, self.grads = torch.tensor([[param, 0, *states, 0, 0, n, 0, 0]]), torch.tensor([grad])
