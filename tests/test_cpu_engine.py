@@ -53,18 +53,6 @@ def test_threads_and_tensor_accessors_of_torch_were_found():
     assert isinstance(watch.make_look(), watch.NativeLook)
 
 
-@needs_library
-def test_T49_the_instruction_set_is_chosen_at_import_and_can_be_forced():
-    code = "import fused_l2; print(fused_l2.capabilities()['cpu'].engine); print(fused_l2.capabilities()['cpu'].reason)"
-    for name in LIBRARY.available:
-        out = python(code, FUSED_L2_CPU_CAPABILITY=name).stdout
-        assert f"C++ ({name})" in out
-        assert "forced by FUSED_L2_CPU_CAPABILITY" in out
-    assert LIBRARY.available[0] == "baseline"  # runs on every processor of the platform
-    refused = python(code, FUSED_L2_CPU_CAPABILITY="avx1024").stderr
-    assert "ValueError: CPU capability 'avx1024' is not available on this machine; choose one of baseline" in refused
-
-
 def test_without_the_library_steps_are_right_and_one_warning_says_why(tmp_path):
     """The installed Python files alone, as after an install without a compiler."""
     shutil.copytree(

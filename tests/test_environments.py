@@ -5,18 +5,17 @@ from __future__ import annotations
 import atexit
 import functools
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, needs_library
+from forks import run_each
 
 import fused_l2
 from fused_l2 import _sources
@@ -78,16 +77,11 @@ def elsewhere() -> list[str]:
     return found
 
 
-def run(*paths: Path, code: str = TRAIN, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    setup = f"import sys; sys.path[:] = {[*map(str, paths), *elsewhere()]}\n"
-    known = {k: v for k, v in os.environ.items() if not k.startswith("FUSED_L2")}
-    return subprocess.run(
-        [sys.executable, "-P", "-c", setup + code], env={**known, **environment}, cwd=cwd, capture_output=True, text=True
-    )
+def trained(*paths: Path) -> list[str]:
+    return what_was_trained(run_each([TRAIN], [*map(str, paths), *elsewhere()])[0])
 
 
-def trained(*paths: Path, **how: Any) -> list[str]:
-    done = run(*paths, **how)
+def what_was_trained(done: subprocess.CompletedProcess[str]) -> list[str]:
     assert done.returncode == 0, (done.returncode, done.stderr)
     value, *told = done.stdout.strip().split("|")
     assert float(value) == pytest.approx(0.7 * 0.999**3, abs=1e-3)
@@ -95,24 +89,41 @@ def trained(*paths: Path, **how: Any) -> list[str]:
 
 
 @needs_library
-@pytest.mark.parametrize("share", [0.003, 0.25, 0.9, 0.99])
-def test_a_library_that_was_cut_off_is_the_fallback(tmp_path: Path, share: float) -> None:
+def test_a_library_that_was_cut_off_is_the_fallback(tmp_path: Path) -> None:
     """Loading it would end the process with a bus error."""
-    package = copy_of_the_package(tmp_path)
     whole = LIBRARY.read_bytes()
-    (package / cpu._FILE).write_bytes(whole[: int(len(whole) * share)])
-    engine, reason, _ = trained(tmp_path)
-    assert engine == "plain PyTorch"
-    assert "could not be loaded" in reason
+    programs = []
+    for share in (0.003, 0.25, 0.9, 0.99):
+        package = copy_of_the_package(tmp_path / str(share))
+        (package / cpu._FILE).write_bytes(whole[: int(len(whole) * share)])
+        programs.append(f"import sys; sys.path.insert(0, {str(package.parent)!r})\n{TRAIN}")
+    for done in run_each(programs, elsewhere()):
+        engine, reason, _ = what_was_trained(done)
+        assert engine == "plain PyTorch"
+        assert "could not be loaded" in reason
 
 
 @needs_library
-def test_an_empty_capability_is_none(tmp_path: Path) -> None:
-    code = "import fused_l2; print(fused_l2.capabilities()['cpu'].reason)"
-    done = run(PACKAGE.parent, code=code, FUSED_L2_CPU_CAPABILITY="")
-    assert done.returncode == 0, done.stderr
-    assert "forced" not in done.stdout
-    assert "is not available" in run(PACKAGE.parent, code=code, FUSED_L2_CPU_CAPABILITY="none").stderr
+def test_T49_the_instruction_set_is_chosen_at_import_and_can_be_forced() -> None:
+    """An empty name is none."""
+    built = cpu.library()
+    assert built is not None
+    program = """
+import os
+os.environ["FUSED_L2_CPU_CAPABILITY"] = "NAME"
+import fused_l2
+cpu = fused_l2.capabilities()["cpu"]
+print(cpu.engine, cpu.reason)
+"""
+    names = [*built.available, "", "avx1024"]
+    *chosen, unset, refused = run_each([program.replace("NAME", name) for name in names], [str(PACKAGE.parent), *elsewhere()])
+    for name, done in zip(built.available, chosen, strict=True):
+        assert f"C++ ({name}) " in done.stdout, done.stderr
+        assert "forced by FUSED_L2_CPU_CAPABILITY" in done.stdout
+    assert built.available[0] == "baseline"  # runs on every processor of the platform
+    assert unset.returncode == 0, unset.stderr
+    assert "forced" not in unset.stdout
+    assert "ValueError: CPU capability 'avx1024' is not available on this machine; choose one of baseline" in refused.stderr
 
 
 def test_the_fingerprint_is_of_names_and_contents(tmp_path: Path) -> None:
@@ -162,28 +173,26 @@ def test_an_uncompiled_checkout_takes_the_library_that_was_installed(tmp_path: P
     assert "was built from other sources than those in" in reason
 
 
-@pytest.mark.parametrize(
-    "error", ["OSError(116, 'Stale file handle')", "RuntimeError('x')", "AttributeError('x')", "ImportError('x')"]
-)
-def test_a_triton_that_raises_anything_is_the_documented_fallback(error: str) -> None:
-    code = f"""
-    import sys, warnings, torch
-    class Finder:
-        def find_spec(self, name, path=None, target=None):
-            if name == "triton": raise {error}
-    sys.meta_path.insert(0, Finder())
-    sys.modules.pop("triton", None)
-    import fused_l2
-    from fused_l2.engines import cuda
-    print(cuda.why_unavailable())
-    torch.cuda.is_available = lambda: True
-    print(fused_l2.capabilities()["cuda"].engine)
-    """
-    done = run(PACKAGE.parent, code=textwrap.dedent(code))
-    assert done.returncode == 0, done.stderr
-    why, engine = done.stdout.splitlines()
-    assert "triton cannot be imported" in why
-    assert engine == "plain PyTorch"
+def test_a_triton_that_raises_anything_is_the_documented_fallback() -> None:
+    errors = ("OSError(116, 'Stale file handle')", "RuntimeError('x')", "AttributeError('x')", "ImportError('x')")
+    program = """
+import sys, torch
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "triton": raise {}
+sys.meta_path.insert(0, Finder())
+sys.modules.pop("triton", None)
+import fused_l2
+from fused_l2.engines import cuda
+print(cuda.why_unavailable())
+torch.cuda.is_available = lambda: True
+print(fused_l2.capabilities()["cuda"].engine)
+"""
+    for done in run_each([program.format(error) for error in errors], [str(PACKAGE.parent), *elsewhere()]):
+        assert done.returncode == 0, done.stderr
+        why, engine = done.stdout.splitlines()
+        assert "triton cannot be imported" in why
+        assert engine == "plain PyTorch"
 
 
 def test_capabilities_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,15 +7,22 @@ soon as one ends early, the others are ended, and a new run goes on with the sce
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-RUNNER = Path(__file__).parent / "runner.py"
+# Ranks are forks of one process that has imported what takes long to import.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
+)
+# Importing some of it may ask for CUDA devices, which a fork cannot use then.
+FRESH = multiprocessing.get_context("spawn")
 PATIENCE = 50.0  # seconds; also how long a collective waits for other ranks
 LAST_WORDS = 5.0  # seconds that other ranks have once one has ended early: to say what they saw
 
@@ -45,30 +52,39 @@ def run(world: int, folder: Path, scenarios: Sequence[str], patience: float = PA
 
 def _run_once(world: int, folder: Path, own: Path, scenarios: Sequence[str], patience: float, device: str) -> list[str]:
     """The last lines that each rank wrote to its standard error."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "FUSED_L2_TESTED_ON": device}
-    errors = [(own / f"stderr-{rank}").open("w+") for rank in range(world)]
-    ranks: list[subprocess.Popen[bytes]] = []
+    ranks: list[BaseProcess] = []
     try:
         for rank in range(world):
-            command = [sys.executable, str(RUNNER), str(rank), str(world), str(folder), str(own), str(patience), *scenarios]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=errors[rank], stderr=errors[rank]))
-        while all(r.poll() is None for r in ranks):
+            given = (rank, world, folder, own, patience, scenarios, device)
+            ranks.append((FORKS if device == "cpu" else FRESH).Process(target=_rank, args=given))
+            ranks[-1].start()
+        while all(r.is_alive() for r in ranks):
             time.sleep(0.05)
-        until = time.monotonic() + (patience if all(not r.returncode for r in ranks) else LAST_WORDS)
-        while any(r.poll() is None for r in ranks) and time.monotonic() < until:
-            if any(r.returncode for r in ranks):
+        until = time.monotonic() + (patience if all(not r.exitcode for r in ranks) else LAST_WORDS)
+        while any(r.is_alive() for r in ranks) and time.monotonic() < until:
+            if any(r.exitcode for r in ranks):
                 until = min(until, time.monotonic() + LAST_WORDS)
             time.sleep(0.05)
     finally:
         for r in ranks:
             r.kill()
-            r.wait()
-    words = []
-    for file in errors:
-        file.seek(0)
-        words.append(file.read()[-4000:])
-        file.close()
-    return words
+            r.join()
+    return [_stderr(own, rank).read_text()[-4000:] if _stderr(own, rank).exists() else "" for rank in range(world)]
+
+
+def _rank(rank: int, world: int, folder: Path, own: Path, patience: float, scenarios: Sequence[str], device: str) -> None:
+    """What the process of a rank does."""
+    written = os.open(_stderr(own, rank), os.O_CREAT | os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(written, descriptor)
+    os.environ["FUSED_L2_TESTED_ON"] = device
+    import runner
+
+    sys.exit(runner.run(rank, world, folder, own, patience, scenarios))
+
+
+def _stderr(own: Path, rank: int) -> Path:
+    return own / f"stderr-{rank}"
 
 
 def _said(own: Path, rank: int) -> dict[str, str]:
