@@ -155,7 +155,8 @@ def _one_process_group(value: Any) -> Any:
 _SHARED = ("weight_decay", "maximize", "differentiable")  # torch's arguments of all three
 
 
-def did_you_mean(name: str, known: Iterable[str], likeness: float = 0.8) -> str:
+@functools.lru_cache(256)  # every optimizer that is made sets the same attributes
+def did_you_mean(name: str, known: tuple[str, ...], likeness: float = 0.8) -> str:
     """A question for the end of a message, if the name is nearly one of those."""
     plain = {k.replace("_", "").lower(): k for k in known}
     asked = name.replace("_", "").lower()
@@ -174,7 +175,7 @@ def why_unused(key: str, hyperparameters: Iterable[str], options: Options) -> st
             return ""
         return ". It is an option of the whole optimizer: pass it to the constructor, or set it as an attribute"
     # Somebody's own "weight_decay_mult" is not nearly "weight_decay".
-    return did_you_mean(key, hyperparameters, 0.88)
+    return did_you_mean(key, tuple(hyperparameters), 0.88)
 
 
 def _option(default: Any, check: Callable[[Any], Any], description: str) -> Any:

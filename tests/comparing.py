@@ -98,8 +98,8 @@ def differing(a: Tensor, b: Tensor) -> int:
     if not a.dtype.is_floating_point:
         return int((a != b).sum())
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    bits = a.contiguous().view(integer) != b.contiguous().view(integer)
-    return int((bits & ~(a.isnan() & b.isnan())).sum())
+    x, y = a.contiguous().view(integer), b.contiguous().view(integer)
+    return 0 if x.equal(y) else int(((x != y) & ~(a.isnan() & b.isnan())).sum())
 
 
 def assert_same_bits(a: Sequence[Tensor] | Tensor, b: Sequence[Tensor] | Tensor, what: str = "") -> None:
