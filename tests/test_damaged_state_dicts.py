@@ -68,7 +68,7 @@ TENSOR_FAULTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "dimension": lambda t: t.reshape(1, -1),
     "sparse": lambda t: t.to_sparse(),
     "complex": lambda t: t.to(torch.complex64),
-    "integers": lambda t: t.to(torch.int64),
+    "integers": lambda t: t.real.to(torch.int64),  # a fault after another may find complex numbers
     "meta": lambda t: t.to("meta"),
     "freed": freed,
 }
@@ -144,7 +144,7 @@ def test_half_a_state_and_another_optimizer_s_are_refused() -> None:
     assert_refused(optimizer, [state_dict], "needs a dict, got list")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
 def test_a_dict_is_loaded_whole_or_not_at_all(data: st.DataObject) -> None:
     """Several faults at once, in any place, and what is no fault: whatever is accepted makes a finite step."""
