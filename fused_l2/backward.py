@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .backward_pass import BackwardPass
 from .ddp import average_of, averaged_params
-from .optimizer import FusedOptimizer
+from .optimizer import FusedOptimizer, check_is_ours
 from .options import Options
 from .step.stepper import Stepper
 
@@ -164,8 +164,7 @@ def step_in_backward(optimizer: FusedOptimizer, *, ddp: Any = None, gradients_ar
         RuntimeError: from ``backward()``, if a parameter gets a second gradient before ``optimizer.step()``; from
             ``optimizer.step()``, if a GradScaler calls it, or if ``ddp`` has not averaged a gradient.
     """
-    if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(f"step_in_backward takes an optimizer of fused_l2, got {type(optimizer).__name__}")
+    check_is_ours(optimizer, "step_in_backward")
     _refuse_what_needs_all_gradients(optimizer._stepper.options)
     if any(optimizer._stepper.singles):
         raise ValueError("step_in_backward: this optimizer steps in the backward pass already; remove() what it returned first")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .optimizer import FusedOptimizer
+from .optimizer import FusedOptimizer, check_is_ours
 
 
 def master_state_dict(model: nn.Module, optimizer: FusedOptimizer) -> dict[str, Tensor]:
@@ -75,8 +75,7 @@ def _names(model: nn.Module, optimizer: FusedOptimizer) -> dict[Tensor, list[str
     """All names of each parameter: tied ones have several."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(f"expected an optimizer of fused_l2, got {type(optimizer).__name__}")
+    check_is_ours(optimizer, "a function of master weights")
     found: dict[Tensor, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         found.setdefault(param, []).append(name)

@@ -313,7 +313,9 @@ class FusedOptimizer(OptionAttributes, Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def state_dict(self) -> dict[str, Any]:
-        """torch.optim's state dict: plain dicts, torch's keys. ``torch.optim`` loads it, and this class loads torch's."""
+        """torch.optim's state dict: plain dicts, torch's keys. This class loads torch's, and ``torch.optim`` loads this one.
+
+        Of 8-bit states it loads :meth:`float32_state_dict`; what ``low_precision`` keeps beside 16-bit weights it ignores."""
         convert = self.register_state_dict_post_hook(state_dicts.packed, prepend=True)
         try:
             return super().state_dict()
@@ -323,7 +325,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
     def float32_state_dict(self) -> dict[str, Any]:
         """:meth:`state_dict` with float32 moments and momentum under torch's keys in place of the codes and scales of
         ``state_dtype="8bit"``: exactly the values that a step works on. ``torch.optim`` loads it, and so does any optimizer of
-        this package, one with 8-bit states without a change."""
+        this package that has the same ``low_precision``, one with 8-bit states without a change."""
         found = self.state_dict()
         ids = [i for group in found["param_groups"] for i in group["params"]]
         params = dict(zip(ids, self._all_params(), strict=True))
@@ -410,3 +412,12 @@ def _has_step_hooks(optimizer: Optimizer) -> bool:
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
     )
+
+
+def check_is_ours(optimizer: Any, caller: str) -> None:
+    if not isinstance(optimizer, FusedOptimizer):
+        kind = type(optimizer)
+        raise TypeError(
+            f"{caller} takes an optimizer of fused_l2, got {kind.__module__}.{kind.__qualname__}. Make it with fused_l2.SGD, "
+            f"Adam or AdamW"
+        )

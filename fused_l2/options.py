@@ -301,7 +301,10 @@ class Options:
         )
         made._check_together()
         if made.max_grad_norm is None and (made.error_if_nonfinite or made.skip_if_nonfinite):
-            raise ValueError("error_if_nonfinite and skip_if_nonfinite need max_grad_norm, too: inf measures and never clips")
+            raise ValueError(
+                "error_if_nonfinite and skip_if_nonfinite need the norm of the gradients: pass max_grad_norm, too. "
+                "max_grad_norm=float('inf') measures it and never clips"
+            )
         return made
 
     def replaced(self, name: str, value: Any) -> Options:

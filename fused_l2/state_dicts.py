@@ -49,12 +49,16 @@ def check(given: Any, stepper: Stepper, groups: Groups, completed: Callable[[dic
     states, saved = _parts(given)
     sizes, own = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
     if len(sizes) != len(own):
-        raise _refused(f"it has {len(sizes)} param groups, this optimizer {len(own)}: a different number of parameter groups")
+        raise _refused(
+            f"it has {len(sizes)} param groups, this optimizer {len(own)}: a different number of parameter groups",
+            "Make the optimizer with as many groups as were saved, of the same parameters in the same order",
+        )
     for i, (size, expected) in enumerate(zip(sizes, own, strict=True)):
         if size != expected:
             raise _refused(
                 f"its param group {i} has {size} parameters, this optimizer's {expected}: a parameter group that doesn't match "
-                f"the size of optimizer's group"
+                f"the size of optimizer's group",
+                "Make the optimizer with the groups that were saved, of the same parameters in the same order",
             )
     owner: dict[Any, Tensor] = {}
     for i, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
@@ -82,8 +86,8 @@ def check(given: Any, stepper: Stepper, groups: Groups, completed: Callable[[dic
             raise _refused(f"it has a state of parameter {key}, which is in none of its param groups")
 
 
-def _refused(reason: str) -> ValueError:
-    return ValueError(f"load_state_dict: {reason}; nothing was loaded. Load a state dict of this model's optimizer")
+def _refused(reason: str, remedy: str = "Load a state dict of this model's optimizer") -> ValueError:
+    return ValueError(f"load_state_dict: {reason}; nothing was loaded. {remedy}")
 
 
 def _parts(given: Any) -> tuple[Mapping[Any, Any], list[dict[str, Any]]]:
@@ -105,16 +109,18 @@ def _check_state(state: Mapping[str, Any], param: Tensor, stepper: Stepper, flag
             of = next(m for m in Mode if m.state_name == other).name.lower()
             raise _refused(
                 f"{name()}: its state holds {other!r}, which low_precision={of!r} has kept, and this optimizer "
-                f"has low_precision={mode.name.lower()!r}. To change over, make it with the former, load, and set "
-                f"optimizer.low_precision; to give up what is kept, delete {other!r} from the states"
+                f"has low_precision={mode.name.lower()!r}",
+                f"To change over, make it with the former, load, and set optimizer.low_precision; to give up what is kept, "
+                f"delete {other!r} from the states",
             )
     state_dtype = stepper.options.state_dtype
     for key in EIGHT_BIT_NAMES:
         if key in state and state_dtype != EIGHT_BIT:
             raise _refused(
                 f"{name()}: its state holds {key!r}, which state_dtype='8bit' has kept, and this optimizer has "
-                f"state_dtype={state_dtype}. To change over, make it with state_dtype='8bit', load, and set "
-                f"optimizer.state_dtype; or save float32_state_dict(), which any optimizer loads"
+                f"state_dtype={state_dtype}",
+                "To change over, make it with state_dtype='8bit', load, and set optimizer.state_dtype; or save "
+                "float32_state_dict(), whose moments are float32",
             )
     names = rule.state_names(flags)
     missing = []
@@ -126,10 +132,10 @@ def _check_state(state: Mapping[str, Any], param: Tensor, stepper: Stepper, flag
             missing.append(key)
     if rule.counts and state.get("step") is None:
         missing.append("step")
-    try:
-        checks.check_whole(state, missing, name)
-    except RuntimeError as error:
-        raise _refused(str(error)) from None
+    if reason := checks.why_not_whole(state, missing, name):
+        raise _refused(
+            reason, "Load a whole checkpoint of this optimizer, or start this parameter anew: delete its state from the dict"
+        )
     for key, value in state.items():
         if key in checks.KNOWN and key != "step" and value is not None:
             _check_tensor(key, value, param, name)

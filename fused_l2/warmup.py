@@ -10,7 +10,7 @@ import torch
 
 from .engines import cuda
 from .engines.device_tables import ROWS, words_of_a_launch
-from .optimizer import FusedOptimizer
+from .optimizer import FusedOptimizer, check_is_ours
 from .parameters.entry import GroupNeeds
 from .step.hyperparameters import is_on_device
 from .tables import coefficients
@@ -44,8 +44,7 @@ def warmup(optimizer: FusedOptimizer, *architectures: int | str) -> list[Warmed]
     Raises:
         RuntimeError: if Triton is missing or refuses a kernel, or if no architecture is given and there is no GPU.
     """
-    if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(f"warmup takes an optimizer of fused_l2, got {type(optimizer).__name__}")
+    check_is_ours(optimizer, "warmup")
     if reason := cuda.why_unavailable():
         raise RuntimeError(f"There is nothing to compile kernels with: {reason}")
     for architecture in architectures:

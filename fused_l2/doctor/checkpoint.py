@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tables.modes import CODES, STATE_NAMES
 from . import report_on
 from .report import Report
 from .subject import Subject, Weight, make_group
 
-_LIKE_PARAMETER = ("exp_avg", "momentum_buffer", "exp_avg_sq", "master_param")
+_LIKE_PARAMETER = ("exp_avg", "momentum_buffer", "exp_avg_sq", *CODES.values(), *STATE_NAMES)
 
 
 class Saved:
@@ -81,7 +82,8 @@ def _report(title: str, state_dict: Mapping[str, Any], told: dict[str, Any]) -> 
         setattr(subject, name, value)
     subject.unknown.append(
         "A state dict says neither which class wrote it nor what the parameters are: their values, dtypes and modules, and "
-        "whether a decay is coupled where no group says so, are not known. Shapes are those of the states."
+        "whether a decay is coupled where no group says so, are not known. Shapes are those of the states, rates those of "
+        "decay_rule='plain'."
     )
     if any("decoupled_weight_decay" in g.settings for g in groups):
         subject.unknown.append(f"Groups say that their decay is {' or '.join(sorted({g.kind or '?' for g in groups}))}.")

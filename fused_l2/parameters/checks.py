@@ -161,19 +161,17 @@ def is_state_dtype(dtype: torch.dtype, param: torch.dtype, only: torch.dtype | N
     return dtype in DTYPES and (dtype is torch.float64) == (param is torch.float64)
 
 
-def check_whole(state: Mapping[str, Any], missing: list[str], name: Name) -> None:
-    """Refuse a state that was made, but lacks some of its entries, or is another optimizer's: to start those at zero beside
-    the others would make the first updates hundreds of times too large."""
+def why_not_whole(state: Mapping[str, Any], missing: list[str], name: Name) -> str:
+    """What is wrong with a state that was made, but lacks some of its entries, or is another optimizer's: to start those at
+    zero beside the others would make the first updates hundreds of times too large. Empty if nothing is."""
     if not missing:
-        return
+        return ""
     found = [key for key in (*KNOWN, *EIGHT_BIT_NAMES) if state.get(key) is not None]
     known = (*KNOWN, *EIGHT_BIT_NAMES, *STATE_NAMES)
     foreign = [key for key, value in state.items() if key not in known and isinstance(value, Tensor) and value.dim()]
-    if found or foreign:
-        raise RuntimeError(
-            f"{name()}: its state has {', '.join(map(repr, [*found, *foreign]))}, but no {missing[0]!r}. Load a whole "
-            f"checkpoint of this optimizer, or start this parameter anew: optimizer.state[param].clear()."
-        )
+    if not found and not foreign:
+        return ""
+    return f"{name()}: its state has {', '.join(map(repr, [*found, *foreign]))}, but no {missing[0]!r}"
 
 
 def check_counter(value: Tensor, name: Name) -> None:

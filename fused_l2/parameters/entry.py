@@ -275,7 +275,11 @@ def make_entry(
             missing += absent
     if of_group.counts and found.get("step") is None:
         missing.append("step")
-    checks.check_whole(found, missing, name)
+    if reason := checks.why_not_whole(found, missing, name):
+        raise RuntimeError(
+            f"{reason}. Load a whole checkpoint of this optimizer, or start this parameter anew: "
+            f"optimizer.state[param].clear()."
+        )
 
     e = Entry()
     e.in_flight = in_flight

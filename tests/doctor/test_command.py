@@ -125,6 +125,17 @@ def test_ours_and_torchs_write_the_same(tmp_path, capsys):
     assert "b.pt: 0 wrong, 0 doubtful" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_8_bit_states_has_shapes(tmp_path, capsys):
+    model = torch.nn.Linear(128, 64).bfloat16()
+    optimizer = fused_l2.AdamW(model.named_parameters(), state_dtype="8bit", low_precision="remainder8")
+    train(model, optimizer, inputs=torch.randn(4, 128).bfloat16())
+    torch.save(optimizer.state_dict(), tmp_path / "b.pt")
+    assert main(["doctor", str(tmp_path / "b.pt")]) == 0
+    printed = capsys.readouterr().out
+    assert "weight     (64, 128)" in printed
+    assert "rates those of decay_rule='plain'" in " ".join(printed.split())
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
     state = torch.load(checkpoint(tmp_path / "a.pt"), weights_only=True)
     state["optimizer"]["state"][0]["exp_avg_sq"] = torch.zeros(3)

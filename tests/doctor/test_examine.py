@@ -41,6 +41,22 @@ def test_without_a_model_modules_are_found():
     assert "decayed-bias" in report.codes()
 
 
+def test_without_a_model_layers_that_were_replaced_are_found():
+    model = block()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    layers = [i for i, module in enumerate(model) if isinstance(module, nn.Linear)]
+    model[layers[-1]] = nn.Linear(model[layers[-1]].in_features, 7)
+    found = [f for f in fused_l2.doctor.examine(optimizer).findings if f.code == "foreign-parameter"]
+    assert [f.severity for f in found] == ["wrong"]
+    assert len(found[0].parameters) == 2
+
+
+def test_without_a_model_a_tensor_trained_by_itself_is_no_replaced_one():
+    model, prompt = block(), nn.Parameter(torch.randn(3, 4))
+    optimizer = torch.optim.AdamW([prompt, *model[-1].parameters()], weight_decay=0.1)  # and the rest is not frozen
+    assert "foreign-parameter" not in fused_l2.doctor.examine(optimizer).codes()
+
+
 def test_tensors_without_a_module_have_positions():
     p = torch.randn(3, 3, requires_grad=True)
     report = fused_l2.doctor.examine(torch.optim.SGD([p], lr=0.1, weight_decay=0.1))

@@ -95,7 +95,7 @@ def frozen(subject: Subject) -> Iterator[Finding]:
 
 def foreign(subject: Subject) -> Iterator[Finding]:
     """foreign-parameter."""
-    if subject.model is None or not subject.named:
+    if not subject.named:
         return
     inside = {id(p) for _, p in subject.named}
     outside = [w for w in subject.weights if w.param is not None and id(w.param) not in inside]
@@ -108,6 +108,9 @@ def foreign(subject: Subject) -> Iterator[Finding]:
     # Made anew: the model has a tensor of that name, or of as many dimensions, that nobody steps.
     replaced = [w for w in unowned if any(name == w.name or p.dim() == len(w.shape) for name, p in missing)]
     gone = unowned if none_left else replaced
+    # Where modules were looked for, others of theirs may be trained otherwise. Replaced is then what fits one for one.
+    if subject.model is None and sorted(p.dim() for _, p in missing) != sorted(len(w.shape) for w in unowned):
+        return
     if gone:
         yield Finding(
             "foreign-parameter", WRONG, tuple(w.name for w in gone),

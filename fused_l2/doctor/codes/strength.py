@@ -134,9 +134,10 @@ def before_normalization(subject: Subject) -> Iterator[Finding]:
             fix = fixes.constructor(subject, "model.parameters()", which, "fused_l2.AdamW", decay_rule="corrected")
         yield Finding(
             "decay-before-normalization", NOTE, tuple(w.name for w, _ in found),
-            f"{len(found)} decayed weights stand right before a normalization layer ({first.name} before {norm}).",
+            f"{len(found)} decayed weight{'s stand' if len(found) > 1 else ' stands'} right before a normalization layer "
+            f"({first.name} before {norm}).",
             "That layer removes their scale: decay there does not regularize, it holds |w| small and the effective learning "
-            "rate lr / |w|^2 large.",
+            "rate lr / |w|^2 large. Other weights keep the rule 'plain', in a param group of their own.",
             fix,
             "van Laarhoven 2017, 'L2 Regularization versus Batch and Weight Normalization'; Defazio 2025, arXiv 2506.02285",
         )  # fmt: skip
