@@ -13,8 +13,9 @@ from .optimizer import FusedOptimizer, check_is_ours
 def master_state_dict(model: nn.Module, optimizer: FusedOptimizer) -> dict[str, Tensor]:
     """``model.state_dict()`` with the float32 value of every parameter that the optimizer steps.
 
-    Of 16-bit parameters that is what ``low_precision`` keeps: all of it with ``"master"`` and ``"remainder"``, and the 16-bit
-    value itself with ``"round"`` and ``"stochastic"``. Everything else is as in ``model.state_dict()``. Tensors are contiguous
+    Of 16-bit parameters that is what ``low_precision`` keeps: all of it with ``"master"`` and ``"remainder"``, 24 bits with
+    ``"remainder8"``, the sum with the compensation with ``"kahan"``, and the 16-bit value itself with ``"round"`` and
+    ``"stochastic"``. Everything else is as in ``model.state_dict()``. Tensors are contiguous
     and share no memory, as ``safetensors.torch.save_file`` wants them; DTensors stay DTensors.
 
     Args:

@@ -253,7 +253,8 @@ class Options:
     state_dtype: torch.dtype | str | None = _option(
         None,
         _state_dtype,
-        """``torch.float32`` or ``torch.bfloat16``: the dtype of moments and momentum. None: the parameter's own.
+        """``torch.float32`` or ``torch.bfloat16``: the dtype of moments and momentum. None: the parameter's own, and
+        float32 with a ``low_precision`` other than ``"round"``.
 
         ``"8bit"``: codes of 8 bits with a scale for each 32 elements (1.03 bytes an element), rounded at random with the
         right mean. For parameters of float32, bfloat16 and float16 with at least 4096 elements and slices along dimension 0

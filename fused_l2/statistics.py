@@ -61,7 +61,7 @@ class Statistics:
     param_norm: Tensor
     update_norm: Tensor
     update_ratio: Tensor  # update_norm / param_norm
-    penalty: Tensor  # sum over param groups of weight_decay / 2 * sum w^2, which is lambda / 2n * sum w^2
+    penalty: Tensor  # sum over param groups of weight_decay / 2 * sum w^2; of SGD and Adam lambda / 2n * sum w^2
     nonfinite_grads: Tensor  # how many elements of gradients are inf or NaN
     decay_asked: Tensor  # sum of r * w^2; 0 for a skipped step
     decay_arrived: Tensor  # decay_asked - sum of w * (stored - exact)

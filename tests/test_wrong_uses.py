@@ -99,6 +99,7 @@ def test_all_that_torch_takes_is_taken() -> None:
         (lambda: weight_decay.param_groups(MODEL.parameters(), 0.1), TypeError, "needs a torch.nn.Module, got generator"),
         (lambda: weight_decay.param_groups(MODEL, "0.1"), TypeError, "weight_decay must be a number, got '0.1'"),
         (lambda: weight_decay.param_groups(MODEL, 0.1, exclude=["bias"]), TypeError, "pass no_decay=, not exclude="),
+        (lambda: weight_decay.param_groups(MODEL, 0.1, without=["bias"]), TypeError, "without is no key of a param group"),
         (lambda: weight_decay.param_groups(MODEL, 0.1, skip_list=["bias"]), TypeError, "pass no_decay=, not skip_list="),
         (lambda: weight_decay.param_groups(MODEL, 0.1, prefix=MODEL), TypeError, "prefix must be the name of a part"),
         (lambda: weight_decay.param_groups(MODEL, -0.1), ValueError, "weight_decay must be a finite number >= 0, got -0.1"),
@@ -112,7 +113,7 @@ def test_all_that_torch_takes_is_taken() -> None:
         (lambda: weight_decay.penalty(MODEL), TypeError, "penalty needs an optimizer, or param groups .*got Linear"),
         (lambda: weight_decay.normalized_weights(MODEL, MODEL), TypeError, "needs a model and its optimizer, got Linear"),
     ],
-    ids=range(24),
+    ids=range(25),
 )
 def test_what_is_passed_elsewhere(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

@@ -23,6 +23,8 @@ def from_lambda(lam: float, n: int, reduction: Reduction = "mean") -> float:
     ``n`` is the size of the training set, not of a mini-batch: a mini-batch of m averages the data term over m, the penalty
     stays over n. With ``"sum"`` the data term of a mini-batch of m is the sum over it times n / m.
 
+    ``decay_rule="fully_decoupled"`` multiplies weight_decay by lr / max_lr and not by lr: there pass max_lr times this value.
+
     Args:
         lam: lambda of that loss, 0 or more.
         n: number of training examples; for a loss that is a mean over tokens, of tokens.

@@ -92,6 +92,10 @@ class ParamGroups(list[dict[str, Any]]):
         return totals
 
 
+def _looks_like_a_rule(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set)) and any(isinstance(one, (str, type, nn.Module)) for one in value)
+
+
 def param_groups(
     model: nn.Module,
     weight_decay: float | Tensor,
@@ -153,6 +157,8 @@ def param_groups(
             raise TypeError(f"param_groups: for parameters without decay pass no_decay=, not {keyword}=")
         if keyword in NAMES and keyword not in _KEYS:
             raise TypeError(f"param_groups: {keyword} is an option of the whole optimizer. Pass it there")
+        if keyword not in _KEYS and _looks_like_a_rule(options[keyword]):
+            raise TypeError(f"param_groups: {keyword} is no key of a param group. Rules are arguments: decay= and no_decay=")
         if keyword not in _KEYS and (hint := did_you_mean(keyword, (*_ARGUMENTS, *_KEYS))):
             raise TypeError(f"param_groups() got an unexpected keyword argument {keyword!r}{hint}")
     if not isinstance(weight_decay, Tensor):

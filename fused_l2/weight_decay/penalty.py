@@ -26,7 +26,8 @@ def penalty(
 
     With ``lam`` and ``n`` the value is (lam / 2n) * sum(w^2), or (lam / 2) * sum(w^2) with ``reduction="sum"``: what the loss
     of :func:`from_lambda` adds to its data term. Without them it is sum over groups of (weight_decay / 2) * sum(w^2), the
-    same number if each group's ``weight_decay`` is lam / n.
+    same number if each group's ``weight_decay`` is lam / n. SGD and Adam minimize it with the data term; decoupled decay, as
+    AdamW's, minimizes no such sum.
 
     One pass over the weights. On a CPU the sum is made in float64 in a fixed order: the same bits for any number of threads.
     Shards of DTensors are summed over their meshes, and an optimizer's parameters over its ``norm_process_group``, so that all
