@@ -1,4 +1,4 @@
-// Steps that no kernel has of its own, see is_staged: rare mixes of dtypes, of what is kept, and of rules.
+// Steps without a kernel of their own (see is_staged): rare mixes of dtypes, low_precision modes and rules.
 //
 // A stretch of a tensor is brought to float32 in buffers that stay in the first caches, stepped there by the float32
 // loop, and brought back. No include guard: compiled once per instruction set by foreach_capability.h.

@@ -38,7 +38,7 @@ class TensorSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Figures of one step, as 0-dim float64 tensors on the parameters' device that nobody has waited for.
+    """Figures of one step, as 0-dim float64 tensors on the parameters' device. Making them waits for no device.
 
     Norms are 2-norms over all parameters that had a gradient. Gradients are those given, without a GradScaler's scale and
     before clipping. Weights are those before the step, for which the loss was computed; the update is weights after minus

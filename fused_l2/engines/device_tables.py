@@ -170,7 +170,7 @@ class DeviceTable:
 
 
 class Measurer:
-    """Measures all gradients of a device's buckets, and decides about the step, without a word to the host."""
+    """Measures all gradients of a device's buckets, and decides about the step on the device: the host does not wait."""
 
     def __init__(
         self, device: Device, tables: Sequence[DeviceTable], hosts: Sequence[TensorTable], dtypes: Sequence[torch.dtype]
