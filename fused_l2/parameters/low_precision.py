@@ -1,8 +1,8 @@
 """16-bit parameters whose small updates survive: what is kept beside them, and how it is rounded.
 
 A bfloat16 number has 8 significant bits: ``w * (1 - lr * weight_decay)`` rounds back to w where lr * weight_decay < 2^-9, so
-that weight decay silently does nothing. Each :class:`Mode` computes a step in float32 and says what of the result is stored. This
-module is the definition in PyTorch; ``csrc/low_precision_kernels.h`` and ``kernels/low_precision.py`` state the same formulas.
+that weight decay silently does nothing. Each :class:`Mode` computes a step in float32 and says what is stored of the result.
+This module is the definition in PyTorch; ``csrc/low_precision_kernels.h`` and ``kernels/low_precision.py`` state the same formulas.
 """
 
 from __future__ import annotations
