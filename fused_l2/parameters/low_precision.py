@@ -2,7 +2,8 @@
 
 A bfloat16 number has 8 significant bits: ``w * (1 - lr * weight_decay)`` rounds back to w where lr * weight_decay < 2^-9, so
 that weight decay silently does nothing. Each :class:`Mode` computes a step in float32 and says what is stored of the result.
-This module is the definition in PyTorch; ``csrc/low_precision_kernels.h`` and ``kernels/low_precision.py`` state the same formulas.
+This module is the definition in PyTorch; ``csrc/low_precision_kernels.h`` and ``kernels/low_precision.py`` have the same
+formulas.
 """
 
 from __future__ import annotations
