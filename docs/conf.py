@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from docutils import nodes
-from sphinx import addnodes
+from docutils.nodes import Element
 from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 from fused_l2 import __version__
 
@@ -19,18 +19,19 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_title = f"fused_l2 {__version__}"
-autodoc_typehints = "none"  # in signatures of so many arguments they would hide the names
+autodoc_typehints = "signature"
+python_maximum_signature_line_length = 85  # longer ones have a line for each argument
 autodoc_default_options = {"member-order": "bysource"}
 nitpicky = False
 
 
-def open_files(app: Sphinx, doctree: nodes.document, page: str) -> None:
-    """Links to tests and sources open them: Sphinx would have them downloaded."""
-    for link in list(doctree.findall(addnodes.download_reference)):
-        if "filename" in link:
-            folder = "../" * page.count("/") + "_downloads/"
-            link.replace_self(nodes.reference("", "", *link.children, refuri=folder + link["filename"], internal=True))
+class Translator(HTML5Translator):
+    """Links to tests, sources and results open in the browser; Sphinx would have it save them."""
+
+    def visit_download_reference(self, node: Element) -> None:
+        super().visit_download_reference(node)
+        self.body[-1] = self.body[-1].replace(' download=""', "")
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("doctree-resolved", open_files)
+    app.set_translator("html", Translator)
