@@ -238,7 +238,7 @@ def test_the_options_are_no_group_keys_and_survive_pickle_and_copy(name):
         ({"max_grad_norm": "1"}, TypeError, "max_grad_norm must be a number"),
         ({"max_grad_norm": 1.0, "norm_type": 1}, ValueError, "norm_type must be 2 or inf, got 1.0"),
         ({"max_grad_norm": 1.0, "norm_type": "two"}, TypeError, "norm_type must be 2 or inf, got 'two'"),
-        ({"error_if_nonfinite": True}, ValueError, "need max_grad_norm"),
+        ({"error_if_nonfinite": True}, ValueError, "pass max_grad_norm, too"),
         ({"max_grad_norm": 1.0, "error_if_nonfinite": True, "skip_if_nonfinite": True}, ValueError, "exclude each other"),
     ],
 )
