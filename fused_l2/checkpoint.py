@@ -59,11 +59,19 @@ def load_master_state_dict(model: nn.Module, optimizer: FusedOptimizer, state_di
             f"dict. Load a state dict of this model."
         )
     for name, value in own.items():
-        if isinstance(value, Tensor) and value.shape != state_dict[name].shape:
+        if not isinstance(value, Tensor):
+            continue
+        given = state_dict[name]
+        if not isinstance(given, Tensor):
+            raise RuntimeError(f"load_master_state_dict: {name!r} is {given!r:.80}, not a tensor")
+        if value.shape != given.shape:
             raise RuntimeError(
-                f"load_master_state_dict: {name!r} has shape {tuple(state_dict[name].shape)}, in the model {tuple(value.shape)}"
+                f"load_master_state_dict: {name!r} has shape {tuple(given.shape)}, in the model {tuple(value.shape)}"
             )
+        if given.is_meta and not value.is_meta:
+            raise RuntimeError(f"load_master_state_dict: {name!r} is on the meta device, and has no values")
     weights = [state_dict[names[p][0]] if p in names and names[p][0] in own else p.detach() for p in _params(optimizer)]
+    optimizer._check_weights(weights)
     model.load_state_dict(state_dict)
     optimizer.load_master_params(weights)
 

@@ -22,6 +22,7 @@ from .options import NAMES, OptionAttributes, Options, did_you_mean, why_unused
 from .parameters import checks, eight_bits
 from .parameters.entry import scalar_dtype
 from .parameters.low_precision import widened
+from .parameters.memory import has_memory
 from .parameters.shards import is_dtensor, like, local, why_refused
 from .statistics import Statistics
 from .step import scaler
@@ -145,6 +146,11 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         return value
 
     def _set_option(self, name: str, value: Any) -> None:
+        if "_stepper" not in self.__dict__:
+            raise AttributeError(
+                f"{type(self).__name__} sets {name!r}, an option of fused_l2, before super().__init__(). Pass it there, or set "
+                f"it afterwards; an attribute of your own needs another name"
+            )
         stepper = self._stepper
         stepper.arrange(self.param_groups)
         options = stepper.options.replaced(name, value)
@@ -159,7 +165,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             if name == "low_precision":
                 change_modes(params, self.state, stepper.waiting, before.precision, options.precision, undo)
             if name == "state_dtype":
-                change_states(params, self.state, options.precision, undo)
+                change_states(params, self.state, before.precision, options.precision, undo)
             stepper.set_options(options)
 
     def _check_modes(self, options: Options) -> None:
@@ -261,11 +267,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             raise TypeError(f"load_master_params needs a list of tensors, got {type(weights).__name__}")
         if len(weights) != len(params):
             raise ValueError(f"load_master_params got {len(weights)} tensors for {len(params)} parameters")
-        for i, (p, w) in enumerate(zip(params, weights, strict=True)):
-            if w.shape != p.shape:
-                raise ValueError(f"load_master_params: tensor {i} has shape {tuple(w.shape)}, its parameter {tuple(p.shape)}")
-            if reason := why_refused(w, p):
-                raise ValueError(f"load_master_params: tensor {i} cannot be used: {reason}. Distribute it as its parameter is")
+        self._check_weights(weights)
         precision = self._stepper.options.precision
         for p, w in zip(params, weights, strict=True):
             mode = precision.mode_of(p)
@@ -278,6 +280,19 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             state = self.state[p] if p in self.state else self._stepper.waiting.setdefault(p, {})
             state[mode.state_name] = like(p, kept) if is_dtensor(p) and kept is not None else kept
         self.drop_plan()
+
+    def _check_weights(self, weights: Sequence[Tensor]) -> None:
+        for i, (p, w) in enumerate(zip(self._all_params(), weights, strict=True)):
+            if w.shape != p.shape:
+                raise ValueError(f"load_master_params: tensor {i} has shape {tuple(w.shape)}, its parameter {tuple(p.shape)}")
+            if not w.is_floating_point():
+                raise ValueError(f"load_master_params: tensor {i} has dtype {w.dtype}, which is no floating-point dtype")
+            if w.layout is not torch.strided or (w.is_meta and not p.is_meta) or not has_memory(local(w)):
+                raise ValueError(f"load_master_params: tensor {i} has no values to be read (layout {w.layout}, on {w.device})")
+            if not has_memory(local(p)):
+                raise ValueError(f"load_master_params: the storage of parameter {i} was freed. Restore it first")
+            if reason := why_refused(w, p):
+                raise ValueError(f"load_master_params: tensor {i} cannot be used: {reason}. Distribute it as its parameter is")
 
     # torch's contracts.
 
@@ -355,8 +370,16 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         loaded: dict[str, Any] = {}
         capture = self.register_load_state_dict_pre_hook(lambda _, given: self._take_given(given, loaded))
         restore = self.register_load_state_dict_post_hook(lambda _: self._own(loaded), prepend=True)
+        before, waiting = {key: self.__dict__[key] for key in ("state", "param_groups")}, dict(self._stepper.waiting)
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            # Ended on its way, by an interrupt as well: torch has put new states there, cast to their parameters' dtypes.
+            self.__dict__.update(before)
+            self._stepper.waiting.clear()
+            self._stepper.waiting.update(waiting)
+            self.drop_plan()
+            raise
         finally:
             capture.remove()
             restore.remove()

@@ -62,6 +62,8 @@ def check(given: Any, stepper: Stepper, groups: Groups, completed: Callable[[dic
             )
     owner: dict[Any, Tensor] = {}
     for i, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
+        if missing := [key for key in stepper.rule.own_keys if key not in saved_group]:
+            raise _refused(f"its param group {i} has no {missing[0]!r}: it is of another optimizer")
         whole = completed(saved_group)
         if whole.get("differentiable"):
             raise _refused(f"its param group {i} has differentiable=True, which is not supported")
@@ -84,6 +86,8 @@ def check(given: Any, stepper: Stepper, groups: Groups, completed: Callable[[dic
     for key in states:
         if isinstance(key, int) and key not in owner:
             raise _refused(f"it has a state of parameter {key}, which is in none of its param groups")
+        if isinstance(key, str) and key.isdecimal() and int(key) in owner:
+            raise _refused(f"it has the state of parameter {key} under the string {key!r}", "Make the keys of 'state' numbers")
 
 
 def _refused(reason: str, remedy: str = "Load a state dict of this model's optimizer") -> ValueError:
@@ -159,6 +163,10 @@ def _check_tensor(key: str, value: Any, param: Tensor, name: Namer) -> None:
         raise _refused(f"{name()}: its state {key!r} is {value!r:.80}, not a tensor")
     if value.shape != param.shape:
         raise _refused(f"{name()}: its state {key!r} has shape {tuple(value.shape)}")
+    _check_values(key, value, param, name)
+
+
+def _check_values(key: str, value: Tensor, param: Tensor, name: Namer) -> None:
     if value.layout is not torch.strided:
         raise _refused(f"{name()}: its state {key!r} is sparse (layout {value.layout})")
     if value.is_meta and not param.is_meta:
@@ -175,9 +183,12 @@ def _check_tensor(key: str, value: Any, param: Tensor, name: Namer) -> None:
 def _check_codes(key: str, value: Any, param: Tensor, name: Namer) -> None:
     if key in CODES.values():
         _check_tensor(key, value, param, name)
-    elif not isinstance(value, Tensor) or value.numel() * GROUP != param.numel():
-        found = tuple(value.shape) if isinstance(value, Tensor) else value
-        raise _refused(f"{name()}: its state {key!r} is {found!r:.80}, not a scale for each {GROUP} elements")
+    else:
+        shape = eight_bits.scale_shape(param) if param.dim() else ()
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+            found = tuple(value.shape) if isinstance(value, Tensor) else value
+            raise _refused(f"{name()}: its state {key!r} is {found!r:.80}, not a scale for each {GROUP} elements, {shape}")
+        _check_values(key, value, param, name)
     if value.dtype is not torch.uint8:
         raise _refused(f"{name()}: its state {key!r} has dtype {value.dtype}, expected uint8")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import state_dicts
 from .parameters.low_precision import LowPrecision, narrowed, widened
 from .parameters.shards import is_dtensor, like, local
-from .tables.modes import Mode
+from .tables.modes import CODES, Mode
 
 State = dict[str, Any]
 
@@ -71,13 +71,21 @@ def change_modes(
 
 
 @torch.no_grad()
-def change_states(params: Iterable[Tensor], states: MutableMapping[Tensor, Any], new: LowPrecision, undo: Undo) -> None:
-    """Bring moments and momentum to 8 bits, or from there to float32. Other dtypes are converted by the next step."""
+def change_states(
+    params: Iterable[Tensor], states: MutableMapping[Tensor, Any], old: LowPrecision, new: LowPrecision, undo: Undo
+) -> None:
+    """Bring moments and momentum to 8 bits, from there to float32, or to their parameter's own dtype. A dtype that is asked for
+    is brought about by the next step."""
     for p in params:
         state = states.get(p)
-        if state is not None:
-            undo.before(partial(states.__setitem__, p, state))
-            states[p] = state_dicts.converted(p, state, new.has_codes(p))
+        if state is None:
+            continue
+        undo.before(partial(states.__setitem__, p, state))
+        changed = state_dicts.converted(p, state, new.has_codes(p))
+        if isinstance(old.state_dtype, torch.dtype) and new.state_dtype is None:
+            dtype = new.state_dtype_of(p) or p.dtype
+            changed = {**changed, **{key: changed[key].to(dtype) for key in CODES if isinstance(changed.get(key), Tensor)}}
+        states[p] = changed
 
 
 @torch.no_grad()

@@ -156,3 +156,21 @@ def test_weights_of_another_model_change_nothing() -> None:
 if __name__ == "__main__":
     for kind in sys.argv[2:]:
         train(Path(sys.argv[1]) / kind, kind)
+
+
+def test_weights_that_cannot_be_read_are_refused_before_anything_changes() -> None:
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = fused_l2.AdamW(params)
+    freed = torch.ones(3)
+    freed.untyped_storage().resize_(0)
+    for bad in (torch.ones(3, device="meta"), torch.ones(3).to_sparse(), torch.ones(3, dtype=torch.int64), freed):
+        with pytest.raises(ValueError, match="load_master_params: tensor 1 has"):
+            optimizer.load_master_params([torch.ones(3), bad])
+    model = torch.nn.Linear(2, 1)
+    optimizer = fused_l2.AdamW(model.parameters())
+    before = [p.detach().clone() for p in model.parameters()]
+    for bad_value, said in ((torch.ones(1, device="meta"), "'bias' is on the meta device"), (5, "'bias' is 5, not a tensor")):
+        with pytest.raises(RuntimeError, match=said):
+            fused_l2.load_master_state_dict(model, optimizer, {"weight": torch.ones(1, 2), "bias": bad_value})  # type: ignore[dict-item]
+    assert_same_bits(list(model.parameters()), before)
+    assert all(p.eq(0).all() for p in params)

@@ -137,11 +137,42 @@ def test_half_a_state_and_another_optimizer_s_are_refused() -> None:
         del damaged["state"][1][key]
         assert_refused(optimizer, damaged, f"no '{key}'")
     _, of_sgd = saved("SGD")
+    assert_refused(optimizer, of_sgd, "no 'betas': it is of another optimizer")
+    of_sgd["param_groups"] = copy.deepcopy(state_dict["param_groups"])
     assert_refused(optimizer, of_sgd, "'momentum_buffer', but no 'exp_avg'")
     negative = copy.deepcopy(state_dict)
     negative["state"][0]["exp_avg_sq"][2] = -1e-3
     assert_refused(optimizer, negative, "'exp_avg_sq' has negative elements")
     assert_refused(optimizer, [state_dict], "needs a dict, got list")
+
+
+@pytest.mark.parametrize("other", ["Adam", "AdamW", "RMSprop", "Adagrad"])
+def test_sgd_whose_momentum_may_start_anew_refuses_what_others_saved(other: str) -> None:
+    params = make_params((5, 7))
+    state_dict = run(lambda ps: getattr(torch.optim, other)(groups(ps), lr=0.1), params, 2).state_dict()
+    assert_refused(saved("SGD")[0], state_dict, "is of another optimizer")
+
+
+def test_states_under_strings_are_not_lost() -> None:
+    optimizer, state_dict = saved("AdamW")
+    state_dict["state"] = {str(key): state for key, state in state_dict["state"].items()}
+    assert_refused(optimizer, state_dict, "the state of parameter 0 under the string '0'.*Make the keys of 'state' numbers")
+
+
+def shortened(t: torch.Tensor) -> torch.Tensor:
+    t = t.clone()
+    t.untyped_storage().resize_(t.numel() - 1)
+    return t
+
+
+@pytest.mark.parametrize("key", ["exp_avg_8bit", "exp_avg_scale", "exp_avg_sq_scale"])
+@pytest.mark.parametrize("fault", [*TENSOR_FAULTS, "transposed", "flat", "shortened"])
+def test_damaged_8_bit_states_are_refused_by_name(key: str, fault: str) -> None:
+    faults = {**TENSOR_FAULTS, "transposed": lambda t: t.T, "flat": lambda t: t.view(-1), "shortened": shortened}
+    optimizer = run(lambda ps: fused_l2.AdamW(ps, lr=0.1, state_dtype="8bit"), make_params(((64, 128),)), 2)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state_dict["state"][0][key] = faults[fault](state_dict["state"][0][key])
+    assert_refused(optimizer, state_dict, f"'{key}'")
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

@@ -123,6 +123,48 @@ def test_a_parameter_of_inference_mode_is_refused() -> None:
     assert p.tolist() == [1.0] * 3
 
 
+def test_state_dtype_none_brings_states_back_to_their_parameters_dtype() -> None:
+    """Moments that stayed bfloat16 would not decay, and a resumed run would be another."""
+    p = torch.nn.Parameter(torch.randn(8))
+    p.grad = torch.ones(8)
+    optimizer = fused_l2.AdamW([p], state_dtype=torch.bfloat16)
+    optimizer.step()
+    optimizer.state_dtype = None
+    assert optimizer.state[p]["exp_avg_sq"].dtype is torch.float32
+    p.grad = torch.zeros(8)
+    before = optimizer.state[p]["exp_avg_sq"].clone()
+    for _ in range(1000):
+        optimizer.step()
+    # Each of 1000 products is rounded once.
+    torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], before * 0.999**1000, rtol=1000 * 2.0**-24, atol=0)
+
+
+def test_an_option_set_before_the_constructor_is_named() -> None:
+    class Mine(fused_l2.AdamW):
+        def __init__(self, params: Any, seed: int) -> None:
+            self.seed = seed
+            super().__init__(params)
+
+    with pytest.raises(AttributeError, match=r"Mine sets 'seed', an option of fused_l2, before super\(\).__init__\(\)"):
+        Mine([torch.nn.Parameter(torch.ones(2))], 3)
+
+
+class _New(torch.nn.Parameter):
+    """A class that no step has met."""
+
+
+@pytest.mark.parametrize("low_precision", ["round", "remainder"])
+def test_a_freed_parameter_of_a_new_class_is_refused(low_precision: Any) -> None:
+    params = [kind(torch.ones(64, 64).bfloat16()) for kind in (torch.nn.Parameter, _New)]
+    optimizer = fused_l2.AdamW(params, low_precision=low_precision)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    params[1].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0.*storage"):
+        optimizer.step()
+    assert params[0].eq(1).all()
+
+
 def test_max_grad_norm_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_grad_norm: 0; .*pass None"):
         fused_l2.SGD([Parameter(torch.ones(3))], max_grad_norm=0)

@@ -67,6 +67,41 @@ def test_an_exception_in_a_hook_ends_nothing_of_the_step(name: str, at: int, whe
     sweep.check(run, versions, when)
 
 
+@pytest.mark.parametrize(
+    "options", [{"state_dtype": torch.float32}, {"low_precision": "master"}, {"low_precision": "remainder"}]
+)
+def test_a_load_that_is_ended_at_any_line_was_made_or_was_not(options: Any) -> None:
+    """torch puts new states there first, cast to the parameters' dtype."""
+
+    def prepared() -> tuple[Scenario, dict[str, Any]]:
+        run, other = (Scenario("AdamW", "hh", **options) for _ in range(2))
+        for _ in range(3):
+            other.make()
+        run.make()
+        return run, other.optimizer.state_dict()
+
+    def then(run: Scenario) -> dict[str, Any]:
+        run.prepare()
+        run.optimizer.step()
+        return run.bits()
+
+    run, given = prepared()
+    left_out = then(run)
+    run, given = prepared()
+    tracer = Tracer()
+    tracer.run(functools.partial(run.optimizer.load_state_dict, given))
+    made = then(run)
+    ended = 0
+    for where, count in tracer.seen.items():
+        run, given = prepared()
+        with contextlib.suppress(Interrupt):
+            Tracer((where, count)).run(functools.partial(run.optimizer.load_state_dict, given))
+        ended += 1
+        found = then(run)
+        assert are_equal(found, left_out) or are_equal(found, made), where
+    assert ended > 50
+
+
 @each
 def test_a_warning_that_is_an_error_leaves_no_state(name: str) -> None:
     """The warning of decay that rounding loses is given when everything is ready; with -W error it ends the step."""

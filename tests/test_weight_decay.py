@@ -318,3 +318,24 @@ def test_the_weight_of_a_layer_with_one_output_is_decayed(layer):
     decayed, others = param_groups(layer, weight_decay=0.1)
     assert decayed["param_names"] == ["weight"]
     assert others["param_names"] == ["bias"]
+
+
+def test_a_module_under_two_names_follows_the_rules_of_both():
+    shared = torch.nn.Linear(3, 3)
+    model = torch.nn.ModuleDict({
+        "encoder": torch.nn.ModuleDict({"proj": shared, "own": torch.nn.Linear(3, 3)}),
+        "decoder": torch.nn.ModuleDict({"proj": shared, "own": torch.nn.Linear(3, 3)}),
+    })  # fmt: skip
+    for rule in ("decoder.*", "decoder.proj.weight"):
+        groups = param_groups(model, 0.1, no_decay=rule)
+        decayed = [name for group in groups for name in group["param_names"] if group["weight_decay"]]
+        assert "encoder.proj.weight" not in decayed
+        assert "encoder.own.weight" in decayed
+    assert "shared with decoder.proj.weight" in str(param_groups(model, 0.1))
+    assert sum(len(group["params"]) for group in param_groups(model, 0.1)) == 6
+
+
+def test_the_penalty_under_a_default_device_without_values():
+    optimizer = fused_l2.SGD([torch.nn.Parameter(torch.ones(3))], weight_decay=2.0)
+    with torch.device("meta"):
+        assert penalty(optimizer) == 3.0

@@ -68,9 +68,7 @@ def check_param(param: Any, name: Name) -> None:
             f"{name()}: it is an expanded tensor, whose elements share memory. Optimize the tensor it was made from."
         )
     if param.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            f"{name()}: it was made in inference mode, and torch allows no change of it outside of that mode. Clone it."
-        )
+        raise RuntimeError(f"{name()}: it was made in inference mode, where no step is counted. Clone it outside of that mode.")
     if is_dtensor(param) and any(placement.is_partial() for placement in param.placements):
         raise RuntimeError(
             f"{name()}: its placements are {param.placements}, so that every process holds a summand of it. Redistribute it to "

@@ -73,7 +73,7 @@ def needs_copy(param: Tensor, grad: Tensor) -> bool:
 
 def has_memory(tensor: Tensor) -> bool:
     """Whether the storage reaches as far as the shape says."""
-    if tensor.numel() == 0 or tensor.is_meta or type(tensor) not in PLAIN_TYPES:
+    if tensor.numel() == 0 or tensor.is_meta or not has_plain_type(tensor):
         return True
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + last + 1) * tensor.element_size()
@@ -81,7 +81,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 def facts_of(tensor: Tensor) -> tuple[Any, ...]:
     """All by which a tensor is still where and what it was."""
-    if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
+    if not has_plain_type(tensor) or tensor.layout is not torch.strided:
         return id(tensor), type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.layout
     storage = tensor.untyped_storage()
     return (*kind_of(tensor), storage.nbytes(), 0 if tensor._is_zerotensor() else tensor.data_ptr())

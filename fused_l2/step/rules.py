@@ -49,6 +49,7 @@ class UpdateRule(ABC):
     rule: ClassVar[Rule]
     counts: ClassVar[bool]  # whether coefficients depend on the step count
     Values: ClassVar[type[Any]]
+    own_keys: ClassVar[tuple[str, ...]]  # of a param group, which every version of torch's has, and no other optimizer's
 
     def __init__(self) -> None:
         self.read = itemgetter(*self.Values._fields)
@@ -158,6 +159,7 @@ def _where(group: int | None) -> str:
 
 class _Sgd(UpdateRule):
     rule, counts, Values = Rule.SGD, False, SgdValues
+    own_keys = ("momentum", "dampening")
     _remedy = "Pass decoupled_weight_decay=True."
 
     def numbers(self, values: SgdValues, options: Options, group: int | None, initial_lr: float) -> SgdNumbers:
@@ -203,6 +205,7 @@ class _Sgd(UpdateRule):
 
 class _Adam(UpdateRule):
     rule, counts, Values = Rule.ADAM, True, AdamValues
+    own_keys = ("betas", "eps")
     _remedy = "Use AdamW, or pass decoupled_weight_decay=True."
 
     def numbers(self, values: AdamValues, options: Options, group: int | None, initial_lr: float) -> AdamNumbers:

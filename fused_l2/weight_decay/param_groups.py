@@ -168,9 +168,9 @@ def param_groups(
     chosen = _UserRules(decay=_one_or_many(decay, "decay"), no_decay=_one_or_many(no_decay, "no_decay"))
 
     uses: dict[nn.Parameter, list[_Use]] = {}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         at, owners = _owners(model, path, module)
-        for own_name, param in module.named_parameters(recurse=False):
+        for own_name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             name = ".".join(filter(None, (prefix.rstrip("."), path, own_name)))
             tensor = at or own_name  # what a parametrization computes from it
             uses.setdefault(param, []).append(_Use(name, tensor, module, owners))

@@ -82,4 +82,4 @@ def penalty(
     here: dict[Ranks, list[float]] = {ranks: [] for ranks in ((), *sharing.beyonds)}
     for beyond, value in zip(sharing.beyond, penalties, strict=True):
         here[beyond].append(value)
-    return float(sharing.reduced({r: torch.tensor([math.fsum(v)], dtype=torch.float64) for r, v in here.items()}))
+    return float(sharing.reduced({r: torch.tensor([math.fsum(v)], dtype=torch.float64, device="cpu") for r, v in here.items()}))
