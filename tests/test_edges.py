@@ -99,7 +99,7 @@ def test_counters_that_count_nothing_are_refused_by_name(count: float, fresh: bo
         assert all(map(torch.equal, params, before))
 
 
-@pytest.mark.parametrize("value", [math.inf, torch.tensor(math.inf), -math.inf], ids=repr)
+@pytest.mark.parametrize("value", [math.inf, torch.tensor(math.inf), -math.inf, 1e39], ids=repr)
 @pytest.mark.parametrize(
     ("name", "argument"),
     [(n, a) for n in KINDS for a in ("lr", "weight_decay")] + [("SGD", "momentum"), ("SGD", "dampening"), ("AdamW", "eps")],

@@ -5,7 +5,6 @@ The values of such tensors are looked at once, when one is first seen, to check 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -75,12 +74,15 @@ def _flat(values: tuple[Any, ...]) -> Iterator[Any]:
             yield value
 
 
+_LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
+
+
 def number(value: Any, argument: str, where: str = "") -> float:
     """A hyperparameter as a float.
 
     Raises:
         TypeError: if it is not a number or a tensor of one element.
-        ValueError: if it is NaN, infinite, or a tensor of several elements.
+        ValueError: if it is NaN, infinite or beyond float32, in which a step computes, or a tensor of several elements.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -88,8 +90,8 @@ def number(value: Any, argument: str, where: str = "") -> float:
     elif isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(f"{argument}{where} must be a number, got {value!r} of type {type(value).__name__}")
     result = float(value)
-    if not math.isfinite(result):
-        raise ValueError(f"Invalid {argument}{where}: {value}; expected a finite number")
+    if not abs(result) <= _LARGEST:
+        raise ValueError(f"Invalid {argument}{where}: {value}; expected a finite number of float32's range")
     return result
 
 
