@@ -71,9 +71,16 @@ class _Handle:
 
 def _hook(single: weakref.ref[_SingleStep]) -> Callable[[Tensor], None]:
     def step(param: Tensor) -> None:
-        if (found := single()) is not None:  # else nobody uses the optimizer any more
+        if (found := single()) is None:  # nobody uses the optimizer any more
+            return
+        version = param._version
+        try:
             found.step(param)
             param.grad = None
+        except BaseException:
+            if param._version != version:  # Stepped, and then ended: its gradient must not be used again.
+                param.grad = None
+            raise
 
     return step
 

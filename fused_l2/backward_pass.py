@@ -132,8 +132,8 @@ class BackwardPass:
             f"when step_in_backward had used and freed the first. Gradients cannot be accumulated: neither over several "
             f"backward passes, nor of two losses with a backward() each, nor of a weight used at several places (tied weights, "
             f"a layer called twice) within reentrant checkpoints. Add the losses up, call optimizer.step() after "
-            f"every backward(), and pass use_reentrant=False to checkpoints. Or remove() what step_in_backward returned, and "
-            f"step after backward()."
+            f"every backward(), also after one that was interrupted, and pass use_reentrant=False to checkpoints. Or "
+            f"remove() what step_in_backward returned, and step after backward()."
         )
 
 

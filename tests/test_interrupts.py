@@ -103,6 +103,39 @@ def test_a_load_that_is_ended_at_any_line_was_made_or_was_not(options: Any) -> N
 
 
 @each
+def test_a_backward_pass_that_is_ended_at_any_line_uses_no_gradient_twice(name: str) -> None:
+    def prepared() -> tuple[list[torch.nn.Parameter], Any, Any]:
+        params = make_params((4, 5))
+        optimizer = getattr(fused_l2, name)(params, **CASES[name])
+        handle = fused_l2.step_in_backward(optimizer)
+        backward(params)
+        optimizer.step()
+        return params, optimizer, handle
+
+    def backward(params: list[torch.nn.Parameter]) -> None:
+        torch.stack([(p * (i + 1)).sum() for i, p in enumerate(params)]).sum().backward()
+
+    params, optimizer, _handle = prepared()
+    tracer = Tracer(opcodes=True)
+    tracer.run(functools.partial(backward, params))
+    ended = 0
+    for where in [(at, count) for at, count in tracer.seen.items() if at[0] in ("backward.py", "step/stepper.py")]:
+        params, optimizer, _handle = prepared()
+        before = [p.detach().clone() for p in params]
+        once = Tracer(where, opcodes=True)
+        with contextlib.suppress(Interrupt):
+            once.run(functools.partial(backward, params))
+        if not once.has_raised:
+            continue
+        ended += 1
+        then = [p.detach().clone() for p in params]
+        optimizer.step()
+        for p, was, now in zip(params, before, then, strict=True):
+            assert torch.equal(was, now) or torch.equal(now, p), where
+    assert ended > 50
+
+
+@each
 def test_a_warning_that_is_an_error_leaves_no_state(name: str) -> None:
     """The warning of decay that rounding loses is given when everything is ready; with -W error it ends the step."""
     options = {**CASES[name], "weight_decay": 1e-4}
