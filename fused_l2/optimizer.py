@@ -145,6 +145,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             return tuple(self._stepper.options.decay_rule_of(i).name.lower() for i in range(len(self.param_groups)))
         return value
 
+    @torch.inference_mode(False)  # or states that it makes could not be stepped
     def _set_option(self, name: str, value: Any) -> None:
         if "_stepper" not in self.__dict__:
             raise AttributeError(
@@ -249,6 +250,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             found.append(like(p, wide) if is_dtensor(p) else wide)
         return found
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load_master_params(self, weights: Sequence[Tensor]) -> None:
         """Set every parameter to these weights, in the order of the param groups, and what is kept beside 16-bit ones to what
@@ -349,6 +351,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         return found
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch.inference_mode(False)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.
 

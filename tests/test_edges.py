@@ -139,6 +139,31 @@ def test_state_dtype_none_brings_states_back_to_their_parameters_dtype() -> None
     torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], before * 0.999**1000, rtol=1000 * 2.0**-24, atol=0)
 
 
+@pytest.mark.parametrize("what", ["setter", "load", "weights", "state"])
+def test_states_made_in_inference_mode_leave_no_step_half_done(what: str) -> None:
+    """One tensor has an engine; the other, a strided one, is stepped by plain PyTorch."""
+    params = [Parameter(torch.ones(4, 4).bfloat16()), Parameter(torch.ones(4, 8).bfloat16()[:, ::2])]
+    optimizer = fused_l2.AdamW(params, low_precision="remainder")
+    stepped(optimizer, *params)
+    given = optimizer.state_dict()
+    with torch.inference_mode():
+        if what == "setter":
+            optimizer.low_precision = "master"
+        elif what == "load":
+            optimizer.load_state_dict(given)
+        elif what == "weights":
+            optimizer.load_master_params([torch.ones(4, 4)] * 2)
+        else:
+            optimizer.state[params[1]]["exp_avg"] = torch.zeros(4, 4)
+    if what == "state":
+        with pytest.raises(RuntimeError, match=r"parameter 1 of group 0.*'exp_avg' was made in inference mode.*Clone it"):
+            stepped(optimizer, *params)
+        assert optimizer.state[params[0]]["step"].item() == 1
+    else:
+        stepped(optimizer, *params)
+        assert [optimizer.state[p]["step"].item() for p in params] == [2, 2]
+
+
 def test_an_option_set_before_the_constructor_is_named() -> None:
     class Mine(fused_l2.AdamW):
         def __init__(self, params: Any, seed: int) -> None:

@@ -137,6 +137,11 @@ def check_state(
         raise RuntimeError(f"{name()}: its state {key!r} has shape {tuple(value.shape)}{expected}. {remedy()}")
     if value.layout is not torch.strided:
         raise RuntimeError(f"{name()}: its state {key!r} is sparse (layout {value.layout}). {remedy()}")
+    if value.is_inference():
+        raise RuntimeError(
+            f"{name()}: its state {key!r} was made in inference mode, and torch allows no change of it. Clone it outside of "
+            f"that mode, or delete the entry: optimizer.state[param].pop({key!r})."
+        )
     if value.device != param.device:
         raise RuntimeError(
             f"{name()}: it is on {param.device}, its state {key!r} on {value.device}. Move the state to the parameter's "
