@@ -19,9 +19,9 @@ class Adam(FusedOptimizer):
 
     With gradient g, per element, in float32 (float64 for float64 tensors), t counting this tensor's steps::
 
-        g = g + weight_decay * w                          # coupled, if weight_decay != 0
+        g = g + weight_decay * w              # coupled decay
         m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * g^2                 # amsgrad: the largest v so far takes its place below
+        v = beta2 * v + (1 - beta2) * g^2     # with amsgrad, its largest until now
         w = w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
     With ``weight_decay > 0`` this is what torch.optim.Adam does, and rarely what is wanted: the penalty's gradient passes

@@ -17,8 +17,8 @@ class SGD(FusedOptimizer):
 
     With gradient g of the data term, per element, in float32 (float64 for float64 tensors)::
 
-        d = g + weight_decay * w                          # L2 regularization, if weight_decay != 0
-        b = momentum * b + (1 - dampening) * d            # b = d on the tensor's first step; no momentum: b = d
+        d = g + weight_decay * w                # L2 regularization
+        b = momentum * b + (1 - dampening) * d  # b = d first, and without momentum
         w = w - lr * (d + momentum * b if nesterov else b)
 
     ``weight_decay`` is the coefficient of w in the gradient. For the loss mean(data) + (lambda / 2n) * sum(w^2) over n

@@ -55,7 +55,8 @@ def examine(
 
     Example::
 
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))
+        >>> nn = torch.nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
         >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.1)
         >>> sorted(fused_l2.doctor.examine(optimizer, model).codes())
         ['coupled-adam', 'decayed-bias', 'decayed-norm']

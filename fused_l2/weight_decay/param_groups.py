@@ -132,7 +132,8 @@ def param_groups(
 
     Example::
 
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))
+        >>> nn = torch.nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
         >>> print(fused_l2.weight_decay.param_groups(model, weight_decay=0.01))
         parameter  shape   decayed  why
         0.weight   (8, 4)  yes      weight of Linear
