@@ -147,7 +147,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
 
     @torch.inference_mode(False)  # or states that it makes could not be stepped
     def _set_option(self, name: str, value: Any) -> None:
-        if "_stepper" not in self.__dict__:
+        if getattr(self, "_stepper", None) is None:  # a wrapper may get it from what it wraps
             raise AttributeError(
                 f"{type(self).__name__} sets {name!r}, an option of fused_l2, before super().__init__(). Pass it there, or set "
                 f"it afterwards; an attribute of your own needs another name"
