@@ -67,8 +67,10 @@ def check_param(param: Any, name: Name) -> None:
         raise RuntimeError(
             f"{name()}: it is an expanded tensor, whose elements share memory. Optimize the tensor it was made from."
         )
-    if param.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(f"{name()}: it was made in inference mode, where no step is counted. Clone it outside of that mode.")
+    if param.is_inference():  # torch counts no changes of it, in that mode or outside
+        raise RuntimeError(
+            f"{name()}: it was made in inference mode, and fused_l2 steps no such tensor. Clone it outside of that mode."
+        )
     if is_dtensor(param) and any(placement.is_partial() for placement in param.placements):
         raise RuntimeError(
             f"{name()}: its placements are {param.placements}, so that every process holds a summand of it. Redistribute it to "

@@ -49,7 +49,7 @@ class UpdateRule(ABC):
     rule: ClassVar[Rule]
     counts: ClassVar[bool]  # whether coefficients depend on the step count
     Values: ClassVar[type[Any]]
-    own_keys: ClassVar[tuple[str, ...]]  # of a param group, which every version of torch's has, and no other optimizer's
+    own_keys: ClassVar[tuple[str, ...]]  # of a param group; one without them was written by another optimizer
 
     def __init__(self) -> None:
         self.read = itemgetter(*self.Values._fields)

@@ -71,14 +71,14 @@ def test_compiled_kernels_have_the_bits_of_the_library(rule, signature, monkeypa
     check(emulated(90), SHAPES, monkeypatch, rule, signature)
 
 
-@pytest.mark.sweep  # a sample has the source in test_every_flag
+@pytest.mark.sweep(5)
 @each_rule
 @pytest.mark.parametrize("signature", SIGNATURES, ids=lambda s: "-".join(str(x).removeprefix("torch.") for x in s))
 def test_the_source_has_the_bits_of_the_library(rule, signature, monkeypatch):
     check(interpreted_kernel, FEW_SHAPES, monkeypatch, rule, signature)
 
 
-@pytest.mark.sweep(7)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(("rule", "variant"), [(r, v) for r in VARIANTS for v in VARIANTS[r] if v], ids=str)
 @pytest.mark.parametrize("run", [emulated(90), interpreted_kernel], ids=["compiled", "interpreted"])
 def test_every_flag(run, rule, variant, monkeypatch):
