@@ -99,11 +99,12 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             with torch.enable_grad():
                 loss = closure()
         stepper = self._stepper
-        if stepper.options.amp_scaling:  # a GradScaler writes these into the optimizer
-            given = self.__dict__
-            stepper.step(self.param_groups, self.state, given.get("grad_scale"), given.get("found_inf"))
-        else:
-            stepper.step(self.param_groups, self.state)
+        with stepper.lock:
+            if stepper.options.amp_scaling:  # a GradScaler writes these into the optimizer
+                given = self.__dict__
+                stepper.step(self.param_groups, self.state, given.get("grad_scale"), given.get("found_inf"))
+            else:
+                stepper.step(self.param_groups, self.state)
         return loss
 
     step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
@@ -153,21 +154,22 @@ class FusedOptimizer(OptionAttributes, Optimizer):
                 f"it afterwards; an attribute of your own needs another name"
             )
         stepper = self._stepper
-        stepper.arrange(self.param_groups)
-        options = stepper.options.replaced(name, value)
-        options.check_groups(len(self.param_groups))
-        for i, group in enumerate(self.param_groups):
-            self._rule.numbers(self._values(group), options, i, stepper.initial_lrs.get(i, 0.0))
-        if name == "low_precision":
-            self._check_modes(options)
-        before, params = stepper.options, self._all_params()
-        with Undo() as undo:
-            undo.before(lambda: stepper.set_options(before))
+        with stepper.lock:
+            stepper.arrange(self.param_groups)
+            options = stepper.options.replaced(name, value)
+            options.check_groups(len(self.param_groups))
+            for i, group in enumerate(self.param_groups):
+                self._rule.numbers(self._values(group), options, i, stepper.initial_lrs.get(i, 0.0))
             if name == "low_precision":
-                change_modes(params, self.state, stepper.waiting, before.precision, options.precision, undo)
-            if name == "state_dtype":
-                change_states(params, self.state, before.precision, options.precision, undo)
-            stepper.set_options(options)
+                self._check_modes(options)
+            before, params = stepper.options, self._all_params()
+            with Undo() as undo:
+                undo.before(lambda: stepper.set_options(before))
+                if name == "low_precision":
+                    change_modes(params, self.state, stepper.waiting, before.precision, options.precision, undo)
+                if name == "state_dtype":
+                    change_states(params, self.state, before.precision, options.precision, undo)
+                stepper.set_options(options)
 
     def _check_modes(self, options: Options) -> None:
         """Refuse a mode that one of the parameters cannot have."""
@@ -271,17 +273,18 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             raise ValueError(f"load_master_params got {len(weights)} tensors for {len(params)} parameters")
         self._check_weights(weights)
         precision = self._stepper.options.precision
-        for p, w in zip(params, weights, strict=True):
-            mode = precision.mode_of(p)
-            if mode.state_name is None:
-                p.copy_(w)
-                continue
-            value, kept = split_weight(mode, p, local(torch.empty_like(p, dtype=torch.float32).copy_(w)))
-            write(p, value)
-            # A state is made whole: before the first step there is none, and this waits for it.
-            state = self.state[p] if p in self.state else self._stepper.waiting.setdefault(p, {})
-            state[mode.state_name] = like(p, kept) if is_dtensor(p) and kept is not None else kept
-        self.drop_plan()
+        with self._stepper.lock:
+            for p, w in zip(params, weights, strict=True):
+                mode = precision.mode_of(p)
+                if mode.state_name is None:
+                    p.copy_(w)
+                    continue
+                value, kept = split_weight(mode, p, local(torch.empty_like(p, dtype=torch.float32).copy_(w)))
+                write(p, value)
+                # A state is made whole: before the first step there is none, and this waits for it.
+                state = self.state[p] if p in self.state else self._stepper.waiting.setdefault(p, {})
+                state[mode.state_name] = like(p, kept) if is_dtensor(p) and kept is not None else kept
+            self.drop_plan()
 
     def _check_weights(self, weights: Sequence[Tensor]) -> None:
         for i, (p, w) in enumerate(zip(self._all_params(), weights, strict=True)):
@@ -373,19 +376,20 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         loaded: dict[str, Any] = {}
         capture = self.register_load_state_dict_pre_hook(lambda _, given: self._take_given(given, loaded))
         restore = self.register_load_state_dict_post_hook(lambda _: self._own(loaded), prepend=True)
-        before, waiting = {key: self.__dict__[key] for key in ("state", "param_groups")}, dict(self._stepper.waiting)
-        try:
-            super().load_state_dict(state_dict)
-        except BaseException:
-            # Ended on its way, by an interrupt as well: torch has put new states there, cast to their parameters' dtypes.
-            self.__dict__.update(before)
-            self._stepper.waiting.clear()
-            self._stepper.waiting.update(waiting)
-            self.drop_plan()
-            raise
-        finally:
-            capture.remove()
-            restore.remove()
+        with self._stepper.lock:
+            before, waiting = {key: self.__dict__[key] for key in ("state", "param_groups")}, dict(self._stepper.waiting)
+            try:
+                super().load_state_dict(state_dict)
+            except BaseException:
+                # Ended on its way, by an interrupt as well: torch has put new states there, cast to their parameters' dtypes.
+                self.__dict__.update(before)
+                self._stepper.waiting.clear()
+                self._stepper.waiting.update(waiting)
+                self.drop_plan()
+                raise
+            finally:
+                capture.remove()
+                restore.remove()
 
     def _take_given(self, given: dict[str, Any], loaded: dict[str, Any]) -> None:
         """What is about to be loaded, after the pre-hooks of others, checked."""

@@ -211,6 +211,16 @@ def test_a_schedule_that_ends_beside_zero_steps_as_torchs(name):
         assert optimizer.param_groups[0]["lr"] < 0
         ends.append(p)
     torch.testing.assert_close(*ends, rtol=1e-6, atol=0)
+    # What the schedule began with is not known everywhere: a warm-up from 0, a group added late, a dict that is loaded.
+    optimizer = getattr(fused_l2, name)([p], lr=0.0)
+    optimizer.param_groups[0]["lr"] = -2e-18
+    optimizer.step()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(5))], "lr": -2e-18})
+    later = getattr(fused_l2, name)([{"params": [p]}, {"params": [torch.nn.Parameter(torch.ones(5))]}], lr=1e-8)
+    later.load_state_dict(optimizer.state_dict())
+    later.step()
+    with pytest.raises(ValueError, match="Invalid learning rate: -2e-18"):  # as torch's
+        getattr(fused_l2, name)([p], lr=-2e-18)
     optimizer = getattr(fused_l2, name)([p], lr=0.001)
     optimizer.param_groups[0]["lr"] = -1e-9
     with pytest.raises(ValueError, match=r"Invalid learning rate of param group 0: -1e-09; expected a number >= 0"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 import warnings
@@ -14,6 +15,7 @@ from comparing import assert_same_bits, make, make_params, set_grads
 from torch import nn
 
 import fused_l2
+from fused_l2.step import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = (5, 64, 0, 33)
@@ -50,7 +52,7 @@ def in_threads(work: list[Callable[[], None]]) -> list[BaseException]:
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": torch.inf}, {"statistics": True}], ids=str)
 @pytest.mark.usefixtures("often_switched")
 def test_two_threads_that_step_one_optimizer_use_no_memory_that_is_gone(layout: str, options: dict[str, Any]) -> None:
-    """As Hogwild training does. Updates may be lost, as in torch.optim; numbers from nowhere may not appear."""
+    """As Hogwild training does, each writing the gradients that the other steps with. Numbers from nowhere may not appear."""
     params = [nn.Parameter(torch.zeros(20, 30)) for _ in range(4)]
     optimizer = fused_l2.SGD(params, lr=1.0, **options)
 
@@ -67,6 +69,75 @@ def test_two_threads_that_step_one_optimizer_use_no_memory_that_is_gone(layout: 
     before = found.clone()
     work()  # and it goes on
     assert_same_bits(torch.cat([p.detach().flatten() for p in params]), before - 100)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("options", [{}, {"low_precision": "remainder"}, {"max_grad_norm": torch.inf}], ids=str)
+@pytest.mark.usefixtures("often_switched")
+def test_a_second_thread_waits_until_a_step_is_over(name: str, options: dict[str, Any]) -> None:
+    """Kernels run without the interpreter's lock. torch.optim loses updates where two of them read and write one weight."""
+    dtype = torch.bfloat16 if "low_precision" in options else torch.float32
+    ends = []
+    for at_once in (False, True):
+        param = nn.Parameter(torch.zeros(300, 1000, dtype=dtype))
+        param.grad = torch.ones_like(param)
+        optimizer = getattr(fused_l2, name)([param], lr=1.0, weight_decay=0.0, **options)
+
+        def work(step: Callable[[], None] = optimizer.step) -> None:
+            for _ in range(40):
+                step()
+
+        if at_once:
+            assert in_threads([work, work]) == []
+        else:
+            work(), work()
+        ends.append([optimizer.master_params()[0], *(v for v in optimizer.state[param].values())])
+    assert_same_bits(*ends)
+
+
+@pytest.mark.usefixtures("often_switched")
+def test_options_are_set_and_states_are_loaded_between_the_steps_of_another_thread() -> None:
+    param = nn.Parameter(torch.zeros(40, 60).t())  # strided: each of its steps is several operations
+    param.grad = torch.ones_like(param)
+    optimizer = fused_l2.AdamW([param], lr=1e-3)
+    optimizer.step()
+    kept = copy.deepcopy(optimizer.state_dict())
+    is_over = threading.Event()
+
+    def steps() -> None:
+        try:
+            for _ in range(200):
+                optimizer.step()
+        finally:
+            is_over.set()
+
+    def changes() -> None:
+        while not is_over.is_set():
+            optimizer.state_dtype = torch.float64
+            optimizer.load_state_dict(kept)
+            optimizer.state_dtype = None
+            optimizer.load_master_params([torch.zeros(60, 40)])
+
+    assert in_threads([steps, changes]) == []
+
+
+def test_a_step_within_a_step_of_the_same_thread_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal handler's may be."""
+    param = nn.Parameter(torch.zeros(3))
+    param.grad = torch.ones(3)
+    optimizer = fused_l2.SGD([param], lr=1.0)
+    optimizer.step()
+    launch, signals = plan.Plan.launch, [1]
+
+    def launch_with_a_step_before(self: Any) -> None:
+        if signals:
+            signals.pop()
+            optimizer.step()
+        launch(self)
+
+    monkeypatch.setattr(plan.Plan, "launch", launch_with_a_step_before)
+    optimizer.step()
+    assert param.tolist() == [-3.0] * 3
 
 
 @pytest.mark.usefixtures("often_switched")

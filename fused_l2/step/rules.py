@@ -142,13 +142,13 @@ def _decay(options: Options, group: int | None, decoupled: bool, initial_lr: flo
 
 
 # What is left of an lr by the rounding of a schedule that ends at 0: torch's LinearLR gets there by products, 2e-16 of the
-# initial lr beside it. torch.optim steps with it, and so do we.
+# largest lr beside it, which nobody knows any more. torch.optim steps with it, and so do we.
 _ROUNDING = 1e-12
 
 
-def _learning_rate(value: Any, where: str, initial_lr: float) -> float:
-    lr = number(value, "learning rate", where)
-    if lr < 0 and not -lr <= _ROUNDING * initial_lr:
+def _learning_rate(value: Any, group: int | None) -> float:
+    lr = number(value, "learning rate", where := _where(group))
+    if lr < 0 and (group is None or lr < -_ROUNDING):
         raise ValueError(f"Invalid learning rate{where}: {value}; expected a number >= 0 (to ascend, pass maximize=True)")
     return lr
 
@@ -164,7 +164,7 @@ class _Sgd(UpdateRule):
 
     def numbers(self, values: SgdValues, options: Options, group: int | None, initial_lr: float) -> SgdNumbers:
         where = _where(group)
-        lr = _learning_rate(values.lr, where, initial_lr)
+        lr = _learning_rate(values.lr, group)
         momentum = at_least_zero(values.momentum, "momentum value", where)
         dampening = number(values.dampening, "dampening", where)
         weight_decay = at_least_zero(values.weight_decay, "weight_decay value", where)
@@ -228,7 +228,7 @@ class _Adam(UpdateRule):
                 f"decay_rule='corrected' needs decoupled weight decay, which param group {group} does not have: sqrt(v) "
                 f"divides coupled decay, so no coefficient gives it the rate that the rule is about. {self._remedy}"
             )
-        lr = _learning_rate(values.lr, where, initial_lr)
+        lr = _learning_rate(values.lr, group)
         eps = at_least_zero(values.eps, "epsilon value", where)
         weight_decay = at_least_zero(values.weight_decay, "weight_decay value", where)
         max_lr, rule = _decay(options, group, decoupled, initial_lr, self._remedy)

@@ -7,6 +7,7 @@ for; make new state visible; launch.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -44,6 +45,9 @@ class Stepper:
         self._groups_seen: list[tuple[dict[str, Any], Any]] = []  # with their first parameters
         self.warned: set[str] = set()  # what this optimizer has warned of
         self.singles: list[Any] = []  # what step_in_backward steps with
+        # Threads that use one optimizer wait for each other. What comes within a step of the same thread, as a signal handler
+        # does, does not wait.
+        self.lock = threading.RLock()
         self.tell_scaler: Callable[[Tensor], None] | None = None  # takes what was found in all processes
         self._gradients = LocalGradients()
         self._plan: Plan | None = None
@@ -68,8 +72,7 @@ class Stepper:
             refuse_modes(groups)
             with outside_transforms():
                 return self.step(groups, state, grad_scale, found_inf, is_outside=True)
-        # While a step is under way there is no plan: whatever ends it early, an interrupt as well, the next one looks anew;
-        # and a second thread does not use this one's tables.
+        # While a step is under way there is no plan: whatever ends it early, an interrupt as well, the next one looks anew.
         plan, self._plan = self._plan, None
         drops = self._drops
         try:
