@@ -30,7 +30,7 @@ Outcomes = dict[str, dict[int, str]]  # by scenario: what each rank said of it, 
 
 
 def run(world: int, folder: Path, scenarios: Sequence[str], patience: float = PATIENCE, device: str = "cpu") -> Outcomes:
-    """What every rank said of each scenario. With CUDA: over NCCL where each rank has a GPU, otherwise over gloo."""
+    """What every rank said of each scenario. With CUDA: over NCCL, which needs a GPU for each rank."""
     found: Outcomes = {}
     left = list(scenarios)
     while left:

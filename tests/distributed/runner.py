@@ -22,11 +22,11 @@ def run(rank: int, world: int, folder: Path, own: Path, patience: float, scenari
     common.watch(patience)
     torch.set_num_threads(1)
     store = dist.FileStore(str(own / "store"), world)
-    backend = "gloo"  # for CUDA tensors, too, where ranks share a GPU: NCCL wants one for each
+    backend = "gloo"
     if common.DEVICE == "cuda":
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-        torch.set_default_device(f"cuda:{torch.cuda.current_device()}")
-        backend = "cpu:gloo,cuda:nccl" if world <= torch.cuda.device_count() else "gloo"
+        torch.cuda.set_device(rank)
+        torch.set_default_device(f"cuda:{rank}")
+        backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=patience))
     with (own / f"outcomes-{rank}").open("w") as outcomes:
         for name in scenarios:
