@@ -117,6 +117,9 @@ def make_param(kind: str, number: int) -> nn.Parameter:
         return nn.Parameter(values.bfloat16())
     if kind == "e":
         return nn.Parameter(values[:0])
+    if kind in "wv":  # rows that 8-bit states fit
+        wide = torch.randn(3, 64, generator=generator)
+        return nn.Parameter(wide if kind == "w" else wide.bfloat16())
     return nn.Parameter(values)
 
 
@@ -160,7 +163,8 @@ def _weights_given(run: Scenario) -> None:
     """Before a first step of these weights: they wait for it."""
     run.optimizer.state.clear()
     generator = torch.Generator().manual_seed(5)
-    run.optimizer.load_master_params([torch.randn(p.shape, generator=generator) for p in run.params])
+    params = [p for group in run.optimizer.param_groups for p in group["params"]]
+    run.optimizer.load_master_params([torch.randn(p.shape, generator=generator) for p in params])
 
 
 EVENTS: dict[str, Callable[[Scenario], None]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comparing import assert_same_bits, assert_unchanged, each, make, make_params, run, snapshot
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_l2
 from fused_l2.parameters import memory
@@ -17,7 +18,28 @@ BAD_GRADIENTS = {
     "T27 other device": (lambda p: torch.randn(4, 3, device="meta"), "meta"),
     "T27 T50 other shape": (lambda p: torch.randn(3, 4), r"\(3, 4\)"),
     "T53 freed storage": (lambda p: _freed(torch.randn(4, 3)), "storage"),
+    "of functionalize": (lambda p: torch._to_functional_tensor(torch.randn(4, 3)), "function transform"),
+    "of vmap": (lambda p: _left_from(torch.func.vmap, torch.randn(2, 4, 3)), "function transform"),
+    "of grad": (lambda p: _left_from(torch.func.grad, torch.randn(4, 3)), "function transform"),
+    "fake": (lambda p: _fake(4, 3), "FakeTensor"),
 }
+BAD_STATES = {
+    "of functionalize": (lambda s: torch._to_functional_tensor(s), "function transform"),
+    "zeros without memory": (lambda s: torch._efficientzerotensor(4, 3), "zeros without memory.*clone"),
+    "fake": (lambda s: _fake(4, 3), "FakeTensor"),
+}
+
+
+def _left_from(transform, x):
+    """A tensor of a function transform that is over."""
+    left = []
+    transform(lambda y: (left.append(y), y.sum())[1])(x)
+    return left[0]
+
+
+def _fake(*shape):
+    with FakeTensorMode():
+        return torch.ones(shape)
 
 
 def _freed(tensor):
@@ -61,6 +83,42 @@ def test_bad_gradients_are_refused_by_name_and_change_nothing(name, kind, when, 
     assert_unchanged(before, optimizer)
     bad.grad = torch.randn(4, 3)
     optimizer.step()  # and it goes on
+
+
+@each
+@pytest.mark.parametrize("kind", BAD_GRADIENTS)
+def test_bad_gradients_of_what_plain_pytorch_steps_leave_no_half_of_a_step(name, kind, stepped_by_an_engine):
+    make_grad, says = BAD_GRADIENTS[kind]
+    good, bad = torch.nn.Parameter(torch.randn(7)), Tricked(torch.randn(4, 6)[:, ::2])
+    optimizer = make(name, [good, bad])
+    for _ in range(2):
+        good.grad, bad.grad = torch.randn(7), torch.randn(4, 3)
+        optimizer.step()
+    bad.grad = make_grad(bad)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=rf"parameter 1 of group 0.*{says}"):
+        optimizer.step()
+    assert_unchanged(before, optimizer)
+
+
+@each
+@pytest.mark.parametrize("kind", BAD_STATES)
+@pytest.mark.parametrize("layout", ["dense", "strided"])
+def test_states_without_values_are_refused_by_name(name, kind, layout):
+    make_state, says = BAD_STATES[kind]
+    good = torch.nn.Parameter(torch.randn(7))
+    other = torch.nn.Parameter(torch.randn(4, 6)[:, ::2] if layout == "strided" else torch.randn(4, 3))
+    optimizer = make(name, [good, other])
+    good.grad, other.grad = torch.randn(7), torch.randn(4, 3)
+    optimizer.step()
+    key, kept = next((k, v) for k, v in optimizer.state[other].items() if k != "step")
+    optimizer.state[other][key] = make_state(kept.clone())
+    first = good.detach().clone()
+    with pytest.raises(RuntimeError, match=rf"parameter 1 of group 0.*its state '{key}'.*{says}"):
+        optimizer.step()
+    assert_same_bits(good, first)
+    optimizer.state[other][key] = kept
+    optimizer.step()
 
 
 @each

@@ -19,8 +19,8 @@ from interrupts import AT, Interrupt, Scenario, Sweep, Tracer, are_equal
 import fused_l2
 
 _NO_NESTEROV = {"dampening": 0.5, "nesterov": False}
-# Rule, a letter for each parameter (f: float32, h: bfloat16, e: empty, s: strided, which plain PyTorch steps), what happens
-# before the step that is ended, options, and which step that is.
+# Rule, a letter for each parameter (f: float32, h: bfloat16, e: empty, s: strided, which plain PyTorch steps, w and v: float32
+# and bfloat16 in rows of 64), what happens before the step that is ended, options, and which step that is.
 RUNS: dict[str, tuple[str, str, str, dict[str, Any], int]] = {
     "first step of SGD": ("SGD", "ff", "", _NO_NESTEROV, 0),
     "first step of AdamW": ("AdamW", "f", "", {}, 0),
@@ -29,6 +29,8 @@ RUNS: dict[str, tuple[str, str, str, dict[str, Any], int]] = {
     "second step of AdamW": ("AdamW", "ffff", "", {}, 1),
     "second step, stochastic": ("AdamW", "hhh", "", {"low_precision": "stochastic"}, 1),
     "second step, kahan": ("SGD", "hfh", "", {"low_precision": "kahan"}, 1),
+    "first step, 8 bits": ("AdamW", "wfw", "", {"state_dtype": "8bit"}, 0),
+    "second step, 8 bits": ("SGD", "vwh", "", {"low_precision": "remainder8", "state_dtype": "8bit"}, 1),
     "second step, plain PyTorch too": ("AdamW", "fss", "", {}, 1),
     "second step, clipped": ("AdamW", "ff", "", {"max_grad_norm": 0.5}, 1),
     "new learning rate": ("SGD", "ff", "lr", {}, AT),

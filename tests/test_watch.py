@@ -95,6 +95,7 @@ GRADIENTS = {
     "expanded": (lambda g: torch.ones(1, 6).expand(4, 6), watch.OTHER),
     "negated": (torch._neg_view, watch.OTHER),
     "zero tensor": (lambda g: torch._efficientzerotensor(4, 6), watch.OTHER),
+    "functional": (torch._to_functional_tensor, watch.OTHER),
     "a subclass": (lambda g: g.as_subclass(Subclass), watch.OTHER),
     "sparse": (torch.Tensor.to_sparse, watch.OTHER),
     "storage made smaller": (shrunk, watch.OTHER),

@@ -173,6 +173,7 @@ def device(of: torch.device) -> Device:
 
 
 TRITON_VARIABLE = "FUSED_L2_TRITON"
+_NO_IMPORT = "triton cannot be imported"
 _ATTEMPTS = 3
 
 
@@ -199,9 +200,18 @@ def compiled(on: Device, kind: Any, *signature: Any) -> Kernel:
     return attempted(lambda: on.compile(kind, *signature))
 
 
-@functools.cache
+_availability: list[str] = []  # what why_unavailable() has found, until it may be otherwise
+
+
 def why_unavailable() -> str:
-    """Why there is no engine for any CUDA device, or nothing. Raises where other processes may have one, see _failed()."""
+    """Why there is no engine for any CUDA device, or nothing. Raises where other processes may have one, see _failed(). An
+    import that failed is tried again when :func:`forget_failures` was called: a network disk may be away for a moment."""
+    if not _availability:
+        _availability.append(_find_triton())
+    return _availability[0]
+
+
+def _find_triton() -> str:
     if os.environ.get(TRITON_VARIABLE) == "0":
         return f"{TRITON_VARIABLE}=0"
     try:
@@ -212,9 +222,9 @@ def why_unavailable() -> str:
             return f"triton {triton.__version__} is older than 3.6. Update torch, which brings its own triton"
         attempted(_launch)
     except ImportError as error:
-        return f"triton cannot be imported ({error}). Install it: pip install 'triton>=3.6'"
+        return f"{_NO_IMPORT} ({error}). Install it: pip install 'triton>=3.6'"
     except Exception as error:
-        return _failed("triton cannot be imported", error)
+        return _failed(_NO_IMPORT, error)
     return ""
 
 
@@ -258,6 +268,8 @@ def find_kernel(
 def forget_failures() -> None:
     """A new plan: a disk that was full may have room again."""
     _failures.clear()
+    if _availability and _availability[0].startswith(_NO_IMPORT):
+        _availability.clear()
 
 
 def _make_kernel(signature: Signature) -> tuple[Kernel | None, str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..tables.modes import CODES, EIGHT_BIT, EIGHT_BIT_NAMES, HALVES, STATE_NAMES, Mode
 from ..tables.tensor_table import DTYPES
-from .memory import has_memory, is_expanded
+from .memory import has_memory, is_expanded, why_unreadable
 from .shards import is_dtensor, local, why_refused
 
 Name = Callable[[], str]
@@ -107,6 +107,8 @@ def check_grad(param: Tensor, grad: Tensor, local_grad: Callable[[], Tensor], na
             f"{name()}: its gradient has dtype {dtype_name(grad.dtype)}. Convert the gradient to the parameter's dtype before "
             f"step()."
         )
+    if reason := why_unreadable(grad, param):
+        raise RuntimeError(f"{name()}: its gradient cannot be applied to it: {reason}. Set the gradient to None.")
     if not grad._is_zerotensor() and not has_memory(local_grad()):
         raise RuntimeError(
             f"{name()}: its gradient's storage holds fewer elements than its shape says. Set the gradient to None or restore "
@@ -139,6 +141,10 @@ def check_state(
         raise RuntimeError(f"{name()}: its state {key!r} has shape {tuple(value.shape)}{expected}. {remedy()}")
     if value.layout is not torch.strided:
         raise RuntimeError(f"{name()}: its state {key!r} is sparse (layout {value.layout}). {remedy()}")
+    if reason := why_unreadable(value, param):
+        raise RuntimeError(f"{name()}: its state {key!r} cannot be used: {reason}. {remedy()}")
+    if value._is_zerotensor():
+        raise RuntimeError(f"{name()}: its state {key!r} is a tensor of zeros without memory. Set a clone of it.")
     if value.is_inference():
         raise RuntimeError(
             f"{name()}: its state {key!r} was made in inference mode, and torch allows no change of it. Clone it outside of "

@@ -15,7 +15,7 @@ from . import checks
 from .checks import Name
 from .eight_bits import empty_state, scale_shape
 from .low_precision import LowPrecision, parameter_key, widened
-from .memory import has_plain_type, is_dense, is_plain, needs_copy, same_layout
+from .memory import has_plain_type, is_dense, is_plain, needs_copy, same_layout, why_unreadable
 from .ranks import Ranks
 from .shards import LocalGradients, first_element, is_dtensor, local, matches, redistributed
 
@@ -396,7 +396,8 @@ def as_counter(value: Any, param: Tensor, on_device: bool, counts_all: bool, nam
         value = value.full_tensor()
     if isinstance(value, Tensor) and value.numel() == 1:
         dtypes = (dtype,) if on_device or counts_all else _COUNTERS
-        if value.dtype in dtypes and value.device == device and value.layout is torch.strided and has_plain_type(value):
+        is_written = value.dtype in dtypes and value.device == device and value.layout is torch.strided
+        if is_written and has_plain_type(value) and not value._is_zerotensor() and not why_unreadable(value, param):
             return value
         if value.is_meta and device.type != "meta":
             raise checks.refuse_counter(value, name)

@@ -79,6 +79,16 @@ def has_memory(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
+def why_unreadable(tensor: Tensor, param: Tensor) -> str:
+    """Why a gradient or state of this parameter has no values to be read: it was left over from a function transform or a mode.
+    Empty if it has."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
+        return "it is a tensor of a function transform (torch.func), which has no memory of its own"
+    if type(tensor).__name__ == "FakeTensor" and has_plain_type(param):
+        return "it is a FakeTensor, which has no values, and the parameter is real"
+    return ""
+
+
 def facts_of(tensor: Tensor) -> tuple[Any, ...]:
     """All by which a tensor is still where and what it was."""
     if not has_plain_type(tensor) or tensor.layout is not torch.strided:
@@ -91,16 +101,8 @@ def kind_of(tensor: Tensor) -> tuple[Any, ...]:
     """All of that but where it is: what another gradient has to have in common with this one."""
     if tensor.layout is not torch.strided:
         return type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.shape
-    return (
-        type(tensor),
-        tensor.dtype,
-        tensor.device,
-        tensor.layout,
-        tensor.is_neg(),
-        tensor._is_zerotensor(),
-        tensor.shape,
-        tensor.stride(),
-    )
+    keys = torch._C._dispatch_keys(tensor).raw_repr()  # tell negated, zero, fake and functional tensors from others
+    return type(tensor), tensor.dtype, tensor.device, tensor.layout, keys, tensor.shape, tensor.stride()
 
 
 class Ranges:

@@ -505,10 +505,10 @@ def test_without_the_cpp_library_the_checks_are_python(name, running, monkeypatc
 def test_a_triton_that_is_too_old_is_named(monkeypatch):
     import triton
 
-    cuda.why_unavailable.cache_clear()
+    cuda._availability.clear()
     monkeypatch.setattr(triton, "__version__", "3.5.1")
     assert "triton 3.5.1 is older than 3.6" in cuda.why_unavailable()
-    cuda.why_unavailable.cache_clear()
+    cuda._availability.clear()
 
 
 def test_parameters_that_share_memory_are_not_stepped_side_by_side(device):

@@ -36,9 +36,12 @@ def runs() -> list[Run]:
         found += [(name, "fff", event, own, AT) for event in EVENTS if event != "weights"]
         found += [(name, "ff", "", {**own, **o}, at) for o in ({"max_grad_norm": 0.5}, {"statistics": True}) for at in (0, 1)]
     for name in ("SGD", "AdamW"):
-        for mode in ("master", "remainder", "kahan", "stochastic"):
+        for mode in ("master", "remainder", "remainder8", "kahan", "stochastic"):
             found += [(name, "hhh", "", {"low_precision": mode}, at) for at in (0, 1)]
             found += [(name, "hhh", "weights", {"low_precision": mode}, AT)]
+        eight: dict[str, Any] = {"low_precision": "remainder8", "state_dtype": "8bit"}
+        found += [(name, "wvfh", "", eight, at) for at in (0, 1)]
+        found += [(name, "wvh", event, eight, AT) for event in EVENTS]
     return found
 
 
