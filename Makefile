@@ -40,7 +40,7 @@ help:
 	@echo "make test               the tests, with a sample of the long lists of combinations (five minutes)"
 	@echo "make test-all           the tests, with all of them (a quarter of an hour)"
 	@echo "make test-integrations  the tests in the trainers of others, which it installs"
-	@echo "make test-matrix        make test with other versions of torch and triton, which it installs (8 GB, half an hour)"
+	@echo "make test-matrix        make test with other versions of torch and triton, which it installs (15 GB, three quarters of an hour)"
 	@echo "make lint, make format  ruff, mypy, clang-format"
 	@echo "make stress             random programs of training against torch's for-loop (ten minutes, or any time)"
 	@echo "make sanitize           the C++, alone and driven from Python, under AddressSanitizer, UBSan and ThreadSanitizer"
@@ -68,7 +68,7 @@ test-integrations: $(STAMP)
 	$(PYTHON) -m pip install -q --no-deps 'timm>=1.0.12' peft diffusers
 	$(PYTHON) -m pytest tests/integrations tests/test_docs.py
 
-# With other torches and tritons, in environments of their own in build/matrix (8 GB); MATRIX="2.13.0+3.6.0" for one of them.
+# With other torches and tritons, in environments of their own in build/matrix (15 GB); MATRIX="2.13.0+3.6.0" for one of them.
 test-matrix: $(STAMP)
 	$(PYTHON) tests/try_matrix.py $(MATRIX)
 

@@ -1,6 +1,6 @@
 """Runs the tests with other versions of torch and triton: ``make test-matrix``; ``try_matrix.py 2.13.0+3.6.0`` for one pair.
 
-Each pair has an environment in build/matrix, made if it is not there (torch for CUDA is 5 GB), with a wheel of this checkout,
+Each pair has an environment in build/matrix, made if it is not there (torch for CUDA is 5 to 7 GB), with a wheel of this checkout,
 and runs what ``make test`` runs. Ends with a line for each pair.
 """
 
@@ -14,8 +14,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "matrix"
-# 2.14.1 and 3.8.0 are what plain pip installs.
-PAIRS = [("2.13.0", "3.6.0"), ("2.13.0", "3.7.1"), ("2.13.0", "3.8.0"), ("2.13.0", "3.9.0"), ("2.14.1", "3.8.0")]
+# 2.10.0 and 3.6.0 are the oldest that are supported, 2.14.1 and 3.8.0 what plain pip installs.
+PAIRS = [
+    ("2.10.0", "3.6.0"),
+    ("2.13.0", "3.6.0"),
+    ("2.13.0", "3.7.1"),
+    ("2.13.0", "3.8.0"),
+    ("2.13.0", "3.9.0"),
+    ("2.14.1", "3.8.0"),
+]
 
 
 def pip(python: Path | str, *arguments: str) -> None:
