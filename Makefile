@@ -158,7 +158,7 @@ docs: $(STAMP)
 	@echo "site/index.html"
 
 clean:
-	rm -rf build dist site fused_l2.egg-info fused_l2/libfused_l2.* .venv
+	rm -rf build dist site .editable fused_l2.egg-info fused_l2/libfused_l2.* .venv
 
 .venv/bin/python:
 	python3 -m venv --system-site-packages .venv

@@ -13,6 +13,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import _StaticPth, editable_wheel
 
 MODE = os.environ.get("FUSED_L2_CPP", "auto")
 if MODE not in ("auto", "require", "0"):
@@ -52,6 +53,25 @@ class BuildLibrary(build_ext):
         super().build_extension(ext)
 
 
+class LinkedPackage(editable_wheel):
+    """``pip install -e .`` puts a folder on the path that has a link to the package, and nothing else.
+
+    setuptools makes an import hook where a package lies elsewhere, as kernels/ does, and type checkers follow none. The
+    checkout on the path would have its ``kernels`` taken for the distribution of that name. The package finds kernels/ beside
+    itself (fused_l2/_sources.py).
+    """
+
+    def _select_strategy(self, name: str, tag: str, build_lib: object) -> object:
+        link = Path(".editable", "fused_l2").absolute()
+        try:
+            link.parent.mkdir(exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path("fused_l2").absolute(), target_is_directory=True)
+        except OSError:  # Windows may not allow links
+            return super()._select_strategy(name, tag, build_lib)
+        return _StaticPth(self.distribution, name, [link.parent])
+
+
 class PlatformWheel(bdist_wheel):
     """One wheel per platform, for every Python: the library is loaded with ctypes."""
 
@@ -70,5 +90,5 @@ library = Extension(
 )
 setup(
     ext_modules=[] if MODE == "0" else [library],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel, "editable_wheel": LinkedPackage},
 )

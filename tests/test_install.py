@@ -23,7 +23,7 @@ def checkout(tmp_path) -> Path:
     """A copy of the sources without anything built."""
     copy = tmp_path / "checkout"
     ignored = shutil.ignore_patterns(
-        ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache", "demo_results"
+        ".git", ".venv", ".editable", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache", "demo_results"
     )
     shutil.copytree(ROOT, copy, ignore=ignored)
     return copy
@@ -64,6 +64,23 @@ def test_required_library_makes_a_missing_compiler_an_error(checkout, tmp_path):
     ]
     environment = {**os.environ, "CC": "no-such-compiler", "CXX": "no-such-compiler", "FUSED_L2_CPP": "require"}
     assert subprocess.run(command, env=environment, capture_output=True).returncode != 0
+
+
+def test_an_editable_install_puts_the_package_alone_on_the_path(checkout, tmp_path):
+    """By a link: type checkers follow no import hook, and ``kernels`` of the checkout is no distribution of that name."""
+    pytest.importorskip("setuptools", "70.1")
+    command = [sys.executable, "-c", f"import setuptools.build_meta as b; b.build_editable({str(tmp_path)!r})"]
+    done = subprocess.run(command, cwd=checkout, env={**os.environ, "FUSED_L2_CPP": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    (path,) = (name for name in names_in(wheel) if not name.startswith("fused_l2-"))
+    folder = Path(zipfile.ZipFile(wheel).read(path).decode().strip())
+    assert [entry.name for entry in folder.iterdir()] == ["fused_l2"]
+    assert folder.joinpath("fused_l2").samefile(checkout / "fused_l2")
+    program = "import fused_l2, fused_l2.kernels as k; print(fused_l2.__file__, k.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+    found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.stdout.split() == [str(folder / "fused_l2" / "__init__.py"), str(checkout / "kernels" / "__init__.py")]
 
 
 def test_no_top_level_kernels_is_installed():

@@ -1,6 +1,6 @@
 """Runs the tests with other versions of torch and triton: ``make test-matrix``; ``try_matrix.py 2.13.0+3.6.0`` for one pair.
 
-Each pair has an environment in build/matrix, made if it is not there (torch for CUDA is 5 to 7 GB), with a wheel of this checkout,
+Each pair has an environment in build/matrix, made if it is not there (torch for CUDA: 5-7 GB), with a wheel of this checkout,
 and runs what ``make test`` runs. Ends with a line for each pair.
 """
 
