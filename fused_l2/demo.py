@@ -30,7 +30,7 @@ from fused_l2.weight_decay import from_lambda, param_groups, penalty
 
 SIZES = (100, 400)  # training images
 VALIDATE_FROM, TEST_FROM = 400, 800  # of the images in a shuffled order
-WRONG = 0.2  # share of training labels that are drawn anew
+WRONG = 0.2  # share of training labels that are replaced by random ones
 EPOCHS, WIDTH = 100, 64
 SGD_LAMBDAS = (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)
 ADAMW_LAMBDAS = (0.0, 30.0, 100.0, 300.0, 1000.0)
@@ -326,7 +326,7 @@ def run(seeds: int = 10, out: Path = Path("demo_results")) -> dict[tuple[str, in
     data = {(n, seed): digits(images, labels, n, seed) for n in SIZES for seed in range(seeds)}
     few = SIZES[0]
     print(f"{fused_l2.capabilities()}\n")
-    print(f"Handwritten digits, a network 64-{WIDTH}-10, {WRONG:.0%} of the training labels drawn anew.")
+    print(f"Handwritten digits, a network 64-{WIDTH}-10, {WRONG:.0%} of the training labels replaced by random ones.")
     print(f"{TEST_FROM - VALIDATE_FROM} validation images choose lambda, {len(images) - TEST_FROM} test images judge it.\n")
     print("What is decayed:")
     print(param_groups(network(0), from_lambda(1.0, few)))
