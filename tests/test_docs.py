@@ -137,8 +137,8 @@ ITEM = r" *(?:[*-]|\d+\.) "
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_no_figure_without_its_source(page):
-    """A paragraph, item or table row that shows a measured figure names what it comes from: a file of results, a test, the code,
-    a paper. So may the paragraph above a list, and the measured table that a paragraph stands before or behind."""
+    """A paragraph, item or table row that shows a measured figure names what it comes from: a file of results, a test, the
+    code, a paper. So may the paragraph above a list, and the measured table that a paragraph stands before or behind."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     text = re.sub(r"<!-- table.*?<!-- end -->", lambda table: table[0].replace("\n|", " "), text, flags=re.DOTALL)
     for section in re.split(r"^#{1,6} ", text, flags=re.MULTILINE):
