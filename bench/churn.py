@@ -124,7 +124,7 @@ def offloaded(world: World) -> None:
 
 SITUATIONS = [
     Situation("nothing", "nothing changes", None),
-    Situation("dropout", "module dropout: a fifth of the modules, drawn anew, without gradients", module_dropout),
+    Situation("dropout", "module dropout: at each step each module has no gradients with probability 0.2", module_dropout),
     Situation("heads", "two heads have gradients by turns", two_heads),
     Situation("own-key", "a key of the user's own is written into each state", own_key),
     Situation("new-data", "`p.data = p.data.clone()` (SAM, EMA swap)", new_data),

@@ -14,14 +14,14 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgba
 
-from . import look, step, theory
+from . import look, theory
 from .look import INK, MARKERS, PALETTE, WIDTH
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "pictures"
 # The pictures of the docs, and their files. Those of theory.py have none.
 PICTURES = {
-    "ratios": "2026-11-24-amd-epyc-2cores.json",
+    "ratios": "2026-11-26-intel-xeon-2cores.json",
     **dict.fromkeys(("decay", "moments", "training"), "2026-11-26-intel-xeon-2cores-precision.json"),
 }
 LINES = ("fused_l2", "torch fused", "memory floor", "copy", "triad")
@@ -52,31 +52,34 @@ def _logarithmic(axis: Any) -> None:
 
 
 def ratios(results: list[dict[str, Any]]) -> Any:
-    """A bar for each case and optimizer, from 1 to torch fused, and a diamond for the fastest other, with quartiles."""
+    """Two bars for each case and optimizer, from 1 to torch's default and, over it, to torch fused, with quartiles."""
     optimizers = list(dict.fromkeys(r["optimizer"] for r in results))
     cases = {r["case"]: r["what"] for r in reversed(results)}
     places = {case: y for y, case in enumerate(reversed(list(dict.fromkeys(r["case"] for r in results))))}
     figure, axis = plt.subplots(figsize=(WIDTH, 1.2 + 0.42 * len(cases)))
     height, missing, handles = 0.8 / len(optimizers), [], []
     for i, optimizer in enumerate(optimizers):
-        inside = {"facecolor": "none", "hatch": "////"} if i else {"facecolor": to_rgba(PALETTE[i], 0.4)}
-        style = {"edgecolor": PALETTE[i], **inside}
-        handles.append(plt.Rectangle((0, 0), 1, 1, **style, label=f"torch fused, {optimizer}"))
+        inside = {"hatch": "/////"} if i else {"facecolor": to_rgba(PALETTE[i], 0.6)}
+        styles = {
+            "torch for-loop": {"edgecolor": PALETTE[i], "facecolor": "none"},
+            "torch fused": {"edgecolor": PALETTE[i], "facecolor": "none", **inside},
+        }
+        handles += [
+            plt.Rectangle((0, 0), 1, 1, **styles[who], label=f"{optimizer}, {label}")
+            for who, label in (("torch fused", "fused=True"), ("torch for-loop", "default"))
+        ]
         for r in (r for r in results if r["optimizer"] == optimizer):
             y = places[r["case"]] + 0.4 - height * (i + 0.5)
-            fused, other = against(r, "torch fused"), against(r, "fastest other")
-            if fused:
-                axis.barh(y, fused[1] - 1, 0.8 * height, left=1, **style)
-                axis.hlines(y, fused[0], fused[2], INK, linewidth=1)
-            elif "torch fused" in r["not measured"]:
-                missing.append(f"No bar for {optimizer}, {r['what']}: {r['not measured']['torch fused']}.")
-            if other:
-                axis.hlines(y, other[0], other[2], INK, linewidth=1)
-                axis.plot(other[1], y, "D", color=INK, markersize=3.5)
-            shown = [f"{fused[1]:.2f}"] if fused else []
-            shown += [f"◆ {other[1]:.2f}"] if other and other != fused else []
-            right = max([1.0, *(taken[2] for taken in (fused, other) if taken)])
-            axis.annotate(", ".join(shown), (right, y), (4, 0), textcoords="offset points", va="center_baseline")
+            taken = {who: against(r, who) for who in styles}
+            for who, ratio in taken.items():
+                if ratio:
+                    axis.barh(y, ratio[1] - 1, 0.8 * height, left=1, **styles[who])
+                    axis.hlines(y, ratio[0], ratio[2], INK, linewidth=1)
+                elif who in r["not measured"]:
+                    missing.append(f"No bar for {optimizer}, {r['what']}: {r['not measured'][who]}.")
+            shown = [f"{ratio[1]:.{1 if ratio[1] >= 2 else 2}f}" for ratio in reversed(taken.values()) if ratio]
+            right = max([1.0, *(ratio[2] for ratio in taken.values() if ratio)])
+            axis.annotate(" · ".join(shown), (right, y), (4, 0), textcoords="offset points", va="center_baseline")
     axis.axvline(1, color=INK, linewidth=1)
     axis.set(xscale="log", xlabel="times as long as fused_l2", ylim=(-0.6, len(cases) - 0.4))
     low, high = axis.get_xlim()
@@ -88,20 +91,16 @@ def ratios(results: list[dict[str, Any]]) -> Any:
               for parts in [cases[case].split(", ")] for k, part in enumerate(parts)]  # fmt: skip
     axis.set_yticks([y for y, _ in labels], [part for _, part in labels])
     axis.tick_params(axis="y", length=0)
-    handles += axis.plot([], [], "D", color=INK, markersize=3.5, label="fastest other")
-    figure.legend(handles=handles, loc="outside upper left", ncol=2)
+    figure.legend(handles=handles, loc="outside upper left", ncol=len(optimizers))
     if missing:
         notes = "\n".join(textwrap.fill(note, 58) for note in missing)
         figure.supxlabel(notes, x=0.01, ha="left", fontsize=10)
     return figure
 
 
-def against(result: dict[str, Any], label: str) -> Any:
-    """Our ratio to torch fused, or to the fastest other provider, with its quartiles."""
-    if label != "torch fused":
-        peer = step.best_peer(result)
-        return result["rows"][peer[0]]["ours_to_this"] if peer else None
-    return result["rows"][label]["ours_to_this"] if label in result["rows"] else None
+def against(result: dict[str, Any], who: str) -> Any:
+    """Another's time in times of ours, with its quartiles."""
+    return result["rows"][who]["ours_to_this"] if who in result["rows"] else None
 
 
 def host(results: list[dict[str, Any]]) -> Any:
@@ -216,8 +215,8 @@ FIGURES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "bandwidth": ("limit", "Bandwidth of steps, from the caches to memory (one float32 tensor)", bandwidth),
     "ratios": (
         "step",
-        "One optimizer step: the time of torch's fused step (bars) and of the fastest other (diamonds) in times of ours, with "
-        "quartiles and the numbers of both where they differ (right of 1 ours is faster)",
+        "One optimizer step: the time of torch's fused step (filled) and of torch's default (outlined) in times of ours, with "
+        "quartiles and both numbers (right of 1 ours is faster)",
         ratios,
     ),
     "host": ("host", "The host's time for a step of AdamW (cuda: into a stub of the driver, without a GPU)", host),

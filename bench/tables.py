@@ -15,11 +15,12 @@ from typing import Any
 
 from . import predictions, step
 from .cases import CASES, COLD, GPU_CASES
+from .churn import SITUATIONS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "docs" / "performance.md", ROOT / "docs" / "low-precision.md", ROOT / "README.md"]
 MARKED = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-WHAT = {case.name: case.what for case in CASES + COLD}
+WHAT = {of.name: of.what for of in (*CASES, *COLD, *SITUATIONS)}
 
 
 def _spread(quartiles: Any) -> str:
@@ -129,7 +130,7 @@ def churn(results: list[dict[str, Any]]) -> str:
         ratios = (_spread(r["rows"][name]["ours_to_this"]) if name in r["rows"] else "-" for name in names)
         ours = f"{1e6 * r['rows']['fused_l2']['seconds'][1]:.0f}"
         stands = f"{step.standing(r)} {best[0]}" if best else "-"
-        rows.append([r["what"], ours, *ratios, f"{100 * r['noise floor']:.1f} %", stands])
+        rows.append([WHAT[r["case"]], ours, *ratios, f"{100 * r['noise floor']:.1f} %", stands])
     others = [f"{name} / ours" for name in names]
     return _markdown(["AdamW, one thread", "ours, us", *others, "noise", "ours is"], rows)
 

@@ -1,6 +1,6 @@
 """How things are timed: interleaved, in one run, with samples disturbed by other processes left out.
 
-In each round every contestant is warmed up and timed once, in an order drawn anew, so that none always follows the same one.
+In each round every contestant is warmed up and timed once, in a new random order, so that none always follows the same one.
 A ratio is taken within a round, so that what changes slowly (clock frequency, neighbours) divides out; the median over rounds
 is shown with its quartiles.
 One contestant is timed twice under two names: what their ratio differs from 1 is the method's own error. A case that is visited

@@ -477,6 +477,9 @@ def test_figures_of_the_readme_are_those_of_the_result_files(bench):
         f"is a {times:.0f}th of torch's AdamW",
     ):
         assert words in readme, words
+    gpu = json.loads((results / "2026-11-26-nvidia-h100.json").read_text())["assumptions"]
+    launch = f"A\nlaunch took this machine {gpu['host microseconds per launch']:.0f} microseconds"
+    assert launch in (tables.ROOT / "docs" / "performance.md").read_text()
 
 
 def test_the_report_is_one_page_with_its_pictures(bench, tmp_path):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from conftest import ROOT
 
 import fused_l2
 from fused_l2 import demo
@@ -23,14 +26,18 @@ def means(runs, field):
     return {lam: demo.mean_and_error(found, field)[0] for lam, found in runs.items()}
 
 
-@pytest.fixture(scope="module")
-def data():
+def digits(seed):
     datasets = pytest.importorskip("sklearn.datasets")
     import torch
 
     loaded = datasets.load_digits()
     images, labels = torch.tensor(loaded.data, dtype=torch.float32) / 16, torch.tensor(loaded.target)
-    return demo.digits(images, labels, demo.SIZES[0], seed=0)
+    return demo.digits(images, labels, demo.SIZES[0], seed)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return digits(0)
 
 
 def test_lambda_that_validation_chooses_helps_on_test_images(results):
@@ -92,6 +99,24 @@ def test_training_ends_in_torch_s_bits_where_its_sqrt_is_correctly_rounded(data,
     with demo.correctly_rounded_sqrt():
         theirs = demo.train(data, torch.optim, name, 1.0, 0, epochs=20).params
     assert demo.differing(ours, theirs)[:2] == (0.0, 0)
+
+
+def test_readme_shows_what_the_demo_prints(data):
+    """Accuracies to their errors: other processors round otherwise. Bits to the bit."""
+    lambdas = (0.0, 1.0, 3.0, 10.0)  # without those that validation is far from choosing
+    with demo.for_small_networks():
+        runs = {lam: [demo.train(digits(s), fused_l2, "SGD", lam, s) for s in range(10)] for lam in lambdas}
+        printed = [*demo.report("SGD", runs, demo.SIZES[0]).splitlines(), *demo.bits("SGD", data), *demo.bits("AdamW", data)]
+    (shown,) = re.findall(r"```text\n(SGD, n = .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    choice, accuracy, _, *bits = shown.splitlines()
+    assert printed[0] == choice
+    (now, _, now_without, _), (said, error, said_without, other) = (
+        map(float, re.findall(r"\d\.\d+", line)) for line in (printed[1], accuracy)
+    )
+    assert abs(now - said) <= error
+    assert abs(now_without - said_without) <= other
+    assert re.sub(r"\d\.\d+", "", printed[1]) == re.sub(r"\d\.\d+", "", accuracy)
+    assert set(bits) < set(printed)
 
 
 def test_a_missing_extra_is_named_with_the_command(monkeypatch, capsys):

@@ -6,8 +6,10 @@ Runs of 2 and of 4 ranks with gloo go through all scenarios of tests/distributed
 from __future__ import annotations
 
 import ast
+import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,5 +75,25 @@ def test_a_hang_fails_and_leaves_no_process(tmp_path: Path) -> None:
     pids = [int(file.name) for file in tmp_path.iterdir() if file.name.isdigit()]
     assert len(pids) == 6
     for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks that need no import are forks")
+def test_a_rank_that_outlives_another_s_failure_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rank_of(rank: int, *_: object) -> None:
+        (tmp_path / str(os.getpid())).touch()
+        if rank == 1:
+            time.sleep(5)
+            (tmp_path / "slept").touch()
+        os._exit(1 - rank)
+
+    monkeypatch.setattr(launch, "_rank", rank_of)
+    monkeypatch.setattr(launch, "FORKS", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(launch, "LAST_WORDS", 0.1)
+    launch._run_once(2, tmp_path, tmp_path, [], 60.0, "cpu")
+    assert not (tmp_path / "slept").exists()
+    assert multiprocessing.active_children() == []
+    for pid in (int(file.name) for file in tmp_path.iterdir()):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

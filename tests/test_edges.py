@@ -200,13 +200,45 @@ def test_decay_that_changes_signs_warns_once() -> None:
     optimizer = fused_l2.AdamW([p], lr=0.1, weight_decay=0.1)
     stepped(optimizer, p)
     optimizer.param_groups[0]["lr"] = 20.0
-    with pytest.warns(UserWarning, match=r"param group 0 has lr 20 and weight_decay 0.1: decoupled decay takes 2 times"):
+    with pytest.warns(UserWarning, match=r"param group 0 has lr 20 and weight_decay 0.1: the decay of a step takes 2 times"):
         stepped(optimizer, p)
     optimizer.param_groups[0]["lr"] = 30.0
     again = pickle.loads(pickle.dumps(optimizer))
     stepped(optimizer, p)  # warnings are errors here
     stepped(again, *again.param_groups[0]["params"])
-    stepped(fused_l2.SGD([p], lr=20.0, weight_decay=0.1), p)  # the gradient's business
+    stepped(fused_l2.Adam([p], lr=20.0, weight_decay=0.1), p)  # sqrt(v) divides it
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [({}, 2.0), ({"momentum": 0.9}, 3.8), ({"momentum": 0.9, "decoupled_weight_decay": True}, 2.0), ({"momentum": 0.5}, 3.0)],
+)
+def test_decay_of_sgd_that_changes_signs_warns_once(options: dict[str, Any], limit: float) -> None:
+    """Above 1 the first step turns the sign, and above the limit the decay alone makes weights grow."""
+
+    def made(rate: float) -> tuple[Any, Parameter]:
+        p = Parameter(torch.ones(3, dtype=torch.float64))
+        p.grad = torch.zeros_like(p)
+        return fused_l2.SGD([p], lr=0.5, weight_decay=2 * rate, **options), p
+
+    optimizer, p = made(1.0)
+    optimizer.step()  # warnings are errors here
+    assert p.eq(0).all()
+    for rate, grows in ((0.99 * limit, False), (1.01 * limit, True)):
+        optimizer, p = made(rate)
+        with pytest.warns(UserWarning, match=rf"param group 0 has lr 0.5 .*the decay of a step takes {rate:g} times"):
+            optimizer.step()
+        assert p.lt(0).all()
+        for _ in range(1000):
+            optimizer.step()
+        assert bool(p.abs().gt(1).all()) == grows
+
+
+def test_sgds_corrected_decay_warns_by_what_it_takes() -> None:
+    p = Parameter(torch.ones(3))
+    stepped(fused_l2.SGD([p], lr=0.1, weight_decay=20.0, decay_rule="corrected", max_lr=0.4), p)  # 0.1 / 0.4 of it
+    with pytest.warns(UserWarning, match="takes 1.6 times"):
+        stepped(fused_l2.SGD([p], lr=0.4, weight_decay=4.0, decay_rule="corrected", max_lr=0.4), p)
 
 
 # What belongs to a param group goes with it.

@@ -192,6 +192,19 @@ def test_every_module_has_its_floor():
             assert ".".join(parts) in standing, f"{file} has no line in FLOORS"
 
 
+def test_importing_brings_little_beside_torch() -> None:
+    """What an import's time and memory come from: modules. Only the standard library's and our own, of which those of GPUs, the
+    doctor and the demo wait until they are asked for."""
+    code = "import sys, torch; before = {*sys.modules}; import fused_l2; print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    brought = set(done.stdout.split())
+    ours = {name for name in brought if name.split(".")[0] == "fused_l2"}
+    assert {name for name in brought - ours if name.split(".")[0] not in sys.stdlib_module_names} == set()
+    assert len(brought - ours) <= 5
+    assert {name for name in ours if name.split(".")[1:2] in (["kernels"], ["doctor"], ["demo"], ["__main__"])} == set()
+    assert 50 < len(ours) <= 70
+
+
 def test_the_pythons_that_are_named_are_those_that_a_wheel_is_tried_in() -> None:
     named = re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', (ROOT / "pyproject.toml").read_text())
     tried = re.search(r"foreach minor,([\d ]+),", (ROOT / "Makefile").read_text())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import textwrap
+import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,8 +34,7 @@ class Finding:
         lines = [*wrapped("", f"{self.severity}: {self.code}: {self.what}")]
         if self.parameters:
             lines += wrapped("    of:  ", shortened(self.parameters))
-        # The fix stays in one line: it is Python to be copied.
-        lines += [*wrapped("    why: ", self.why), f"    fix: {self.fix}", *wrapped("    see: ", self.source)]
+        lines += [*wrapped("    why: ", self.why), *wrapped_code("    fix: ", self.fix), *wrapped("    see: ", self.source)]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, object]:
@@ -40,12 +42,46 @@ class Finding:
         return {**vars(self), "parameters": list(self.parameters)}
 
 
-def wrapped(label: str, text: str, width: int = 85) -> list[str]:
+WIDTH = 85
+
+
+def wrapped(label: str, text: str, width: int = WIDTH) -> list[str]:
     """Lines of at most so many columns, the later ones indented."""
     further = " " * (len(label) or 4)
     return textwrap.wrap(
         text, width, initial_indent=label, subsequent_indent=further, break_long_words=False, break_on_hyphens=False
     )
+
+
+def wrapped_code(label: str, code: str) -> list[str]:
+    """Lines of Python that still run where they are copied, however they are indented: it breaks within brackets, the
+    outermost first, and elsewhere with a backslash."""
+    lines, begin, breaks = [], 0, _breaks(code)
+    room = WIDTH - len(label)
+    while len(code) - begin > room:
+        fitting = [(depth, -end, mark) for end, (depth, mark) in breaks.items() if end + len(mark) <= begin + room]
+        fitting = [(depth, end, mark) for depth, end, mark in fitting if -end > begin + room / 3]  # no line of a word
+        if not fitting:
+            break
+        _, end, mark = min(fitting)
+        lines.append(code[begin:-end].strip() + mark)
+        begin = -end
+    return [(" " * len(label) if i else label) + line for i, line in enumerate([*lines, code[begin:].strip()])]
+
+
+def _breaks(code: str) -> dict[int, tuple[int, str]]:
+    """Where a line of it may end, by column: how many brackets are open there, and what has to follow."""
+    found, depth, before = {}, 0, ""
+    tokens = list(tokenize.generate_tokens(io.StringIO(code).readline))
+    for token, following in itertools.pairwise(tokens):
+        depth += (token.string in "([{") - (token.string in ")]}") if token.type == tokenize.OP else 0
+        opens = token.string in ("(", "{") or (token.string == "[" and before in ("(", "=", ":", ","))  # no index
+        if depth and ((opens and following.string not in ")]}") or token.string == "," or following.string in ("for", "if")):
+            found[token.end[1]] = (depth, "")
+        elif not depth and token.string in ("=", ";"):
+            found[token.end[1]] = (-(token.string == ";"), " \\")
+        before = token.string
+    return found
 
 
 def shortened(names: Sequence[str], shown: int = 6) -> str:

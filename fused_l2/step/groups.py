@@ -16,7 +16,7 @@ from ..options import Options
 from ..parameters import checks
 from ..parameters.entry import GroupNeeds
 from ..tables import coefficients
-from ..tables.tensor_table import Flag
+from ..tables.tensor_table import Flag, Rule
 from .hyperparameters import DeviceValues
 from .rules import UpdateRule
 
@@ -99,10 +99,12 @@ class ParamGroups:
         with_other_needs: set[int] = set()
         has_other_numbers = False
         for i, group in new.items():
-            rate = coefficients.rate_of(group.numbers, bool(group.needs.flags & Flag.DECOUPLED))
-            if rate > 1 and "excess decay" not in self._warned:
-                self._warned.add("excess decay")
-                warn(_EXCESS.format(i, group.numbers.lr, group.numbers.weight_decay, rate))
+            if self._rule.rule is Rule.SGD or group.needs.flags & Flag.DECOUPLED:  # Adam's L2 is divided by sqrt(v)
+                numbers = group.numbers
+                rate = coefficients.decay_rate(numbers.lr, numbers.max_lr, numbers.decay_rule) * numbers.weight_decay
+                if rate > 1 and "excess decay" not in self._warned:
+                    self._warned.add("excess decay")
+                    warn(_EXCESS.format(i, numbers.lr, numbers.weight_decay, rate))
             old = self.known[i] if i < len(self.known) else None
             if old is None or old.needs != group.needs:
                 with_other_needs.add(i)
@@ -178,8 +180,10 @@ class ParamGroups:
         return lambda: checks.describe(groups[index], index, position)
 
 
+# Without momentum the decay multiplies a weight by 1 - lr * weight_decay. With momentum m, SGD's L2 does so in its first step;
+# alone it then makes w'' = (1 + m - lr * weight_decay) w' - m w, which grows from lr * weight_decay = 2 (1 + m) on.
 _EXCESS = (
-    "fused_l2: param group {} has lr {:g} and weight_decay {:g}: decoupled decay takes {:g} times each weight per step, so "
+    "fused_l2: param group {} has lr {:g} and weight_decay {:g}: the decay of a step takes {:g} times each weight, so "
     "that it changes the sign of all of them. weight_decay is multiplied by lr, and is lambda / n, not lambda: see "
     "fused_l2.weight_decay.from_lambda."
 )

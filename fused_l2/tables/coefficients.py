@@ -87,11 +87,6 @@ def decay(numbers: SgdNumbers | AdamNumbers, decoupled: bool) -> tuple[float, fl
     return weight_decay, 1.0
 
 
-def rate_of(numbers: SgdNumbers | AdamNumbers, decoupled: bool) -> float:
-    """The share of each weight that decoupled decay takes per step."""
-    return decay_rate(numbers.lr, numbers.max_lr, numbers.decay_rule) * numbers.weight_decay if decoupled else 0.0
-
-
 def sgd(numbers: SgdNumbers, decoupled: bool) -> tuple[float, ...]:
     """The coefficient row of SGD."""
     return (*decay(numbers, decoupled), numbers.momentum, 1 - numbers.dampening, -numbers.lr)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import re
 import subprocess
 import sys
 from typing import Any
@@ -15,6 +17,7 @@ from torch import nn
 import fused_l2
 import fused_l2.doctor
 from doctor.examining import Gpt, assert_unchanged, backward, block, snapshot, train
+from fused_l2.doctor.findings import wrapped_code
 from fused_l2.weight_decay import penalty, to_lambda
 
 
@@ -237,11 +240,30 @@ def test_the_report_as_text_html_and_data():
     assert text.startswith("torch.Adam: 0 wrong, 3 doubtful, 0 notes\ndoubtful: ")
     for finding in report.findings:
         assert finding.what in " ".join(text.split())
-        assert f"    fix: {finding.fix}\n" in text  # in one line, to be copied
-        assert all(len(line) <= 85 for line in str(finding).splitlines() if not line.startswith("    fix: "))
+        assert all(len(line) <= 85 for line in str(finding).splitlines())
+        copied = re.search(r"^    fix: (.*?)^    see: ", str(finding), re.DOTALL | re.MULTILINE)[1]
+        assert ast.dump(ast.parse(copied)) == ast.dump(ast.parse(finding.fix))
     assert json.loads(json.dumps(report.as_dict()))["findings"][0]["code"] == report.findings[0].code
     assert "<td>1.weight</td>" in report._repr_html_()
     assert not report.is_wrong
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "x = 1",
+        "; ".join(
+            f'optimizer.param_groups[{i}]["weight_decay"] = fused_l2.weight_decay.from_lambda(5, n=50000)' for i in range(5)
+        ),
+        "o = torch.optim.Adam(param_groups(model, no_decay=[" + ", ".join(f"'h.{i}, ('" for i in range(40)) + "]), lr=1)",
+        'p = {"' + "a" * 100 + '": [x for x in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21)]}',
+    ],
+)
+def test_a_fix_of_several_lines_is_the_code_that_it_was(code):
+    lines = wrapped_code("    fix: ", code)
+    assert all(len(line) <= 85 for line in lines if "aaaa" not in line)  # no break within a string
+    for copied in ("\n".join(lines).removeprefix("    fix: "), "\n".join(line[9:] for line in lines)):
+        assert ast.dump(ast.parse(copied)) == ast.dump(ast.parse(code))
 
 
 def test_tables_stay_short():

@@ -5,6 +5,7 @@ A program returns the model, the optimizer and what else is told to the doctor. 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -374,7 +375,8 @@ def test_found_and_mended(shown: Exhibit):
     if shown.parameters is not None:
         assert {name for f in found for name in f.parameters} == shown.parameters, str(report)
     place = {"model": model, "optimizer": optimizer, "torch": torch, "fused_l2": fused_l2}
-    exec(found[0].fix, place)
+    printed = re.search(r"^    fix: (.*?)^    see: ", str(found[0]), re.DOTALL | re.MULTILINE)
+    exec(printed[1], place)
     del optimizer
     again = fused_l2.doctor.examine(place["optimizer"], place["model"], **told)
     left = [f for f in again.of(shown.code) if f.severity == shown.severity]
