@@ -128,8 +128,8 @@ def steps_of(
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
         for p in params:
-            p.grad = torch.randn(p.shape, generator=generator)
-        if when == "planning" and step == MODE_STEP and isinstance(optimizer, fused_l2.SGD | fused_l2.AdamW):
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        if when == "planning" and step == MODE_STEP and isinstance(optimizer, fused_l2.SGD | fused_l2.Adam | fused_l2.AdamW):
             optimizer.drop_plan()
         if step != at or (mode is None and not refused):
             optimizer.step()
@@ -175,6 +175,40 @@ def test_a_step_within_a_mode_gives_torchs_bits(name: str, when: str, shapes: st
     steps_of(theirs, expected, when, None)
     assert_same(ours, params, theirs, expected)
     assert all(verdict != 0 for verdict in watch._verdicts.values())
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "8 bits": {"low_precision": "remainder8", "state_dtype": "8bit"},
+    "kahan": {"low_precision": "kahan", "max_grad_norm": 0.5},
+    "master, measured": {"low_precision": "master", "statistics": True, "max_grad_norm": 9.0, "skip_if_nonfinite": True},
+    "stochastic, cautious": {"low_precision": "stochastic", "cautious": True, "decoupled_weight_decay": True},
+    "remainder": {"low_precision": "remainder", "state_dtype": torch.float32},
+}
+
+
+@pytest.mark.sweep(9)
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("when", ["first", "later", "planning"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_with_options_within_a_mode_gives_the_bits_of_one_outside(name: str, when: str, options: str, mode: str) -> None:
+    runs = []
+    for within in (None, MODES[mode]):
+        params = [nn.Parameter(torch.linspace(-1, 1, 2 * n).reshape(2, n).bfloat16()) for n in (64, 5)]
+        params.append(nn.Parameter(torch.linspace(-1, 1, 24).bfloat16().view(4, 6)[:, ::2]))
+        optimizer = getattr(fused_l2, name)(params, lr=0.1, weight_decay=0.1, **OPTIONS[options])
+        steps_of(optimizer, params, when, within)
+        runs.append((optimizer, params))
+    (ours, params), (theirs, expected) = runs
+    assert_same_bits(params, expected, "parameter")
+    assert_same_bits(ours.master_params(), theirs.master_params(), "master weight")
+    for p, q in zip(params, expected, strict=True):
+        assert ours.state[p].keys() == theirs.state[q].keys()
+        for key, value in theirs.state[q].items():  # steps are counted in the default dtype of the first one
+            assert_same_bits(ours.state[p][key].to(value.dtype), value, key)
+        assert not any(t.is_inference() or torch._is_functional_tensor(t) for t in ours.state[p].values())
+    if "statistics" in OPTIONS[options]:
+        assert_same_bits(ours.statistics.grad_norm, theirs.statistics.grad_norm, "norm")
 
 
 @pytest.mark.sweep(5)
