@@ -12,7 +12,7 @@ project = "fused_l2"
 author = "the authors of fused_l2"
 project_copyright = f"2026, {author}"
 version = release = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx-mathjax-offline", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4  # links to headings are those of a Markdown page anywhere
 html_theme = "furo"
