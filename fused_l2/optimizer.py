@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
 
 from . import state_dicts
 from ._warnings import warn
-from .options import NAMES, OptionAttributes, Options, did_you_mean, why_unused
+from .options import NAMES, OptionAttributes, Options, check_torchs_flags, did_you_mean, why_unused
 from .parameters import checks, eight_bits
 from .parameters.entry import scalar_dtype
 from .parameters.low_precision import widened
@@ -56,6 +56,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
     _stepper: Stepper  # options and results; wrappers that copy __dict__ share it
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Options) -> None:
+        check_torchs_flags(defaults, "")
         if defaults["differentiable"]:
             raise ValueError(_NOT_DIFFERENTIABLE)
         if defaults["fused"] and defaults["foreach"]:
@@ -316,6 +317,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
                 group = {**self.defaults, **param_group}
                 initial_lrs[index] = number(group["lr"], "learning rate", f" of param group {index}")
                 self._rule.numbers(self._values(group), self._stepper.options, index, initial_lrs[index])
+                check_torchs_flags(param_group, f" of param group {index}")
                 if param_group.get("differentiable"):
                     raise ValueError(_NOT_DIFFERENTIABLE)
             super().add_param_group(param_group)

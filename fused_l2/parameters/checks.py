@@ -189,7 +189,7 @@ def check_counter(value: Tensor, name: Name) -> None:
 
 def is_count(steps: float) -> bool:
     """Whether this many steps can have been made."""
-    return 0 <= steps < math.inf
+    return steps >= 0 and steps.is_integer()
 
 
 def refuse_counter(value: Any, name: Name) -> RuntimeError:

@@ -198,6 +198,13 @@ def round_stochastically(w: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     return _signed(torch.where(nan, sign | 0x7E00, sign | rounded), 16).to(torch.int16).view(torch.float16)
 
 
+def kept_anew(mode: Mode, param: Tensor) -> Tensor:
+    """What a mode keeps beside a parameter of which nothing more is known than its 16 bits."""
+    if mode is Mode.MASTER:
+        return torch.empty_like(param, dtype=torch.float32).copy_(param.detach())
+    return torch.zeros_like(param, dtype=mode.state_dtype)
+
+
 def widened(mode: Mode, p: Tensor, kept: Tensor | None) -> Tensor:
     """The float32 value of a parameter, from it and what its mode keeps beside it."""
     if kept is None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from ..options import Options
+from ..options import Options, flag
 from ..tables import coefficients
 from ..tables.coefficients import AdamNumbers, DecayRule, SgdNumbers
 from ..tables.modes import EIGHT_BIT
@@ -169,7 +169,8 @@ class _Sgd(UpdateRule):
         dampening = number(values.dampening, "dampening", where)
         weight_decay = at_least_zero(values.weight_decay, "weight_decay value", where)
         decay = _decay(options, group, bool(options.decoupled_weight_decay), initial_lr, self._remedy)
-        if values.nesterov and (momentum <= 0 or dampening != 0):
+        flag(values.maximize, "maximize", where, of_torch=True)
+        if flag(values.nesterov, "nesterov", where, of_torch=True) and (momentum <= 0 or dampening != 0):
             raise ValueError(
                 f"Nesterov momentum requires a momentum and zero dampening{where}, got momentum={values.momentum}, "
                 f"dampening={values.dampening}"
@@ -217,12 +218,13 @@ class _Adam(UpdateRule):
         for i, beta in enumerate((beta1, beta2)):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}{where}: {beta}; expected 0 <= beta < 1")
-        if values.amsgrad and options.state_dtype == EIGHT_BIT:
+        flag(values.maximize, "maximize", where, of_torch=True)
+        if flag(values.amsgrad, "amsgrad", where, of_torch=True) and options.state_dtype == EIGHT_BIT:
             raise ValueError(
                 f"state_dtype='8bit' and amsgrad=True{where} exclude each other: the largest of moments that are rounded at "
                 f"random only grows. Pass amsgrad=False or state_dtype=torch.float32."
             )
-        decoupled = bool(values.decoupled_weight_decay)
+        decoupled = flag(values.decoupled_weight_decay, "decoupled_weight_decay", where, of_torch=True)
         if group is not None and not decoupled and options.decay_rule_of(group) is DecayRule.CORRECTED:
             raise ValueError(
                 f"decay_rule='corrected' needs decoupled weight decay, which param group {group} does not have: sqrt(v) "
