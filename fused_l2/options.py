@@ -200,6 +200,10 @@ def _option(default: Any, check: Callable[[Any], Any], description: str) -> Any:
     return dataclasses.field(default=default, metadata={"check": check, "description": inspect.cleandoc(description)})
 
 
+def _switch(name: str, description: str) -> Any:
+    return _option(False, functools.partial(flag, argument=name), description)
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of an optimizer, checked. They are attributes of the optimizer, not param-group keys."""
@@ -211,19 +215,16 @@ class Options:
         before it would, without rewriting them. See :attr:`grad_norm`.""",
     )
     norm_type: float = _option(2.0, _norm_type, "2 or inf: the order of that norm.")
-    error_if_nonfinite: bool = _option(
-        False,
-        functools.partial(flag, argument="error_if_nonfinite"),
+    error_if_nonfinite: bool = _switch(
+        "error_if_nonfinite",
         "raise (waits for the device) if that norm is inf or NaN.",
     )
-    skip_if_nonfinite: bool = _option(
-        False,
-        functools.partial(flag, argument="skip_if_nonfinite"),
+    skip_if_nonfinite: bool = _switch(
+        "skip_if_nonfinite",
         "skip the step if that norm is inf or NaN. See :attr:`step_was_skipped`.",
     )
-    amp_scaling: bool = _option(
-        False,
-        functools.partial(flag, argument="amp_scaling"),
+    amp_scaling: bool = _switch(
+        "amp_scaling",
         """let ``torch.amp.GradScaler.step`` leave unscaling, and skipping after an overflow, to the step itself: one pass less
         over the gradients, and no wait for the device.""",
     )
@@ -251,15 +252,13 @@ class Options:
         schedulers that multiply it by at most 1. OneCycleLR, and warm-ups that write an lr of their own, need the number.
         Larger lrs are no error.""",
     )
-    cautious: bool = _option(
-        False,
-        functools.partial(flag, argument="cautious"),
+    cautious: bool = _switch(
+        "cautious",
         """shrink only weights that the update moves towards 0 (Cautious Weight Decay, Chen et al. 2025): with u the update,
         w - lr * u, decay where u * w >= 0. Decoupled decay only.""",
     )
-    statistics: bool = _option(
-        False,
-        functools.partial(flag, argument="statistics"),
+    statistics: bool = _switch(
+        "statistics",
         "add up norms, the penalty and more during the step. The attribute is what the last step added up.",
     )
     low_precision: str = _option(

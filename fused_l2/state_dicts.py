@@ -198,9 +198,7 @@ def _check_state(state: Mapping[str, Any], param: Tensor, stepper: Stepper, flag
                 raise _refused(f"{name()}: its state {key!r} has dtype {value.dtype}")
             # One look tells both. A first moment is not read for its NaN: a step that makes one makes the other.
             if key.endswith("_sq") and not value.is_meta and not bool((local(value) >= 0).all()):
-                raise _refused(
-                    f"{name()}: its state {key!r} has elements that are negative or NaN, and is an average of squares"
-                )
+                raise _refused(f"{name()}: its state {key!r} has negative elements or NaN, and is an average of squares")
         elif key in EIGHT_BIT_NAMES:
             _check_codes(key, value, param, name)
         elif key == mode.state_name:

@@ -160,7 +160,7 @@ def test_half_a_state_and_another_optimizer_s_are_refused() -> None:
     for value in (-1e-3, math.nan):
         no_square = copy.deepcopy(state_dict)
         no_square["state"][0]["exp_avg_sq"][2] = value
-        assert_refused(optimizer, no_square, "'exp_avg_sq' has elements that are negative or NaN")
+        assert_refused(optimizer, no_square, "'exp_avg_sq' has negative elements or NaN")
     assert_refused(optimizer, [state_dict], "needs a dict, got list")
 
 
