@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -17,7 +18,7 @@ from torch.optim.optimizer import (
 )
 
 from . import state_dicts
-from ._warnings import warn
+from ._warnings import is_of_a_library, warn
 from .options import NAMES, OptionAttributes, Options, check_torchs_flags, did_you_mean, why_unused
 from .parameters import checks, eight_bits
 from .parameters.entry import scalar_dtype
@@ -137,6 +138,14 @@ class FusedOptimizer(OptionAttributes, Optimizer):
                     f"fused_l2: setting optimizer.{name} changes no step: hyperparameters are keys of the param groups, "
                     f"optimizer.param_groups[i][{name!r}]",
                 )
+            elif name not in _OF_SCALERS and _looks_like_a_setting(value) and type(self).__module__.startswith("fused_l2."):
+                # A subclass has attributes of its own, and so may a library have on what it was given.
+                if not is_of_a_library(sys._getframe(1)):
+                    warn(
+                        f"fused_l2: setting optimizer.{name} changes no step: {type(self).__name__} has no such option (there "
+                        f"are {', '.join(NAMES)}), and hyperparameters are keys of the param groups, "
+                        f"optimizer.param_groups[i]['lr']. Begin the name of an attribute of your own with an underscore"
+                    )
         super().__setattr__(name, value)
 
     def _get_option(self, name: str) -> Any:
@@ -431,6 +440,13 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         self._stepper.arrange(self.param_groups)
         for group in self.param_groups:
             group.update(self._completed(group))
+
+
+_OF_SCALERS = ("grad_scale", "found_inf")
+
+
+def _looks_like_a_setting(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list, tuple, Tensor, torch.dtype))
 
 
 def _has_step_hooks(optimizer: Optimizer) -> bool:
