@@ -6,6 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -138,14 +139,12 @@ class FusedOptimizer(OptionAttributes, Optimizer):
                     f"fused_l2: setting optimizer.{name} changes no step: hyperparameters are keys of the param groups, "
                     f"optimizer.param_groups[i][{name!r}]",
                 )
-            elif name not in _OF_SCALERS and _looks_like_a_setting(value) and type(self).__module__.startswith("fused_l2."):
-                # A subclass has attributes of its own, and so may a library have on what it was given.
-                if not is_of_a_library(sys._getframe(1)):
-                    warn(
-                        f"fused_l2: setting optimizer.{name} changes no step: {type(self).__name__} has no such option (there "
-                        f"are {', '.join(NAMES)}), and hyperparameters are keys of the param groups, "
-                        f"optimizer.param_groups[i]['lr']. Begin the name of an attribute of your own with an underscore"
-                    )
+            elif name not in _OF_SCALERS and _looks_like_a_setting(value) and _is_of_a_user(self, sys._getframe(1)):
+                warn(
+                    f"fused_l2: setting optimizer.{name} changes no step: {type(self).__name__} has no such option (there are "
+                    f"{', '.join(NAMES)}), and hyperparameters are keys of the param groups, optimizer.param_groups[i]['lr']. "
+                    f"Begin the name of an attribute of your own with an underscore"
+                )
         super().__setattr__(name, value)
 
     def _get_option(self, name: str) -> Any:
@@ -447,6 +446,11 @@ _OF_SCALERS = ("grad_scale", "found_inf")
 
 def _looks_like_a_setting(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, list, tuple, Tensor, torch.dtype))
+
+
+def _is_of_a_user(optimizer: Any, setter: FrameType) -> bool:
+    """Whether an attribute is set by a user: a subclass has some of its own, and so has a library on what it was given."""
+    return type(optimizer).__module__.startswith("fused_l2.") and not is_of_a_library(setter)
 
 
 def _has_step_hooks(optimizer: Optimizer) -> bool:
