@@ -33,7 +33,7 @@ from .step.rules import UpdateRule
 from .step.state import OptimizerState
 from .step.stepper import Stepper
 from .switching import Undo, change_modes, change_states, split_weight, write
-from .tables.modes import EIGHT_BIT
+from .tables.modes import EIGHT_BIT, STATE_NAMES
 
 _T = TypeVar("_T")
 _is_compiling = torch.compiler.is_compiling
@@ -250,10 +250,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         found = []
         precision, waiting = self._stepper.options.precision, self._stepper.waiting
         for p in self._all_params():
-            mode = precision.mode_of(p)
-            kept = None
-            if mode.state_name:
-                kept = (self.state.get(p) or waiting.get(p) or {}).get(mode.state_name)
+            mode, kept = precision.kept_of(p, self.state.get(p) or waiting.get(p) or {})
             wide = widened(mode, local(p).detach(), local(kept))
             wide = wide.clone() if wide.dtype is p.dtype else wide
             found.append(like(p, wide) if is_dtensor(p) else wide)
@@ -284,6 +281,9 @@ class FusedOptimizer(OptionAttributes, Optimizer):
             mode = precision.mode_of(p)
             if mode.state_name is None:
                 p.copy_(w)
+                for state in (self.state.get(p), self._stepper.waiting.get(p)):
+                    for key in STATE_NAMES if state else ():  # of the 16 bits that it had
+                        state.pop(key, None)  # type: ignore[union-attr]
                 continue
             value, kept = split_weight(mode, p, local(torch.empty_like(p, dtype=torch.float32).copy_(w)))
             write(p, value)

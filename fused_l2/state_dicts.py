@@ -36,7 +36,7 @@ def packed(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     if waiting := optimizer._stepper.waiting:
         for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
             for i, param in zip(saved["params"], group["params"], strict=True):
-                if param in waiting and i not in states:
+                if waiting.get(param) and i not in states:
                     states[i] = _unstepped(param, waiting[param], optimizer._stepper, group)
     state_dict["state"] = {k: transferable(v) if isinstance(v, dict) else v for k, v in states.items()}
     return state_dict
@@ -162,6 +162,12 @@ def _check_state(state: Mapping[str, Any], param: Tensor, stepper: Stepper, flag
     for other in STATE_NAMES:
         if other != mode.state_name and other in state:
             of = next(m for m in Mode if m.state_name == other).name.lower()
+            if param.dtype not in HALVES:
+                raise _refused(
+                    f"{name()}: its state holds {other!r}, which low_precision={of!r} has kept of a 16-bit parameter",
+                    f"To change over, load it while the parameters have 16 bits, convert them, and set "
+                    f"optimizer.low_precision = {of!r} again; to give up what is kept, delete {other!r} from the states",
+                )
             raise _refused(
                 f"{name()}: its state holds {other!r}, which low_precision={of!r} has kept, and this optimizer "
                 f"has low_precision={mode.name.lower()!r}",
