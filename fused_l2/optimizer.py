@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import (
     Optimizer,
     ParamsT,
@@ -64,6 +65,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         if defaults["fused"] and defaults["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")  # torch's own words
         self._rule.numbers(self._values(defaults), options, None, 0.0)
+        self._rule.check_start(self._values(defaults), None)
         self._stepper = Stepper(self._rule, options)
         super().__init__(checks.given(params), defaults)
         options.check_groups(len(self.param_groups))
@@ -113,7 +115,20 @@ class FusedOptimizer(OptionAttributes, Optimizer):
     # Optimizer.__init__ wraps a step() that is not marked; ours calls the wrapper only if a profiler or a hook is active.
     step.hooked = True  # type: ignore[attr-defined]
 
-    _observed_step = Optimizer.profile_hook_step(_step)
+    _hooked_step = Optimizer.profile_hook_step(_step)
+
+    def _observed_step(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(type(self).step, "runs_hooks", False):  # this is super().step()
+            return self._step(*args, **kwargs)
+        return self._hooked_step(*args, **kwargs)
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., _T]) -> Callable[..., _T]:
+        """With this Optimizer.__init__ wraps the step() of a subclass: the hooks are called there, and not once more within."""
+        wrapped: Any = Optimizer.profile_hook_step(func)
+        wrapped.runs_hooks = True
+        return wrapped  # type: ignore[no-any-return]
+
     # Within a compiled function the step stands between two graphs: there is nothing in it to trace.
     _untraced_step = torch._disable_dynamo(_observed_step)  # type: ignore[attr-defined]
 
@@ -228,7 +243,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         if not changed:
             return text
         if changed.get("state_dtype") == EIGHT_BIT:
-            params = self._all_params()
+            params = [p for p in self._all_params() if not is_lazy(p)]  # of which nothing is known yet
             chosen = [p for p in params if eight_bits.fits(p)]
             share = 100 * sum(p.numel() for p in chosen) / max(sum(p.numel() for p in params), 1)
             changed["state_dtype"] = (
@@ -325,6 +340,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
                 group = {**self.defaults, **param_group}
                 initial_lrs[index] = number(group["lr"], "learning rate", f" of param group {index}")
                 self._rule.numbers(self._values(group), self._stepper.options, index, initial_lrs[index])
+                self._rule.check_start(self._values(group), index)
                 check_torchs_flags(param_group, f" of param group {index}")
                 if param_group.get("differentiable"):
                     raise ValueError(_NOT_DIFFERENTIABLE)

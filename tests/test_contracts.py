@@ -761,6 +761,55 @@ def test_a_checkpoint_of_another_low_precision_is_refused_with_nothing_changed(n
 
 @each
 @pytest.mark.parametrize("level", ["of the optimizer", "global"])
+@pytest.mark.parametrize("how", ["overridden", "overridden twice", "patched", "not"])
+def test_step_hooks_of_a_subclass_are_called_once(name: str, level: str, how: str) -> None:
+    """Of torch.optim's they are called once more within, if an optimizer of the base class was ever made in the program."""
+
+    class Mine(getattr(fused_l2, name)):  # type: ignore[misc]
+        if how.startswith("overridden"):
+
+            def step(self, closure: Any = None) -> Any:
+                called.append("step")
+                return super().step(closure)
+
+    class Other(Mine):
+        if how == "overridden twice":
+
+            def step(self, closure: Any = None) -> Any:
+                return super().step(closure)
+
+    called: list[str] = []
+    if how == "patched":  # as tracers do
+
+        @functools.wraps(Mine.step)
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            called.append("step")
+            return original(*args, **kwargs)
+
+        original = Mine.step
+        Mine.step = patched
+    params = make_params(SIZES)
+    optimizer = Other(params, **CASES[name])
+    hooks = [lambda *_: called.append("before"), lambda *_: called.append("after")]
+    if level == "global":
+        handles = [register_optimizer_step_pre_hook(hooks[0]), register_optimizer_step_post_hook(hooks[1])]
+    else:
+        handles = [optimizer.register_step_pre_hook(hooks[0]), optimizer.register_step_post_hook(hooks[1])]
+    try:
+        for _ in range(2):
+            called.clear()
+            set_grads(params, 0)
+            assert optimizer.step(lambda: 1.5) == 1.5
+            assert sorted(called) == sorted(["before", "after", *([] if how == "not" else ["step"])])
+            if how != "patched":
+                assert (called[0], called[-1]) == ("before", "after")
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@each
+@pytest.mark.parametrize("level", ["of the optimizer", "global"])
 def test_step_hooks_see_the_arguments_as_they_were_given(name: str, level: str) -> None:
     def closure() -> float:
         return 1.5

@@ -120,7 +120,12 @@ def test_a_parameter_of_inference_mode_is_refused() -> None:
         p = Parameter(torch.ones(3))
     with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*made in inference mode"):
         stepped(fused_l2.SGD([p], lr=0.1), p)
+    # torch.optim steps it within that mode, where no backward pass gives it a gradient. Nothing would tell of changes.
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*made in inference mode.*Clone it"):
+        stepped(fused_l2.SGD([p], lr=0.1), p)
     assert p.tolist() == [1.0] * 3
+    copied = Parameter(p.detach().clone())  # the remedy
+    stepped(fused_l2.SGD([copied], lr=0.1), copied)
 
 
 def test_state_dtype_none_brings_states_back_to_their_parameters_dtype() -> None:

@@ -71,6 +71,13 @@ def test_repr_is_torchs_and_then_the_options_that_are_set(cls: Any) -> None:
 
 
 @every
+def test_repr_of_a_model_whose_layers_are_not_initialized(cls: Any) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LazyLinear(3))
+    assert "1 of 2 parameters, 98.5 % of their elements" in repr(cls(model.parameters(), state_dtype="8bit"))
+    assert "0 of 0 parameters" in repr(cls(model[1].parameters(), state_dtype="8bit"))
+
+
+@every
 def test_options_is_a_dict_of_all_with_current_values(cls: Any) -> None:
     optimizer = cls(make_params(SIZES), lr=0.1, **decoupled(cls))
     found = optimizer.options

@@ -64,6 +64,14 @@ class UpdateRule(ABC):
         """
 
     @abstractmethod
+    def check_start(self, values: Any, group: int | None) -> None:
+        """Refuse values that a group cannot start with, and a schedule may come to.
+
+        Raises:
+            ValueError: what is wrong with them together.
+        """
+
+    @abstractmethod
     def sources(self, values: Any, group: int) -> list[int]:
         """For each of the ``numbers``, where it is on its device instead: see ``hyperparameters.sources``."""
 
@@ -170,12 +178,15 @@ class _Sgd(UpdateRule):
         weight_decay = at_least_zero(values.weight_decay, "weight_decay value", where)
         decay = _decay(options, group, bool(options.decoupled_weight_decay), initial_lr, self._remedy)
         flag(values.maximize, "maximize", where, of_torch=True)
-        if flag(values.nesterov, "nesterov", where, of_torch=True) and (momentum <= 0 or dampening != 0):
+        flag(values.nesterov, "nesterov", where, of_torch=True)
+        return SgdNumbers(lr, momentum, dampening, weight_decay, *decay)
+
+    def check_start(self, values: SgdValues, group: int | None) -> None:
+        if values.nesterov and (float(values.momentum) <= 0 or float(values.dampening) != 0):
             raise ValueError(
-                f"Nesterov momentum requires a momentum and zero dampening{where}, got momentum={values.momentum}, "
+                f"Nesterov momentum requires a momentum and zero dampening{_where(group)}, got momentum={values.momentum}, "
                 f"dampening={values.dampening}"
             )
-        return SgdNumbers(lr, momentum, dampening, weight_decay, *decay)
 
     def sources(self, values: SgdValues, group: int) -> list[int]:
         where = _where(group)
@@ -184,9 +195,7 @@ class _Sgd(UpdateRule):
     def flags(self, values: SgdValues, options: Options) -> int:
         flags = options.flags | (Flag.DECOUPLED if options.decoupled_weight_decay else 0)
         if values.momentum != 0:
-            flags |= Flag.MOMENTUM
-        if values.nesterov:
-            flags |= Flag.NESTEROV
+            flags |= Flag.MOMENTUM | (Flag.NESTEROV if values.nesterov else 0)
         if values.maximize:
             flags |= Flag.MAXIMIZE
         return flags
@@ -235,6 +244,9 @@ class _Adam(UpdateRule):
         weight_decay = at_least_zero(values.weight_decay, "weight_decay value", where)
         max_lr, rule = _decay(options, group, decoupled, initial_lr, self._remedy)
         return AdamNumbers(lr, beta1, beta2, eps, weight_decay, max_lr, rule)
+
+    def check_start(self, values: AdamValues, group: int | None) -> None:
+        pass  # what is wrong at the start is wrong later
 
     def sources(self, values: AdamValues, group: int) -> list[int]:
         beta1, beta2 = values.betas
