@@ -202,9 +202,9 @@ def _check_state(state: Mapping[str, Any], param: Tensor, stepper: Stepper, flag
             _check_tensor(key, value, param, name)
             if value.is_complex() or not value.is_floating_point():
                 raise _refused(f"{name()}: its state {key!r} has dtype {value.dtype}")
-            # One look tells both. A first moment is not read for its NaN: a step that makes one makes the other.
-            if key.endswith("_sq") and not value.is_meta and not bool((local(value) >= 0).all()):
-                raise _refused(f"{name()}: its state {key!r} has negative elements or NaN, and is an average of squares")
+            # NaN is no damage: a gradient may have brought it, and what an optimizer saves, it loads.
+            if key.endswith("_sq") and value.numel() and not value.is_meta and bool((local(value) < 0).any()):
+                raise _refused(f"{name()}: its state {key!r} has negative elements, and is an average of squares")
         elif key in EIGHT_BIT_NAMES:
             _check_codes(key, value, param, name)
         elif key == mode.state_name:
