@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import (
     Optimizer,
     ParamsT,
@@ -17,8 +20,8 @@ from torch.optim.optimizer import (
 )
 
 from . import state_dicts
-from ._warnings import warn
-from .options import NAMES, OptionAttributes, Options, did_you_mean, why_unused
+from ._warnings import is_of_a_library, warn
+from .options import NAMES, OptionAttributes, Options, check_torchs_flags, did_you_mean, why_unused
 from .parameters import checks, eight_bits
 from .parameters.entry import scalar_dtype
 from .parameters.low_precision import widened
@@ -31,7 +34,7 @@ from .step.rules import UpdateRule
 from .step.state import OptimizerState
 from .step.stepper import Stepper
 from .switching import Undo, change_modes, change_states, split_weight, write
-from .tables.modes import EIGHT_BIT
+from .tables.modes import EIGHT_BIT, STATE_NAMES
 
 _T = TypeVar("_T")
 _is_compiling = torch.compiler.is_compiling
@@ -56,11 +59,13 @@ class FusedOptimizer(OptionAttributes, Optimizer):
     _stepper: Stepper  # options and results; wrappers that copy __dict__ share it
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Options) -> None:
+        check_torchs_flags(defaults, "")
         if defaults["differentiable"]:
             raise ValueError(_NOT_DIFFERENTIABLE)
         if defaults["fused"] and defaults["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")  # torch's own words
         self._rule.numbers(self._values(defaults), options, None, 0.0)
+        self._rule.check_start(self._values(defaults), None)
         self._stepper = Stepper(self._rule, options)
         super().__init__(checks.given(params), defaults)
         options.check_groups(len(self.param_groups))
@@ -111,7 +116,20 @@ class FusedOptimizer(OptionAttributes, Optimizer):
     # Optimizer.__init__ wraps a step() that is not marked; ours calls the wrapper only if a profiler or a hook is active.
     step.hooked = True  # type: ignore[attr-defined]
 
-    _observed_step = Optimizer.profile_hook_step(_step)
+    _hooked_step = Optimizer.profile_hook_step(_step)
+
+    def _observed_step(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(type(self).step, "runs_hooks", False):  # this is super().step()
+            return self._step(*args, **kwargs)
+        return self._hooked_step(*args, **kwargs)
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., _T]) -> Callable[..., _T]:
+        """With this Optimizer.__init__ wraps the step() of a subclass: the hooks are called there, and not once more within."""
+        wrapped: Any = Optimizer.profile_hook_step(func)
+        wrapped.runs_hooks = True
+        return wrapped  # type: ignore[no-any-return]
+
     # Within a compiled function the step stands between two graphs: there is nothing in it to trace.
     _untraced_step = torch._disable_dynamo(_observed_step)  # type: ignore[attr-defined]
 
@@ -136,6 +154,12 @@ class FusedOptimizer(OptionAttributes, Optimizer):
                 warn(
                     f"fused_l2: setting optimizer.{name} changes no step: hyperparameters are keys of the param groups, "
                     f"optimizer.param_groups[i][{name!r}]",
+                )
+            elif name not in _OF_SCALERS and _looks_like_a_setting(value) and _is_of_a_user(self, sys._getframe(1)):
+                warn(
+                    f"fused_l2: setting optimizer.{name} changes no step: {type(self).__name__} has no such option (there are "
+                    f"{', '.join(NAMES)}), and hyperparameters are keys of the param groups, optimizer.param_groups[i]['lr']. "
+                    f"Begin the name of an attribute of your own with an underscore"
                 )
         super().__setattr__(name, value)
 
@@ -221,7 +245,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         if not changed:
             return text
         if changed.get("state_dtype") == EIGHT_BIT:
-            params = self._all_params()
+            params = [p for p in self._all_params() if not is_lazy(p)]  # of which nothing is known yet
             chosen = [p for p in params if eight_bits.fits(p)]
             share = 100 * sum(p.numel() for p in chosen) / max(sum(p.numel() for p in params), 1)
             changed["state_dtype"] = (
@@ -243,10 +267,7 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         found = []
         precision, waiting = self._stepper.options.precision, self._stepper.waiting
         for p in self._all_params():
-            mode = precision.mode_of(p)
-            kept = None
-            if mode.state_name:
-                kept = (self.state.get(p) or waiting.get(p) or {}).get(mode.state_name)
+            mode, kept = precision.kept_of(p, self.state.get(p) or waiting.get(p) or {})
             wide = widened(mode, local(p).detach(), local(kept))
             wide = wide.clone() if wide.dtype is p.dtype else wide
             found.append(like(p, wide) if is_dtensor(p) else wide)
@@ -278,6 +299,9 @@ class FusedOptimizer(OptionAttributes, Optimizer):
                 mode = precision.mode_of(p)
                 if mode.state_name is None:
                     p.copy_(w)
+                    for state in (self.state.get(p), self._stepper.waiting.get(p)):
+                        for key in STATE_NAMES if state else ():  # of the 16 bits that it had
+                            state.pop(key, None)  # type: ignore[union-attr]
                     continue
                 value, kept = split_weight(mode, p, local(torch.empty_like(p, dtype=torch.float32).copy_(w)))
                 write(p, value)
@@ -319,6 +343,8 @@ class FusedOptimizer(OptionAttributes, Optimizer):
                 group = {**self.defaults, **param_group}
                 initial_lrs[index] = number(group["lr"], "learning rate", f" of param group {index}")
                 self._rule.numbers(self._values(group), self._stepper.options, index, initial_lrs[index])
+                self._rule.check_start(self._values(group), index)
+                check_torchs_flags(param_group, f" of param group {index}")
                 if param_group.get("differentiable"):
                     raise ValueError(_NOT_DIFFERENTIABLE)
             super().add_param_group(param_group)
@@ -433,6 +459,18 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         self._stepper.arrange(self.param_groups)
         for group in self.param_groups:
             group.update(self._completed(group))
+
+
+_OF_SCALERS = ("grad_scale", "found_inf")
+
+
+def _looks_like_a_setting(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list, tuple, Tensor, torch.dtype))
+
+
+def _is_of_a_user(optimizer: Any, setter: FrameType) -> bool:
+    """Whether an attribute is set by a user: a subclass has some of its own, and so has a library on what it was given."""
+    return type(optimizer).__module__.startswith("fused_l2.") and not is_of_a_library(setter)
 
 
 def _has_step_hooks(optimizer: Optimizer) -> bool:

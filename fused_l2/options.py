@@ -12,7 +12,7 @@ import functools
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypedDict, TypeVar, get_args, get_type_hints
 
@@ -61,6 +61,24 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1
     return hasattr(value, "__float__") and not isinstance(value, (str, bytes))
+
+
+def flag(value: Any, argument: str, where: str = "", of_torch: bool = False) -> bool:
+    """True or False: of anything else the truth would be taken, and that of "False" is True. ``of_torch``: an argument of
+    torch.optim's constructors, which take 0 and 1."""
+    if value is True or value is False:
+        return value
+    kind = type(value)
+    if (kind is int and of_torch and value in (0, 1)) or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")):
+        return bool(value)
+    raise TypeError(f"{argument}{where} must be True or False, got {value!r} of type {kind.__name__}")
+
+
+def check_torchs_flags(group: Mapping[str, Any], where: str) -> None:
+    """Check what says to torch.optim how to step, and nothing of what is computed; of the others the rules take care."""
+    for name in ("foreach", "fused", "capturable", "differentiable"):
+        if group.get(name) is not None:
+            flag(group[name], name, where, of_torch=True)
 
 
 def _max_grad_norm(value: Any) -> float | None:
@@ -182,6 +200,10 @@ def _option(default: Any, check: Callable[[Any], Any], description: str) -> Any:
     return dataclasses.field(default=default, metadata={"check": check, "description": inspect.cleandoc(description)})
 
 
+def _switch(name: str, description: str) -> Any:
+    return _option(False, functools.partial(flag, argument=name), description)
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of an optimizer, checked. They are attributes of the optimizer, not param-group keys."""
@@ -193,11 +215,16 @@ class Options:
         before it would, without rewriting them. See :attr:`grad_norm`.""",
     )
     norm_type: float = _option(2.0, _norm_type, "2 or inf: the order of that norm.")
-    error_if_nonfinite: bool = _option(False, bool, "raise (waits for the device) if that norm is inf or NaN.")
-    skip_if_nonfinite: bool = _option(False, bool, "skip the step if that norm is inf or NaN. See :attr:`step_was_skipped`.")
-    amp_scaling: bool = _option(
-        False,
-        bool,
+    error_if_nonfinite: bool = _switch(
+        "error_if_nonfinite",
+        "raise (waits for the device) if that norm is inf or NaN.",
+    )
+    skip_if_nonfinite: bool = _switch(
+        "skip_if_nonfinite",
+        "skip the step if that norm is inf or NaN. See :attr:`step_was_skipped`.",
+    )
+    amp_scaling: bool = _switch(
+        "amp_scaling",
         """let ``torch.amp.GradScaler.step`` leave unscaling, and skipping after an overflow, to the step itself: one pass less
         over the gradients, and no wait for the device.""",
     )
@@ -225,14 +252,14 @@ class Options:
         schedulers that multiply it by at most 1. OneCycleLR, and warm-ups that write an lr of their own, need the number.
         Larger lrs are no error.""",
     )
-    cautious: bool = _option(
-        False,
-        bool,
+    cautious: bool = _switch(
+        "cautious",
         """shrink only weights that the update moves towards 0 (Cautious Weight Decay, Chen et al. 2025): with u the update,
         w - lr * u, decay where u * w >= 0. Decoupled decay only.""",
     )
-    statistics: bool = _option(
-        False, bool, "add up norms, the penalty and more during the step. The attribute is what the last step added up."
+    statistics: bool = _switch(
+        "statistics",
+        "add up norms, the penalty and more during the step. The attribute is what the last step added up.",
     )
     low_precision: str = _option(
         "round",
@@ -310,7 +337,7 @@ class Options:
 
     def replaced(self, name: str, value: Any) -> Options:
         """These options with another value of one of them, checked."""
-        check = _FIELDS[name].metadata["check"] if name in NAMES else bool
+        check = _FIELDS[name].metadata["check"] if name in NAMES else functools.partial(flag, argument=name)
         changed: dict[str, Any] = {name: check(value)}
         made = dataclasses.replace(self, **changed)
         made._check_together()

@@ -7,7 +7,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .optimizer import FusedOptimizer
-from .options import OptionArguments, Options, with_options
+from .options import OptionArguments, Options, flag, with_options
 from .step import rules
 
 
@@ -76,7 +76,8 @@ class SGD(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, Options.of(type(self).__name__, dict(options), bool(decoupled_weight_decay)))
+        decoupled = flag(decoupled_weight_decay, "decoupled_weight_decay")
+        super().__init__(params, defaults, Options.of(type(self).__name__, dict(options), decoupled))
 
     @property
     def decoupled_weight_decay(self) -> bool:

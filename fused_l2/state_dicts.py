@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .options import check_torchs_flags
 from .parameters import checks, eight_bits
-from .parameters.low_precision import LowPrecision, transferable, with_kept_dtype
+from .parameters.entry import scalar_dtype
+from .parameters.low_precision import LowPrecision, kept_anew, transferable, with_kept_dtype
 from .parameters.memory import has_memory
 from .parameters.shards import is_dtensor, local, matches, redistributed, why_refused
 from .step.hyperparameters import number
+from .step.state import KEYS
 from .step.stepper import Stepper
 from .tables.modes import CODES, EIGHT_BIT, EIGHT_BIT_NAMES, HALVES, SCALES, STATE_NAMES, Mode
 from .tables.tensor_table import GROUP
@@ -30,14 +33,27 @@ def packed(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict as others know it: plain dicts, and remainders in a dtype that can be sent. What waits for a first step
     is among the states."""
     states = dict(state_dict["state"])
-    waiting = optimizer._stepper.waiting
-    if waiting:
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, param in zip(ids, optimizer._all_params(), strict=True):
-            if param in waiting and i not in states:
-                states[i] = waiting[param]
+    if waiting := optimizer._stepper.waiting:
+        for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+            for i, param in zip(saved["params"], group["params"], strict=True):
+                if waiting.get(param) and i not in states:
+                    states[i] = _unstepped(param, waiting[param], optimizer._stepper, group)
     state_dict["state"] = {k: transferable(v) if isinstance(v, dict) else v for k, v in states.items()}
     return state_dict
+
+
+@torch.no_grad()
+def _unstepped(param: Tensor, kept: dict[str, Any], stepper: Stepper, group: dict[str, Any]) -> dict[str, Any]:
+    """What waits for a first step, as a state before that step: torch.optim's Adam loads no state without a counter, and steps
+    none without moments. Its SGD makes the momentum at the first step, which zeros would change."""
+    rule, precision = stepper.rule, stepper.options.precision
+    if not rule.counts:
+        return kept
+    names = rule.state_names(rule.flags(rule.Values._make(rule.read(group)), stepper.options))
+    dtype = precision.state_dtype_of(param) or param.dtype
+    moments = {name: torch.zeros_like(param, dtype=dtype) for name in names}
+    step = torch.tensor(0.0, dtype=scalar_dtype(), device="cpu")
+    return {"step": step, **converted(param, moments, precision.has_codes(param)), **kept}
 
 
 def check(given: Any, stepper: Stepper, groups: Groups, completed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -61,10 +77,13 @@ def check(given: Any, stepper: Stepper, groups: Groups, completed: Callable[[dic
                 "Make the optimizer with the groups that were saved, of the same parameters in the same order",
             )
     owner: dict[Any, Tensor] = {}
+    lacking: dict[str, str] = {}  # of the entries that are kept beside weights: the first parameter whose state has none
+    keeping: set[str] = set()
     for i, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
         if missing := [key for key in stepper.rule.own_keys if key not in saved_group]:
             raise _refused(f"its param group {i} has no {missing[0]!r}: it is of another optimizer")
         whole = completed(saved_group)
+        check_torchs_flags(whole, f" of param group {i}")
         if whole.get("differentiable"):
             raise _refused(f"its param group {i} has differentiable=True, which is not supported")
         values = stepper.rule.Values._make(stepper.rule.read(whole))
@@ -83,11 +102,40 @@ def check(given: Any, stepper: Stepper, groups: Groups, completed: Callable[[dic
             if not isinstance(state, Mapping):
                 raise _refused(f"{name()}: its state is {state!r:.80}, not a dict")
             _check_state(state, param, stepper, flags, name)
-    for key in states:
-        if isinstance(key, int) and key not in owner:
-            raise _refused(f"it has a state of parameter {key}, which is in none of its param groups")
-        if isinstance(key, str) and key.isdecimal() and int(key) in owner:
-            raise _refused(f"it has the state of parameter {key} under the string {key!r}", "Make the keys of 'state' numbers")
+            if beside := stepper.options.precision.mode_of(param).state_name:
+                if beside in state:
+                    keeping.add(beside)
+                elif _was_made(state):
+                    lacking.setdefault(beside, name())
+    for key in keeping.intersection(lacking):
+        raise _refused(
+            f"{lacking[key]}: its state has no {key!r}, which those of other parameters have",
+            f"Load a whole checkpoint; to go on from the 16-bit weights, delete {key!r} from all states",
+        )
+    for key, state in states.items():
+        if key not in owner:
+            _refuse_key(key, state, owner)
+
+
+def _was_made(state: Mapping[str, Any]) -> bool:
+    return any(value is not None for value in state.values())
+
+
+def _refuse_key(key: Any, state: Any, owner: Mapping[Any, Tensor]) -> None:
+    """A key of none of the parameters. Under strings other optimizers keep what is of no parameter, and torch copies it."""
+    if isinstance(key, int):
+        raise _refused(f"it has a state of parameter {key}, which is in none of its param groups")
+    if isinstance(key, str) and key.isdecimal() and int(key) in owner:
+        raise _refused(f"it has the state of parameter {key} under the string {key!r}", "Make the keys of 'state' numbers")
+    if not isinstance(key, str) or (isinstance(state, Mapping) and not KEYS.isdisjoint(state)):
+        raise _refused(
+            f"it has a state under {_named(key)}, which is no parameter of its param groups",
+            "Make the keys of 'state' the numbers in the 'params' of its param groups, as state_dict() does",
+        )
+
+
+def _named(key: Any) -> str:
+    return f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else f"the {type(key).__name__} {key!r:.80}"
 
 
 def _refused(reason: str, remedy: str = "Load a state dict of this model's optimizer") -> ValueError:
@@ -107,10 +155,19 @@ def _parts(given: Any) -> tuple[Mapping[Any, Any], list[dict[str, Any]]]:
 
 
 def _check_state(state: Mapping[str, Any], param: Tensor, stepper: Stepper, flags: int, name: Namer) -> None:
+    for key in state:
+        if not isinstance(key, str):
+            raise _refused(f"{name()}: its state has an entry under {_named(key)}", "Make the keys of states strings")
     rule, mode = stepper.rule, stepper.options.precision.mode_of(param)
     for other in STATE_NAMES:
         if other != mode.state_name and other in state:
             of = next(m for m in Mode if m.state_name == other).name.lower()
+            if param.dtype not in HALVES:
+                raise _refused(
+                    f"{name()}: its state holds {other!r}, which low_precision={of!r} has kept of a 16-bit parameter",
+                    f"To change over, load it while the parameters have 16 bits, convert them, and set "
+                    f"optimizer.low_precision = {of!r} again; to give up what is kept, delete {other!r} from the states",
+                )
             raise _refused(
                 f"{name()}: its state holds {other!r}, which low_precision={of!r} has kept, and this optimizer "
                 f"has low_precision={mode.name.lower()!r}",
@@ -145,6 +202,7 @@ def _check_state(state: Mapping[str, Any], param: Tensor, stepper: Stepper, flag
             _check_tensor(key, value, param, name)
             if value.is_complex() or not value.is_floating_point():
                 raise _refused(f"{name()}: its state {key!r} has dtype {value.dtype}")
+            # NaN is no damage: a gradient may have brought it, and what an optimizer saves, it loads.
             if key.endswith("_sq") and value.numel() and not value.is_meta and bool((local(value) < 0).any()):
                 raise _refused(f"{name()}: its state {key!r} has negative elements, and is an average of squares")
         elif key in EIGHT_BIT_NAMES:
@@ -207,7 +265,7 @@ def _check_counter(value: Any, name: Namer) -> None:
     except (TypeError, ValueError):
         raise _refused(f"{name()}: its state 'step' is {value!r:.80}, not a number") from None
     if not checks.is_count(steps):
-        raise _refused(f"{name()}: its state 'step' is {steps:g}, not a number of steps")
+        raise _refused(f"{name()}: its state 'step' is {steps:g}, not a number of steps: it is whole, and 0 or more")
 
 
 @torch.no_grad()
@@ -229,7 +287,7 @@ def own(loaded: Mapping[str, Any], stepper: Stepper, groups: Groups, states: dic
 
 
 def _own_state(given: Mapping[str, Any], param: Tensor, states: dict[Any, Any], precision: LowPrecision) -> None:
-    state, wanted = states[param], precision.state_dtype_of(param)
+    state, wanted, mode = states[param], precision.state_dtype_of(param), precision.mode_of(param)
     for key, before in given.items():
         value = state[key]
         if not isinstance(value, Tensor) or not isinstance(before, Tensor):
@@ -247,6 +305,9 @@ def _own_state(given: Mapping[str, Any], param: Tensor, states: dict[Any, Any], 
             state[key] = before.to(device=value.device, copy=True)
         elif _same_memory(value, before):
             state[key] = value.clone()
+    # Of a checkpoint of torch.optim. At once, and not as each parameter is stepped: what is saved has it for all, or for none.
+    if mode.state_name and mode.state_name not in state and _was_made(state) and has_memory(local(param)):
+        state[mode.state_name] = kept_anew(mode, param)
     if precision.state_dtype == EIGHT_BIT:
         states[param] = converted(param, state, precision.has_codes(param))
 

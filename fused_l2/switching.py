@@ -53,11 +53,10 @@ def change_modes(
 ) -> None:  # fmt: skip
     """Keep beside each parameter what the new mode keeps. ``waiting``: states of parameters that have not been stepped."""
     for p in dict.fromkeys(params):
-        before, after = old.mode_of(p), new.mode_of(p)
+        state: State = states[p] if p in states else waiting.get(p, {})
+        (before, kept), after = old.kept_of(p, state), new.mode_of(p)
         if before is after:
             continue
-        state: State = states[p] if p in states else waiting.get(p, {})
-        kept = state.get(before.state_name) if before.state_name else None
         value, beside = split_weight(after, p, widened(before, local(p).detach(), local(kept)))
         undo.before(partial(_put_back, p, local(p).detach().clone(), state, dict(state)))
         write(p, value)

@@ -15,13 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fused_l2
+from fused_l2.tables.modes import Mode
 
 MAKE: dict[str, Callable[..., Any]] = {
     "SGD": lambda ps: fused_l2.SGD(groups(ps), lr=0.1, momentum=0.9, weight_decay=0.1),
     "AdamW": lambda ps: fused_l2.AdamW(groups(ps), lr=0.1, amsgrad=True),
-    "AdamW master": lambda ps: fused_l2.AdamW(groups(ps), lr=0.1, low_precision="master"),
-    "AdamW remainder": lambda ps: fused_l2.AdamW(groups(ps), lr=0.1, low_precision="remainder"),
+    **{
+        f"AdamW {mode}": lambda ps, mode=mode: fused_l2.AdamW(groups(ps), lr=0.1, low_precision=mode)
+        for mode in ("master", "remainder", "remainder8", "kahan", "stochastic")
+    },
 }
+KEPT = {mode.name.lower(): mode.state_name for mode in Mode if mode.state_name}
 
 
 def groups(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
@@ -47,9 +51,11 @@ def everything(optimizer: Any) -> Any:
     return plain([optimizer.state, optimizer.param_groups, optimizer.options, dict(optimizer._stepper.waiting)])
 
 
-MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param", "remainder")
 NO_TENSORS = ("x", 3.0, [1.0, 2.0], object(), {"a": 1})
-NO_COUNTS = (math.nan, -1, -5.0, math.inf, "3", torch.tensor(-1.0), torch.tensor([1.0, 2.0]), torch.tensor(1.0, device="meta"))
+NO_COUNTS = (
+    *(math.nan, -1, -5.0, math.inf, "3", 0.5, torch.tensor(2.5), torch.tensor(-1.0), torch.tensor([1.0, 2.0])),
+    torch.tensor(1.0, device="meta"),
+)
 
 
 def freed(t: torch.Tensor) -> torch.Tensor:
@@ -94,6 +100,17 @@ GROUP_FAULTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "lr text": lambda d: d["param_groups"][0].update(lr="0.1"),
     "weight_decay None": lambda d: d["param_groups"][0].update(weight_decay=None),
     "differentiable": lambda d: d["param_groups"][0].update(differentiable=True),
+    "maximize text": lambda d: d["param_groups"][1].update(maximize="False"),
+    "capturable text": lambda d: d["param_groups"][0].update(capturable="no"),
+    "foreach a number": lambda d: d["param_groups"][0].update(foreach=1.5),
+    "fused a list": lambda d: d["param_groups"][0].update(fused=[]),
+    "a tuple for an index": lambda d: d["state"].update({(1,): d["state"].pop(1)}),
+    "a float for an index": lambda d: d["state"].update({1.5: d["state"].pop(1)}),
+    "None for an index": lambda d: d["state"].update({None: d["state"].pop(1)}),
+    "a name for an index": lambda d: d["state"].update({"weight": d["state"].pop(1)}),
+    "a tensor for an index": lambda d: d["state"].update({torch.ones(3): d["state"].pop(1)}),
+    "a tuple in a state": lambda d: d["state"][1].update({("exp_avg",): torch.ones(7)}),
+    "None in a state": lambda d: d["state"][1].update({None: torch.ones(7)}),
 }
 
 
@@ -144,6 +161,67 @@ def test_half_a_state_and_another_optimizer_s_are_refused() -> None:
     negative["state"][0]["exp_avg_sq"][2] = -1e-3
     assert_refused(optimizer, negative, "'exp_avg_sq' has negative elements")
     assert_refused(optimizer, [state_dict], "needs a dict, got list")
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_what_a_run_saves_that_has_diverged_is_loaded(name: str) -> None:
+    optimizer, _ = saved(name)
+    for p in optimizer._all_params():
+        p.grad = torch.full_like(p, math.nan)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("mode", KEPT)
+def test_what_is_kept_beside_weights_is_there_for_all_or_for_none(mode: str) -> None:
+    optimizer, state_dict = saved(f"AdamW {mode}")
+    damaged = copy.deepcopy(state_dict)
+    del damaged["state"][1][KEPT[mode]]
+    assert_refused(optimizer, damaged, f"parameter 0 of group 1 .*no '{KEPT[mode]}', which those of other parameters have")
+    del damaged["state"][0][KEPT[mode]]  # the remedy
+    optimizer.load_state_dict(damaged)
+    del state_dict["state"][1]  # never stepped
+    optimizer.load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("mode", KEPT)
+def test_a_checkpoint_of_torch_of_which_a_part_was_stepped_is_saved_whole(mode: str) -> None:
+    given = run(lambda ps: torch.optim.AdamW(groups(ps), lr=0.1), make_params((5, 7), torch.bfloat16), 2).state_dict()
+    optimizer, _ = saved(f"AdamW {mode}")
+    optimizer.load_state_dict(copy.deepcopy(given))
+    weights = [p.detach().float() for p in optimizer._all_params()]
+    assert all(map(torch.equal, optimizer.master_params(), weights))
+    first, second = optimizer._all_params()
+    first.grad, second.grad = torch.ones_like(first), None
+    optimizer.step()
+    MAKE[f"AdamW {mode}"](make_params((5, 7), torch.bfloat16)).load_state_dict(optimizer.state_dict())
+
+
+FLAGS = {
+    "SGD": ("nesterov", "maximize", "foreach", "fused", "differentiable"),
+    "Adam": ("amsgrad", "maximize", "foreach", "fused", "differentiable", "capturable", "decoupled_weight_decay"),
+}
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name in FLAGS for key in FLAGS[name]])
+def test_flags_of_param_groups_are_true_or_false_wherever_they_come_from(name: str, key: str) -> None:
+    cls, params = getattr(fused_l2, name), make_params((5, 7))
+    made = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = cls(groups(params), **made)
+    for wrong in ("False", "no", 1.5, [], torch.tensor(True)):
+        state_dict = optimizer.state_dict()
+        state_dict["param_groups"][1][key] = wrong
+        refused = rf"{key} of param group 1 must be True or False, got"
+        assert_refused(optimizer, state_dict, refused)
+        with pytest.raises(TypeError, match=rf"{key} must be True or False"):
+            cls(params, **{**made, key: wrong})
+        with pytest.raises(TypeError, match=rf"{key} of param group 2 must be True or False"):
+            optimizer.add_param_group({"params": make_params((3,)), key: wrong})
+    for fine in (0, False, *([None] if key in ("foreach", "fused", "capturable") else [])):
+        state_dict = optimizer.state_dict()
+        state_dict["param_groups"][1][key] = fine
+        optimizer.load_state_dict(state_dict)
+        cls(params, **{**made, key: fine})
 
 
 @pytest.mark.parametrize("other", ["Adam", "AdamW", "RMSprop", "Adagrad"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from typing import Any
 
 import pytest
@@ -71,3 +73,57 @@ def test_statistics_lose_no_tensor_where_names_repeat() -> None:
     optimizer.step()
     assert optimizer.statistics is not None
     assert list(optimizer.statistics.by_tensor()) == ["weight (0.0)", "bias", "weight (1.0)"]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 1), nn.Linear(1, 3), nn.Conv1d(1, 1, 5)], ids=str)
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("how", ["weight_norm", "spectral_norm"])
+def test_a_weight_of_one_row_is_one_whatever_computes_it(layer: nn.Module, how: str, new: bool) -> None:
+    made = getattr(parametrizations if new else nn.utils, how)(copy.deepcopy(layer))
+    held = {
+        ("weight_norm", True): "parametrizations.weight.original1",
+        ("weight_norm", False): "weight_v",
+        ("spectral_norm", True): "parametrizations.weight.original",
+        ("spectral_norm", False): "weight_orig",
+    }
+    found = decayed(made)
+    assert [name for name in found if found[name]] == [held[how, new]]  # not the lengths, nor the bias
+    assert len(found) == (3 if how == "weight_norm" else 2)
+
+
+class Layer(nn.Linear):
+    """A class of which TorchScript knows the name alone."""
+
+
+def compiled(model: nn.Module, how: str) -> nn.Module:
+    if how == "trace":
+        return torch.jit.trace(model, torch.ones(2, 4))
+    scripted = torch.jit.script(model)
+    if how == "script":
+        return scripted
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["script", "trace", "load"])
+def test_modules_of_torchscript_are_judged_as_what_they_were_made_from(how: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 1), nn.LayerNorm(1), nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    made = compiled(nn.Sequential(model, nn.Sequential(nn.Linear(1, 1))), how)
+    assert decayed(made) == decayed(nn.Sequential(model, nn.Sequential(nn.Linear(1, 1))))
+    assert sum(decayed(made).values()) == 3
+    assert not any(decayed(made, no_decay=nn.Linear).values())
+    assert decayed(made, decay=nn.LayerNorm)["0.1.bias"]
+    table = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), Layer(4, 1))
+    other = compiled(table, how)
+    with pytest.raises(
+        ValueError, match=r"2.weight is the weight of Layer, .*Pass the model that was given to torch.jit.script"
+    ):
+        param_groups(other, 0.1)
+    remedies = [decayed(table), decayed(other, decay="2.weight"), decayed(other, decay=Layer, no_decay="*.bias")]
+    assert remedies == [{"1.weight": True, "1.bias": False, "2.weight": True, "2.bias": False}] * 3
+    if how == "script":
+        assert [id(p) for p in table.parameters()] == [id(p) for p in other.parameters()]  # as the message says

@@ -120,7 +120,12 @@ def test_a_parameter_of_inference_mode_is_refused() -> None:
         p = Parameter(torch.ones(3))
     with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*made in inference mode"):
         stepped(fused_l2.SGD([p], lr=0.1), p)
+    # torch.optim steps it within that mode, where no backward pass gives it a gradient. Nothing would tell of changes.
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*made in inference mode.*Clone it"):
+        stepped(fused_l2.SGD([p], lr=0.1), p)
     assert p.tolist() == [1.0] * 3
+    copied = Parameter(p.detach().clone())  # the remedy
+    stepped(fused_l2.SGD([copied], lr=0.1), copied)
 
 
 def test_state_dtype_none_brings_states_back_to_their_parameters_dtype() -> None:
@@ -310,9 +315,42 @@ def test_attributes_that_are_nearly_options_are_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # What schedulers, GradScaler, Lightning, accelerate and users set.
-        for name in ("_step_count", "_opt_called", "grad_scale", "found_inf", "_hook_for_profile", "speed", "logger", "step"):
+        for name in ("_step_count", "_opt_called", "grad_scale", "found_inf", "_hook_for_profile", "_speed", "step"):
             setattr(optimizer, name, getattr(optimizer, name, 1))
         optimizer.grad_scale = None
+        optimizer.logger = object()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("foo", 1), ("learning_rate", 1e-3), ("max_norm", torch.tensor(1.0)), ("clip", None), ("decay", (1, 2))]
+)
+def test_settings_of_nobody_are_said_to_change_no_step(name: str, value: Any) -> None:
+    optimizer = fused_l2.SGD([Parameter(torch.ones(3))], lr=0.1)
+    with pytest.warns(
+        fused_l2.FusedL2Warning, match=rf"setting optimizer.{name} changes no step: SGD has no such option"
+    ) as told:
+        setattr(optimizer, name, value)
+    assert told[0].filename == __file__
+    assert getattr(optimizer, name) is value
+    setattr(optimizer, name, value)  # warnings are errors here
+
+
+def test_attributes_of_subclasses_and_libraries_are_theirs() -> None:
+    class Mine(fused_l2.AdamW):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params)
+            self.rounds = 0
+
+        def count(self) -> None:
+            self.total = 1
+
+    optimizer = Mine([Parameter(torch.ones(3))])
+    optimizer.count()
+    optimizer.epoch = 3
+    plain = fused_l2.AdamW([Parameter(torch.ones(3))])
+    for path in ("/usr/lib/python3/dist-packages/trainer/loop.py", r"C:\lib\site-packages\trainer.py"):
+        exec(compile(f"optimizer.epoch{len(path)} = 3", path, "exec"), {"optimizer": plain, "__name__": "trainer"})
+    exec("optimizer.epoch = 3", {"optimizer": plain, "__name__": "torch.optim.some_scheduler"})
 
 
 class Tagged(Parameter):

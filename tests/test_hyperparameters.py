@@ -55,6 +55,8 @@ def test_refused_by_the_constructor_by_groups_and_in_the_middle_of_a_run(name, o
     with pytest.raises(error, match=f"{says}.*of param group 1|of param group 1.*"):
         optimizer.add_param_group({"params": make_params((2,)), **options})
     assert len(optimizer.param_groups) == 1
+    if says == "Nesterov":  # a schedule may come to it
+        return
     kept = dict(optimizer.param_groups[0])
     optimizer.param_groups[0].update(options)
     set_grads(params, 0)
@@ -194,6 +196,21 @@ def test_every_hyperparameter_may_change_between_steps(name, exact_sqrt):
             set_grads(ps, step)
             optimizer.step()
         assert_same_bits(params, expected, str(change))
+
+
+@pytest.mark.parametrize("end", [{"momentum": 0.0}, {"dampening": 0.5}, {"momentum": torch.tensor(0.0)}], ids=str)
+def test_nesterov_may_be_scheduled_to_what_no_group_starts_with(end):
+    """torch.optim checks the constructor's arguments alone, and steps without momentum as if there were no nesterov."""
+    params, expected = make_params((5, 40)), make_params((5, 40))
+    start = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
+    a, b = fused_l2.SGD(params, **start), torch.optim.SGD(expected, **start, foreach=False)
+    for step, change in enumerate([{}, {}, end, {}, {**start, "dampening": 0}, {}]):
+        for optimizer, ps in ((a, params), (b, expected)):
+            optimizer.param_groups[0].update(change)
+            set_grads(ps, step)
+            optimizer.step()
+        assert_same_bits(params, expected, str(change))
+        a.load_state_dict(a.state_dict())
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])

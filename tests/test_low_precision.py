@@ -349,6 +349,89 @@ def test_changing_over_carries_the_weights():
     assert_same_bits(made.master_params()[0], params[0].detach().float())
 
 
+def converted_run(mode, dtype, steps=3):
+    """A model of whose two tensors one is converted after some steps, its optimizer, and the float32 weights before that."""
+    model = torch.nn.ParameterList(make_params((1000, 64), dtype))
+    made = fused_l2.AdamW(model.parameters(), lr=0.01, low_precision=mode)
+    for step in range(steps):
+        set_grads(list(model), step)
+        made.step()
+    return model, made, made.master_params()
+
+
+@pytest.mark.parametrize("to", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [(m, torch.bfloat16) for m in KEEPING] + [(m, torch.float16) for m in ("master", "kahan")]
+)
+def test_a_model_that_was_converted_is_told_what_to_do_and_goes_on(mode, dtype, to):
+    model, made, wide = converted_run(mode, dtype)
+    model[0].data = model[0].data.to(to)
+    set_grads(list(model), 3)
+    before = [p.detach().clone() for p in model]
+    with pytest.raises(
+        RuntimeError, match=rf"parameter 0 .*of a 16-bit parameter.* Set optimizer.low_precision = '{mode}' again"
+    ):
+        made.step()
+    assert_same_bits([p.detach() for p in model], before)
+    made.low_precision = mode  # the remedy
+    assert_same_bits(model[0].detach(), wide[0].to(to))
+    assert_same_bits(made.master_params()[1], wide[1])
+    if to is torch.float64:
+        made.load_state_dict(made.state_dict())  # which has float64 moments
+    made.step()
+    made.load_state_dict(made.state_dict())
+    assert set(made.state[model[0]]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("mode", KEEPING)
+def test_of_a_converted_model_what_was_written_since_is_what_counts(mode):
+    model, made, wide = converted_run(mode, torch.bfloat16)
+    model.float()
+    given = [torch.randn_like(w) for w in wide]
+    model[0].data.copy_(given[0])
+    made.low_precision = "round"
+    assert_same_bits([p.detach() for p in model], [given[0], wide[1]])
+    model, made, _ = converted_run(mode, torch.bfloat16)
+    model.float()
+    made.load_master_params(given)
+    made.low_precision = mode
+    assert_same_bits([p.detach() for p in model], given)
+
+
+@pytest.mark.parametrize("mode", KEEPING)
+def test_the_checkpoint_of_a_16_bit_model_is_loaded_before_it_is_converted(mode):
+    model, made, wide = converted_run(mode, torch.bfloat16)
+    saved = made.state_dict()
+    weights = copy.deepcopy(list(model))
+    other = torch.nn.ParameterList(p.detach().float() for p in model)
+    second = fused_l2.AdamW(other.parameters(), low_precision=mode)
+    with pytest.raises(
+        ValueError, match=rf"load it while the parameters have 16 bits.* optimizer.low_precision = '{mode}' again"
+    ):
+        second.load_state_dict(saved)
+    model = torch.nn.ParameterList(weights)
+    third = fused_l2.AdamW(model.parameters(), low_precision=mode)
+    third.load_state_dict(saved)
+    model.float()
+    third.low_precision = mode
+    assert_same_bits([p.detach() for p in model], wide)
+
+
+@pytest.mark.parametrize("mode", ["remainder", "remainder8"])
+def test_a_remainder_of_bfloat16_is_not_read_as_float16_s(mode):
+    model, made, wide = converted_run(mode, torch.bfloat16)
+    model.half()
+    set_grads(list(model), 3)
+    with pytest.raises(RuntimeError, match="Use low_precision='master'"):
+        made.step()
+    fits = [p.detach().bfloat16().float() == p.detach().float() for p in model]  # beyond float16's range nothing is left
+    assert all(bool(f.float().mean() > 0.9) for f in fits)
+    made.low_precision = "master"  # the remedy
+    for got, w, f in zip(made.master_params(), wide, fits, strict=True):
+        assert torch.equal(got[f], w[f])
+    made.step()
+
+
 @pytest.mark.parametrize("mode", KEEPING)
 def test_a_parameter_that_was_written_to_is_what_counts(mode):
     params = make_params((1000,), torch.bfloat16)

@@ -25,13 +25,13 @@ OPTIONS = [field.name for field in dataclasses.fields(Options) if "description" 
 VALUES: dict[str, tuple[Any, Any]] = {
     "max_grad_norm": (2.5, -1.0),
     "norm_type": (torch.inf, 3.0),
-    "error_if_nonfinite": (True, None),
-    "skip_if_nonfinite": (True, None),
-    "amp_scaling": (True, None),
+    "error_if_nonfinite": (True, "no"),
+    "skip_if_nonfinite": (True, "false"),
+    "amp_scaling": (True, "false"),
     "decay_rule": ("corrected", "sometimes"),
     "max_lr": (0.5, 0.0),
-    "cautious": (True, None),
-    "statistics": (True, None),
+    "cautious": (True, 0.0),
+    "statistics": (True, 1),
     "low_precision": ("master", "exact"),
     "state_dtype": (torch.bfloat16, torch.float16),
     "seed": (7, 1.5),
@@ -68,6 +68,13 @@ def test_repr_is_torchs_and_then_the_options_that_are_set(cls: Any) -> None:
     optimizer.max_grad_norm, optimizer.seed = None, 0
     assert "max_grad_norm" not in repr(optimizer)
     assert "seed" not in repr(optimizer)
+
+
+@every
+def test_repr_of_a_model_whose_layers_are_not_initialized(cls: Any) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LazyLinear(3))
+    assert "1 of 2 parameters, 98.5 % of their elements" in repr(cls(model.parameters(), state_dtype="8bit"))
+    assert "0 of 0 parameters" in repr(cls(model[1].parameters(), state_dtype="8bit"))
 
 
 @every
@@ -126,10 +133,11 @@ def test_every_option_is_an_attribute_with_the_checks_of_the_constructor(cls: An
     assert hasattr(cls, option)
     set_grads(params, 0)
     passed.step()
-    if refused is None:  # a flag: anything has a truth
+    if value is True:
         setattr(optimizer, option, False)
         assert optimizer.options[option] is False
-        return
+        setattr(optimizer, option, pytest.importorskip("numpy").bool_(True))
+        assert optimizer.options[option] is True
     before = optimizer.options
     with pytest.raises((ValueError, TypeError)) as by_constructor:
         cls(params, **given, **{option: refused})
@@ -138,6 +146,18 @@ def test_every_option_is_an_attribute_with_the_checks_of_the_constructor(cls: An
     assert type(by_attribute.value) is type(by_constructor.value)
     assert str(by_attribute.value) == str(by_constructor.value)
     assert option in str(by_attribute.value)
+    assert optimizer.options == before
+
+
+@pytest.mark.parametrize("wrong", ["off", "False", 1, 0.0, None, torch.tensor(True)], ids=repr)
+@pytest.mark.parametrize("name", [name for name in VALUES if VALUES[name][0] is True] + ["decoupled_weight_decay"])
+def test_a_flag_is_true_or_false_and_not_what_has_a_truth(name: str, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=rf"{name} must be True or False, got"):
+        fused_l2.SGD(make_params(SIZES), **{name: wrong})
+    optimizer = fused_l2.SGD(make_params(SIZES))
+    before = optimizer.options
+    with pytest.raises(TypeError, match=rf"{name} must be True or False, got"):
+        setattr(optimizer, name, wrong)
     assert optimizer.options == before
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -195,7 +194,7 @@ def check_counter(value: Tensor, name: Name) -> None:
 
 def is_count(steps: float) -> bool:
     """Whether this many steps can have been made."""
-    return 0 <= steps < math.inf
+    return steps >= 0 and steps.is_integer()
 
 
 def refuse_counter(value: Any, name: Name) -> RuntimeError:
@@ -213,6 +212,12 @@ def check_mode(param: Tensor, mode: Mode, state: Mapping[str, Any], name: Name) 
     for other in STATE_NAMES:
         if other != mode.state_name and other in state:
             of = next(m for m in Mode if m.state_name == other).name.lower()
+            if param.dtype not in HALVES:
+                raise RuntimeError(
+                    f"{name()}: its state holds {other!r}, which low_precision={of!r} has kept of a 16-bit parameter, and this "
+                    f"one is {dtype_name(param.dtype)} now. Set optimizer.low_precision = {of!r} again: what is kept goes into "
+                    f"the weights of such parameters."
+                )
             raise RuntimeError(
                 f"{name()}: its state holds {other!r}, which low_precision={of!r} has kept, and this optimizer has "
                 f"low_precision={mode.name.lower()!r}. To change over, make it with the former and set "

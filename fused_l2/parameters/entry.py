@@ -14,7 +14,7 @@ from ..tables.tensor_table import DTYPES, Flag
 from . import checks
 from .checks import Name
 from .eight_bits import empty_state, scale_shape
-from .low_precision import LowPrecision, parameter_key, widened
+from .low_precision import LowPrecision, kept_anew, parameter_key, widened
 from .memory import has_plain_type, is_dense, is_plain, needs_copy, same_layout, why_unreadable
 from .ranks import Ranks
 from .shards import LocalGradients, first_element, is_dtensor, local, matches, redistributed
@@ -372,10 +372,8 @@ def _kept(e: Entry, found: Mapping[str, Any], name: Name) -> Tensor | None:
     value = found.get(own)
     if value is not None:
         value = _usable(e, own, value, None, e.mode.state_dtype, name)
-    elif e.mode is Mode.MASTER:
-        value = e.new[own] = torch.empty_like(param, dtype=torch.float32).copy_(param.detach())
     else:
-        value = e.new[own] = torch.zeros_like(param, dtype=e.mode.state_dtype)
+        value = e.new[own] = kept_anew(e.mode, param)
     kept: Tensor = local(value)
     return kept
 

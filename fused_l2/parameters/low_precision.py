@@ -8,6 +8,7 @@ formulas.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,13 @@ class LowPrecision:
     def is_random(self) -> bool:
         """Whether something is rounded at random, which takes step counts."""
         return self.mode.is_random or self.state_dtype == EIGHT_BIT
+
+    def kept_of(self, param: Tensor, state: Mapping[str, Any]) -> tuple[Mode, Any]:
+        """A parameter's mode and what its state holds of it; of one that has no 16 bits any more, the mode it had."""
+        mode = self.mode_of(param)
+        if param.dtype not in HALVES:
+            mode = next((m for m in Mode if m.state_name in state), mode)
+        return mode, state.get(mode.state_name) if mode.state_name else None
 
     def has_codes(self, param: Tensor) -> bool:
         """Whether moments and momentum of this parameter are 8-bit codes."""
@@ -198,15 +206,33 @@ def round_stochastically(w: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     return _signed(torch.where(nan, sign | 0x7E00, sign | rounded), 16).to(torch.int16).view(torch.float16)
 
 
+def kept_anew(mode: Mode, param: Tensor) -> Tensor:
+    """What a mode keeps beside a parameter of which nothing more is known than its 16 bits."""
+    if mode is Mode.MASTER:
+        return torch.empty_like(param, dtype=torch.float32).copy_(param.detach())
+    return torch.zeros_like(param, dtype=mode.state_dtype)
+
+
 def widened(mode: Mode, p: Tensor, kept: Tensor | None) -> Tensor:
     """The float32 value of a parameter, from it and what its mode keeps beside it."""
     if kept is None:
         return p.float() if p.dtype in HALVES else p
+    if p.dtype not in HALVES or (mode in (Mode.REMAINDER, Mode.REMAINDER8) and p.dtype is not torch.bfloat16):
+        return _of_converted(mode, p, kept)
     if mode is Mode.MASTER:
         return master_or_param(kept, p)
     if mode is Mode.REMAINDER8:
         return join24(p, kept)
     return join(p, kept) if mode is Mode.REMAINDER else compensated(p, kept)
+
+
+def _of_converted(mode: Mode, p: Tensor, kept: Tensor) -> Tensor:
+    """The value of a parameter that was brought to another dtype after what is kept was kept: elements that have not been
+    written to since are still 16-bit numbers."""
+    is_float16 = mode in (Mode.MASTER, Mode.KAHAN) and not bool((p.bfloat16().to(p.dtype) == p).all())
+    before = p.half() if is_float16 else p.bfloat16()
+    wide = torch.float64 if p.dtype is torch.float64 else torch.float32
+    return torch.where(before.to(p.dtype) == p, widened(mode, before, kept).to(wide), p.to(wide))
 
 
 def narrowed(mode: Mode, w: Tensor, dtype: torch.dtype, bits: Tensor | None) -> tuple[Tensor, Tensor | None]:

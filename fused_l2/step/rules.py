@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from ..options import Options
+from ..options import Options, flag
 from ..tables import coefficients
 from ..tables.coefficients import AdamNumbers, DecayRule, SgdNumbers
 from ..tables.modes import EIGHT_BIT
@@ -61,6 +61,14 @@ class UpdateRule(ABC):
 
         Raises:
             TypeError, ValueError: if one is invalid; the message names argument and group.
+        """
+
+    @abstractmethod
+    def check_start(self, values: Any, group: int | None) -> None:
+        """Refuse values that a group cannot start with, and a schedule may come to.
+
+        Raises:
+            ValueError: what is wrong with them together.
         """
 
     @abstractmethod
@@ -169,12 +177,16 @@ class _Sgd(UpdateRule):
         dampening = number(values.dampening, "dampening", where)
         weight_decay = at_least_zero(values.weight_decay, "weight_decay value", where)
         decay = _decay(options, group, bool(options.decoupled_weight_decay), initial_lr, self._remedy)
-        if values.nesterov and (momentum <= 0 or dampening != 0):
+        flag(values.maximize, "maximize", where, of_torch=True)
+        flag(values.nesterov, "nesterov", where, of_torch=True)
+        return SgdNumbers(lr, momentum, dampening, weight_decay, *decay)
+
+    def check_start(self, values: SgdValues, group: int | None) -> None:
+        if values.nesterov and (float(values.momentum) <= 0 or float(values.dampening) != 0):
             raise ValueError(
-                f"Nesterov momentum requires a momentum and zero dampening{where}, got momentum={values.momentum}, "
+                f"Nesterov momentum requires a momentum and zero dampening{_where(group)}, got momentum={values.momentum}, "
                 f"dampening={values.dampening}"
             )
-        return SgdNumbers(lr, momentum, dampening, weight_decay, *decay)
 
     def sources(self, values: SgdValues, group: int) -> list[int]:
         where = _where(group)
@@ -183,9 +195,7 @@ class _Sgd(UpdateRule):
     def flags(self, values: SgdValues, options: Options) -> int:
         flags = options.flags | (Flag.DECOUPLED if options.decoupled_weight_decay else 0)
         if values.momentum != 0:
-            flags |= Flag.MOMENTUM
-        if values.nesterov:
-            flags |= Flag.NESTEROV
+            flags |= Flag.MOMENTUM | (Flag.NESTEROV if values.nesterov else 0)
         if values.maximize:
             flags |= Flag.MAXIMIZE
         return flags
@@ -217,12 +227,13 @@ class _Adam(UpdateRule):
         for i, beta in enumerate((beta1, beta2)):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}{where}: {beta}; expected 0 <= beta < 1")
-        if values.amsgrad and options.state_dtype == EIGHT_BIT:
+        flag(values.maximize, "maximize", where, of_torch=True)
+        if flag(values.amsgrad, "amsgrad", where, of_torch=True) and options.state_dtype == EIGHT_BIT:
             raise ValueError(
                 f"state_dtype='8bit' and amsgrad=True{where} exclude each other: the largest of moments that are rounded at "
                 f"random only grows. Pass amsgrad=False or state_dtype=torch.float32."
             )
-        decoupled = bool(values.decoupled_weight_decay)
+        decoupled = flag(values.decoupled_weight_decay, "decoupled_weight_decay", where, of_torch=True)
         if group is not None and not decoupled and options.decay_rule_of(group) is DecayRule.CORRECTED:
             raise ValueError(
                 f"decay_rule='corrected' needs decoupled weight decay, which param group {group} does not have: sqrt(v) "
@@ -233,6 +244,9 @@ class _Adam(UpdateRule):
         weight_decay = at_least_zero(values.weight_decay, "weight_decay value", where)
         max_lr, rule = _decay(options, group, decoupled, initial_lr, self._remedy)
         return AdamNumbers(lr, beta1, beta2, eps, weight_decay, max_lr, rule)
+
+    def check_start(self, values: AdamValues, group: int | None) -> None:
+        pass  # what is wrong at the start is wrong later
 
     def sources(self, values: AdamValues, group: int) -> list[int]:
         beta1, beta2 = values.betas

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar, overload
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -148,8 +149,8 @@ def param_groups(
     Raises:
         TypeError: if ``model`` is no module, ``weight_decay`` no number, a rule neither a string nor a module nor a type of
             modules, ``prefix`` no string, or a keyword is nearly one that is known, or another word for ``no_decay``.
-        ValueError: if ``weight_decay`` is a number that is negative or not finite, a rule matches nothing, or one parameter is
-            named by both ``decay`` and ``no_decay``.
+        ValueError: if ``weight_decay`` is a number that is negative or not finite, a rule matches nothing, one parameter is
+            named by both ``decay`` and ``no_decay``, or a module of TorchScript was made from a class that is not torch's.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs a torch.nn.Module, got {type(model).__name__}")
@@ -174,7 +175,7 @@ def param_groups(
         for own_name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             name = ".".join(filter(None, (prefix.rstrip("."), path, own_name)))
             tensor = at or own_name  # what a parametrization computes from it
-            uses.setdefault(param, []).append(_Use(name, tensor, module, owners))
+            uses.setdefault(param, []).append(_Use(name, tensor, _is_weight(module, own_name, tensor), module, owners))
 
     groups: dict[bool, dict[str, Any]] = {
         True: {"params": [], "param_names": [], "weight_decay": weight_decay, **options},
@@ -202,6 +203,7 @@ class _Use(NamedTuple):
 
     name: str
     tensor: str  # the name of what it is there
+    is_weight: bool  # whether it multiplies the inputs of a layer, if that is one
     module: nn.Module
     owners: tuple[nn.Module, ...]  # the module that it belongs to first
 
@@ -219,26 +221,54 @@ def _owners(model: nn.Module, path: str, module: nn.Module) -> tuple[str, tuple[
     return "", (module,)
 
 
+def _is_weight(module: nn.Module, name: str, tensor: str) -> bool:
+    if not isinstance(module, parametrize.ParametrizationList):
+        return name in _WEIGHTS
+    # Of the tensors that a weight is computed from, the largest and last: before it there may be one of lengths.
+    sizes = {own: param.numel() for own, param in module.named_parameters(recurse=False, remove_duplicate=False)}
+    return tensor == "weight" and name == max(reversed(sizes), key=sizes.__getitem__)
+
+
+_WEIGHTS = ("weight", "weight_v", "weight_orig")  # the latter of torch.nn.utils.weight_norm and spectral_norm
+
+
 def _kind(module: nn.Module) -> str:
-    kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
-    if kind is NonDynamicallyQuantizableLinear:  # of MultiheadAttention, a Linear to everybody else
-        kind = nn.Linear
-    return kind.__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        name: str = module.original_name
+    else:
+        name = parametrize.type_before_parametrizations(module).__name__
+    # Of MultiheadAttention, a Linear to everybody else.
+    return nn.Linear.__name__ if name == NonDynamicallyQuantizableLinear.__name__ else name
+
+
+def _is_a(module: nn.Module, types: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
+    """isinstance, also of TorchScript's modules, which know the name of the class that they were made from."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return isinstance(module, types)
+    kind, types = _kind(module), types if isinstance(types, tuple) else (types,)
+    known = getattr(nn, kind, None)
+    return isinstance(module, types) or (issubclass(known, types) if known else kind in [t.__name__ for t in types])
 
 
 def _decide(shape: tuple[int, ...], where: list[_Use]) -> tuple[bool, str]:
     for module in (owner for use in where for owner in use.owners):
         kind = _kind(module)
-        if isinstance(module, NORMS) or "Norm" in kind:
+        if _is_a(module, NORMS) or "Norm" in kind:
             return False, f"normalization ({kind})"
-        if isinstance(module, EMBEDDINGS) or "Embedding" in kind:
+        if _is_a(module, EMBEDDINGS) or "Embedding" in kind:
             return False, f"embedding ({kind})"
     use = where[0]
     kind = _kind(use.owners[0])
     if "bias" in use.tensor:
         return False, f"bias of {kind}"
+    if isinstance(use.owners[0], torch.jit.ScriptModule) and use.is_weight and not hasattr(nn, kind):
+        raise ValueError(
+            f"param_groups: {use.name} is the weight of {kind}, whose name is all that TorchScript knows: it may be a layer, a "
+            f"normalization or an embedding. Pass the model that was given to torch.jit.script, which has the same parameters, "
+            f"or name this one in decay= or no_decay="
+        )
     # The weight of a layer with one output is a matrix, if of one row.
-    multiplies = isinstance(use.owners[0], LAYERS) and use.name.rpartition(".")[2] == "weight"
+    multiplies = _is_a(use.owners[0], LAYERS) and use.is_weight
     if sum(size > 1 for size in shape) <= 1 and not multiplies:
         return False, f"vector or scalar of {kind}"
     return True, f"{use.tensor} of {kind}"
@@ -269,7 +299,7 @@ class _UserRules:
                     if use.module not in self._within[i]:
                         continue
                     by_module[decayed] = f"{argument}=this {_kind(rule)}"
-                elif any(isinstance(owner, rule) for owner in use.owners):
+                elif any(_is_a(owner, rule) for owner in use.owners):
                     by_type[decayed] = f"{argument}={rule.__name__}"
                 else:
                     continue
