@@ -105,18 +105,18 @@ def test_options_are_set_and_states_are_loaded_between_the_steps_of_another_thre
     is_over = threading.Event()
 
     def steps() -> None:
-        try:
-            for _ in range(200):
-                optimizer.step()
-        finally:
-            is_over.set()
+        while not is_over.is_set():
+            optimizer.step()
 
     def changes() -> None:
-        while not is_over.is_set():
-            optimizer.state_dtype = torch.float64
-            optimizer.load_state_dict(kept)
-            optimizer.state_dtype = None
-            optimizer.load_master_params([torch.zeros(60, 40)])
+        try:
+            for _ in range(50):
+                optimizer.state_dtype = torch.bfloat16
+                optimizer.load_state_dict(kept)
+                optimizer.state_dtype = None
+                optimizer.load_master_params([torch.zeros(60, 40)])
+        finally:
+            is_over.set()
 
     assert in_threads([steps, changes]) == []
 

@@ -71,7 +71,7 @@ def test_T40_one_launch_whatever_the_number_of_groups(name, groups, device):
     params = make_params([7] * groups)
     options = CASES[name]
     optimizer = getattr(fused_l2, name)(
-        [{"params": [p], "lr": options["lr"] * (i + 1)} for i, p in enumerate(params)], **options
+        [{"params": [p], "lr": options["lr"] / (i + 1)} for i, p in enumerate(params)], **options
     )
     for i in range(3):
         step(optimizer, params, i)
