@@ -97,9 +97,10 @@ def test_a_second_thread_waits_until_a_step_is_over(name: str, options: dict[str
 
 @pytest.mark.usefixtures("often_switched")
 def test_options_are_set_and_states_are_loaded_between_the_steps_of_another_thread() -> None:
-    param = nn.Parameter(torch.zeros(40, 60).t())  # strided: each of its steps is several operations
-    param.grad = torch.ones_like(param)
-    optimizer = fused_l2.AdamW([param], lr=1e-3)
+    params = [nn.Parameter(torch.zeros(4, 6)[:, ::2]) for _ in range(8)]  # strided: each step is several operations
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = fused_l2.AdamW(params, lr=1e-3)
     optimizer.step()
     kept = copy.deepcopy(optimizer.state_dict())
     is_over = threading.Event()
@@ -110,11 +111,11 @@ def test_options_are_set_and_states_are_loaded_between_the_steps_of_another_thre
 
     def changes() -> None:
         try:
-            for _ in range(50):
+            for _ in range(8):
                 optimizer.state_dtype = torch.bfloat16
-                optimizer.load_state_dict(kept)
                 optimizer.state_dtype = None
-                optimizer.load_master_params([torch.zeros(60, 40)])
+                optimizer.load_state_dict(kept)
+                optimizer.load_master_params([torch.zeros(4, 3)] * 8)
         finally:
             is_over.set()
 
