@@ -119,16 +119,24 @@ class FusedOptimizer(OptionAttributes, Optimizer):
     _hooked_step = Optimizer.profile_hook_step(_step)
 
     def _observed_step(self, *args: Any, **kwargs: Any) -> Any:
-        if getattr(type(self).step, "runs_hooks", False):  # this is super().step()
+        if self.__dict__.get("_is_observed"):  # this is super().step()
             return self._step(*args, **kwargs)
         return self._hooked_step(*args, **kwargs)
 
     @staticmethod
     def profile_hook_step(func: Callable[..., _T]) -> Callable[..., _T]:
         """With this Optimizer.__init__ wraps the step() of a subclass: the hooks are called there, and not once more within."""
-        wrapped: Any = Optimizer.profile_hook_step(func)
-        wrapped.runs_hooks = True
-        return wrapped  # type: ignore[no-any-return]
+
+        @functools.wraps(func)
+        def observed(self: Any, *args: Any, **kwargs: Any) -> _T:
+            before = self.__dict__.get("_is_observed", False)
+            self.__dict__["_is_observed"] = True
+            try:
+                return func(self, *args, **kwargs)
+            finally:
+                self.__dict__["_is_observed"] = before
+
+        return Optimizer.profile_hook_step(observed)
 
     # Within a compiled function the step stands between two graphs: there is nothing in it to trace.
     _untraced_step = torch._disable_dynamo(_observed_step)  # type: ignore[attr-defined]
@@ -362,11 +370,12 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         """torch.optim's state dict: plain dicts, torch's keys. This class loads torch's, and ``torch.optim`` loads this one.
 
         Of 8-bit states it loads :meth:`float32_state_dict`; what ``low_precision`` keeps beside 16-bit weights it ignores."""
-        convert = self.register_state_dict_post_hook(state_dicts.packed, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            convert.remove()
+        with self._stepper.lock:
+            convert = self.register_state_dict_post_hook(state_dicts.packed, prepend=True)
+            try:
+                return super().state_dict()
+            finally:
+                convert.remove()
 
     def float32_state_dict(self) -> dict[str, Any]:
         """:meth:`state_dict` with float32 moments and momentum under torch's keys in place of the codes and scales of
@@ -400,9 +409,9 @@ class FusedOptimizer(OptionAttributes, Optimizer):
         if not isinstance(state_dict, dict):
             raise TypeError(f"load_state_dict needs a dict, got {type(state_dict).__name__}")
         loaded: dict[str, Any] = {}
-        capture = self.register_load_state_dict_pre_hook(lambda _, given: self._take_given(given, loaded))
-        restore = self.register_load_state_dict_post_hook(lambda _: self._own(loaded), prepend=True)
         with self._stepper.lock:
+            capture = self.register_load_state_dict_pre_hook(lambda _, given: self._take_given(given, loaded))
+            restore = self.register_load_state_dict_post_hook(lambda _: self._own(loaded), prepend=True)
             before, waiting = {key: self.__dict__[key] for key in ("state", "param_groups")}, dict(self._stepper.waiting)
             try:
                 super().load_state_dict(state_dict)
@@ -465,7 +474,7 @@ _OF_SCALERS = ("grad_scale", "found_inf")
 
 
 def _looks_like_a_setting(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, list, tuple, Tensor, torch.dtype))
+    return isinstance(value, (bool, int, float, str, list, tuple, Tensor, torch.dtype))
 
 
 def _is_of_a_user(optimizer: Any, setter: FrameType) -> bool:

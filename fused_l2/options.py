@@ -65,11 +65,13 @@ def _is_number(value: Any) -> bool:
 
 def flag(value: Any, argument: str, where: str = "", of_torch: bool = False) -> bool:
     """True or False: of anything else the truth would be taken, and that of "False" is True. ``of_torch``: an argument of
-    torch.optim's constructors, which take 0 and 1."""
+    torch.optim's constructors, which take None, 0 and 1 as well, and tensors."""
     if value is True or value is False:
         return value
     kind = type(value)
-    if (kind is int and of_torch and value in (0, 1)) or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")):
+    if kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"):
+        return bool(value)
+    if of_torch and (value is None or (hasattr(value, "__index__") and value in (0, 1))):
         return bool(value)
     raise TypeError(f"{argument}{where} must be True or False, got {value!r} of type {kind.__name__}")
 

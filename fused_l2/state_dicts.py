@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._warnings import warn
 from .options import check_torchs_flags
 from .parameters import checks, eight_bits
 from .parameters.entry import scalar_dtype
@@ -25,6 +26,7 @@ from .step.stepper import Stepper
 from .tables.modes import CODES, EIGHT_BIT, EIGHT_BIT_NAMES, HALVES, SCALES, STATE_NAMES, Mode
 from .tables.tensor_table import GROUP
 
+_MOMENTS = KEYS - {"step"}
 Groups = list[dict[str, Any]]
 Namer = Callable[[], str]
 
@@ -77,8 +79,6 @@ def check(given: Any, stepper: Stepper, groups: Groups, completed: Callable[[dic
                 "Make the optimizer with the groups that were saved, of the same parameters in the same order",
             )
     owner: dict[Any, Tensor] = {}
-    lacking: dict[str, str] = {}  # of the entries that are kept beside weights: the first parameter whose state has none
-    keeping: set[str] = set()
     for i, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
         if missing := [key for key in stepper.rule.own_keys if key not in saved_group]:
             raise _refused(f"its param group {i} has no {missing[0]!r}: it is of another optimizer")
@@ -102,16 +102,6 @@ def check(given: Any, stepper: Stepper, groups: Groups, completed: Callable[[dic
             if not isinstance(state, Mapping):
                 raise _refused(f"{name()}: its state is {state!r:.80}, not a dict")
             _check_state(state, param, stepper, flags, name)
-            if beside := stepper.options.precision.mode_of(param).state_name:
-                if beside in state:
-                    keeping.add(beside)
-                elif _was_made(state):
-                    lacking.setdefault(beside, name())
-    for key in keeping.intersection(lacking):
-        raise _refused(
-            f"{lacking[key]}: its state has no {key!r}, which those of other parameters have",
-            f"Load a whole checkpoint; to go on from the 16-bit weights, delete {key!r} from all states",
-        )
     for key, state in states.items():
         if key not in owner:
             _refuse_key(key, state, owner)
@@ -122,12 +112,12 @@ def _was_made(state: Mapping[str, Any]) -> bool:
 
 
 def _refuse_key(key: Any, state: Any, owner: Mapping[Any, Tensor]) -> None:
-    """A key of none of the parameters. Under strings other optimizers keep what is of no parameter, and torch copies it."""
+    """A key of none of the parameters. torch copies what is of no parameter; moments are of one, and would be lost."""
     if isinstance(key, int):
         raise _refused(f"it has a state of parameter {key}, which is in none of its param groups")
     if isinstance(key, str) and key.isdecimal() and int(key) in owner:
         raise _refused(f"it has the state of parameter {key} under the string {key!r}", "Make the keys of 'state' numbers")
-    if not isinstance(key, str) or (isinstance(state, Mapping) and not KEYS.isdisjoint(state)):
+    if isinstance(state, Mapping) and not _MOMENTS.isdisjoint(state):
         raise _refused(
             f"it has a state under {_named(key)}, which is no parameter of its param groups",
             "Make the keys of 'state' the numbers in the 'params' of its param groups, as state_dict() does",
@@ -155,9 +145,6 @@ def _parts(given: Any) -> tuple[Mapping[Any, Any], list[dict[str, Any]]]:
 
 
 def _check_state(state: Mapping[str, Any], param: Tensor, stepper: Stepper, flags: int, name: Namer) -> None:
-    for key in state:
-        if not isinstance(key, str):
-            raise _refused(f"{name()}: its state has an entry under {_named(key)}", "Make the keys of states strings")
     rule, mode = stepper.rule, stepper.options.precision.mode_of(param)
     for other in STATE_NAMES:
         if other != mode.state_name and other in state:
@@ -265,7 +252,7 @@ def _check_counter(value: Any, name: Namer) -> None:
     except (TypeError, ValueError):
         raise _refused(f"{name()}: its state 'step' is {value!r:.80}, not a number") from None
     if not checks.is_count(steps):
-        raise _refused(f"{name()}: its state 'step' is {steps:g}, not a number of steps: it is whole, and 0 or more")
+        raise _refused(f"{name()}: its state 'step' is {steps:g}, not a number of steps")
 
 
 @torch.no_grad()
@@ -274,16 +261,28 @@ def own(loaded: Mapping[str, Any], stepper: Stepper, groups: Groups, states: dic
     rule, waiting = stepper.rule, stepper.waiting
     waiting.clear()
     owned: set[Tensor] = set()
-    for group, saved in zip(groups, loaded["param_groups"], strict=True):
+    lacking: dict[str, str] = {}  # of the entries that are kept beside weights: the first parameter whose state has none
+    keeping: set[str] = set()
+    for index, (group, saved) in enumerate(zip(groups, loaded["param_groups"], strict=True)):
         has_states = rule.counts or rule.state_names(rule.flags(rule.Values._make(rule.read(group)), stepper.options))
-        for i, param in zip(saved["params"], group["params"], strict=True):
+        for position, (i, param) in enumerate(zip(saved["params"], group["params"], strict=True)):
             given = loaded["state"].get(i)
             if isinstance(given, Mapping) and param in states and param not in owned:
                 owned.add(param)  # one that is listed twice has one state
+                if beside := stepper.options.precision.mode_of(param).state_name:
+                    if beside in given:
+                        keeping.add(beside)
+                    elif _was_made(given):
+                        lacking.setdefault(beside, checks.describe(group, index, position))
                 _own_state(given, param, states, stepper.options.precision)
                 # Set before a first step. Of a rule without states it is all that a step leaves.
                 if has_states and states[param] and all(key in STATE_NAMES for key in states[param]):
                     waiting[param] = dict(states.pop(param))
+    for key in keeping.intersection(lacking):
+        warn(
+            f"fused_l2: load_state_dict: the state of {lacking[key]} has no {key!r}, which those of other parameters have. It "
+            f"goes on from its 16-bit weight"
+        )
 
 
 def _own_state(given: Mapping[str, Any], param: Tensor, states: dict[Any, Any], precision: LowPrecision) -> None:
@@ -305,7 +304,7 @@ def _own_state(given: Mapping[str, Any], param: Tensor, states: dict[Any, Any], 
             state[key] = before.to(device=value.device, copy=True)
         elif _same_memory(value, before):
             state[key] = value.clone()
-    # Of a checkpoint of torch.optim. At once, and not as each parameter is stepped: what is saved has it for all, or for none.
+    # Of a checkpoint of torch.optim. At once, and not as each parameter is stepped: what is saved has it for all.
     if mode.state_name and mode.state_name not in state and _was_made(state) and has_memory(local(param)):
         state[mode.state_name] = kept_anew(mode, param)
     if precision.state_dtype == EIGHT_BIT:

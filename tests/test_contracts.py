@@ -489,7 +489,49 @@ def test_hooks_first_and_last_stand_outside_too() -> None:
     assert len(optimizer.state) == 0
 
 
+@pytest.mark.parametrize("how", ["super", "of the class"])
+def test_step_hooks_are_called_where_a_subclass_steps_elsewhere(how: str) -> None:
+    """As optimizers that step twice do: not within its own step()."""
+
+    class Twice(fused_l2.SGD):
+        def second_step(self) -> None:
+            super().step() if how == "super" else fused_l2.SGD.step(self)
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.second_step()
+
+    params = make_params(SIZES)
+    optimizer, called = Twice(params, lr=0.1), []
+    optimizer.register_step_post_hook(lambda *_: called.append(1))
+    set_grads(params, 0)
+    for step in (optimizer.second_step, optimizer.step, optimizer.second_step):
+        called.clear()
+        step()
+        assert called == [1]
+
+
 # Wrappers.
+
+
+class Taker:
+    """Takes over what an optimizer has, and is none."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.__dict__.update(optimizer.__dict__)
+
+
+@each
+def test_what_took_over_an_optimizers_attributes_is_copied_with_a_lock_and_a_plan_of_its_own(name: str) -> None:
+    params = make_params(SIZES)
+    optimizer = run(lambda ps: make(name, ps), params, 2)
+    copied = copy.deepcopy(Taker(optimizer))
+    set_grads([p for group in copied.param_groups for p in group["params"]], 2)
+    set_grads(params, 2)
+    assert copied._stepper.lock is not optimizer._stepper.lock
+    assert copied._stepper._plan is None
+    copied._stepper.step(copied.param_groups, copied.state)
+    optimizer.step()
+    assert_same_bits([p for group in copied.param_groups for p in group["params"]], params)
 
 
 class Wrapper:

@@ -53,7 +53,7 @@ def everything(optimizer: Any) -> Any:
 
 NO_TENSORS = ("x", 3.0, [1.0, 2.0], object(), {"a": 1})
 NO_COUNTS = (
-    *(math.nan, -1, -5.0, math.inf, "3", 0.5, torch.tensor(2.5), torch.tensor(-1.0), torch.tensor([1.0, 2.0])),
+    *(math.nan, -1, -5.0, math.inf, "3", torch.tensor(-1.0), torch.tensor([1.0, 2.0])),
     torch.tensor(1.0, device="meta"),
 )
 
@@ -109,8 +109,6 @@ GROUP_FAULTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "None for an index": lambda d: d["state"].update({None: d["state"].pop(1)}),
     "a name for an index": lambda d: d["state"].update({"weight": d["state"].pop(1)}),
     "a tensor for an index": lambda d: d["state"].update({torch.ones(3): d["state"].pop(1)}),
-    "a tuple in a state": lambda d: d["state"][1].update({("exp_avg",): torch.ones(7)}),
-    "None in a state": lambda d: d["state"][1].update({None: torch.ones(7)}),
 }
 
 
@@ -173,15 +171,36 @@ def test_what_a_run_saves_that_has_diverged_is_loaded(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", KEPT)
-def test_what_is_kept_beside_weights_is_there_for_all_or_for_none(mode: str) -> None:
+def test_a_weight_of_which_nothing_was_kept_beside_others_goes_on_from_its_16_bits_and_that_is_told(mode: str) -> None:
+    """As checkpoints have it that a torch.optim run began, or of a parameter that was float32 for a while."""
     optimizer, state_dict = saved(f"AdamW {mode}")
-    damaged = copy.deepcopy(state_dict)
-    del damaged["state"][1][KEPT[mode]]
-    assert_refused(optimizer, damaged, f"parameter 0 of group 1 .*no '{KEPT[mode]}', which those of other parameters have")
-    del damaged["state"][0][KEPT[mode]]  # the remedy
-    optimizer.load_state_dict(damaged)
+    partly = copy.deepcopy(state_dict)
+    del partly["state"][1][KEPT[mode]]
+    with pytest.warns(
+        fused_l2.FusedL2Warning, match=f"parameter 0 of group 1 .*no '{KEPT[mode]}', which those of other parameters have"
+    ):
+        optimizer.load_state_dict(partly)
+    assert torch.equal(optimizer.master_params()[1], optimizer._all_params()[1].detach().float())
+    optimizer.load_state_dict(optimizer.state_dict())  # it has it now
+    for key in (0, 1):
+        partly["state"][key].pop(KEPT[mode], None)
+    optimizer.load_state_dict(partly)  # for none, as of torch.optim
     del state_dict["state"][1]  # never stepped
     optimizer.load_state_dict(state_dict)
+
+
+def test_what_is_of_no_parameter_is_loaded_as_torch_loads_it() -> None:
+    optimizer, state_dict = saved("AdamW")
+    state_dict["state"] |= {"ema": {"step": 3, "decay": 0.9}, ("a", 1): [1.0], 1.5: "x"}
+    state_dict["state"][1] |= {("mine",): 2, 7: torch.ones(2)}
+    state_dict["state"][0]["step"] = torch.tensor(2.5)  # an average of two runs
+    optimizer.load_state_dict(state_dict)
+    assert optimizer.state["ema"] == {"step": 3, "decay": 0.9}
+    optimizer.load_state_dict(optimizer.state_dict())
+    for p in optimizer._all_params():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert float(optimizer.state[optimizer._all_params()[0]]["step"]) == 3.5
 
 
 @pytest.mark.parametrize("mode", KEPT)
@@ -208,7 +227,7 @@ def test_flags_of_param_groups_are_true_or_false_wherever_they_come_from(name: s
     cls, params = getattr(fused_l2, name), make_params((5, 7))
     made = {"momentum": 0.9} if name == "SGD" else {}
     optimizer = cls(groups(params), **made)
-    for wrong in ("False", "no", 1.5, [], torch.tensor(True)):
+    for wrong in ("False", "no", 1.5, [], 2):
         state_dict = optimizer.state_dict()
         state_dict["param_groups"][1][key] = wrong
         refused = rf"{key} of param group 1 must be True or False, got"
@@ -217,7 +236,7 @@ def test_flags_of_param_groups_are_true_or_false_wherever_they_come_from(name: s
             cls(params, **{**made, key: wrong})
         with pytest.raises(TypeError, match=rf"{key} of param group 2 must be True or False"):
             optimizer.add_param_group({"params": make_params((3,)), key: wrong})
-    for fine in (0, False, *([None] if key in ("foreach", "fused", "capturable") else [])):
+    for fine in (0, False, None, torch.tensor(False)):  # as torch's constructors take them
         state_dict = optimizer.state_dict()
         state_dict["param_groups"][1][key] = fine
         optimizer.load_state_dict(state_dict)

@@ -117,6 +117,10 @@ def test_modules_of_torchscript_are_judged_as_what_they_were_made_from(how: str)
     assert sum(decayed(made).values()) == 3
     assert not any(decayed(made, no_decay=nn.Linear).values())
     assert decayed(made, decay=nn.LayerNorm)["0.1.bias"]
+    named = type("functional", (nn.Linear,), {})(4, 1)  # torch.nn has something of that name, which is no module
+    if how == "trace":
+        with pytest.raises(ValueError, match=r"0.weight is the weight of functional"):
+            param_groups(compiled(nn.Sequential(named), how), 0.1)
     table = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), Layer(4, 1))
     other = compiled(table, how)
     with pytest.raises(

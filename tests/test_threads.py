@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import sys
 import threading
 import warnings
@@ -120,6 +122,47 @@ def test_options_are_set_and_states_are_loaded_between_the_steps_of_another_thre
             is_over.set()
 
     assert in_threads([steps, changes]) == []
+
+
+@pytest.mark.usefixtures("often_switched")
+def test_threads_load_one_state_dict_after_the_other() -> None:
+    optimizer = fused_l2.AdamW([nn.Parameter(torch.zeros(3))])
+    kept = optimizer.state_dict()
+
+    def work() -> None:
+        for _ in range(100):
+            optimizer.load_state_dict(kept)
+            optimizer.state_dict()
+
+    assert in_threads([work, work, work]) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_is_forked_while_a_thread_steps_does_not_wait_for_it() -> None:
+    """A lock that another thread has is inherited, and that thread is not."""
+    param = nn.Parameter(torch.zeros(3))
+    param.grad = torch.ones(3)
+    optimizer = fused_l2.SGD([param], lr=1.0)
+    is_held, is_over = threading.Event(), threading.Event()
+
+    def step() -> None:
+        with optimizer._stepper.lock:
+            is_held.set()
+            is_over.wait()
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    is_held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends it, if it waits
+        optimizer.step()
+        os._exit(int(param.tolist() != [-1.0] * 3))
+    _, ended = os.waitpid(child, 0)
+    is_over.set()
+    thread.join()
+    assert ended == 0
 
 
 def test_a_step_within_a_step_of_the_same_thread_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -155,7 +156,10 @@ def check_state(
             f"device, as optimizer.load_state_dict does."
         )
     if not is_state_dtype(value.dtype, param.dtype, dtype):
-        raise RuntimeError(f"{name()}: its state {key!r} has dtype {dtype_name(value.dtype)}. {remedy()}")
+        how = remedy()
+        if dtype is None and value.is_floating_point() and param.dtype is torch.float64:  # the model was converted
+            how = "Bring the states along: optimizer.load_state_dict(optimizer.state_dict())."
+        raise RuntimeError(f"{name()}: its state {key!r} has dtype {dtype_name(value.dtype)}. {how}")
     if reason := why_refused(value, param):
         raise RuntimeError(
             f"{name()}: its state {key!r} cannot be used: {reason}. Load states with set_optimizer_state_dict of "
@@ -194,7 +198,7 @@ def check_counter(value: Tensor, name: Name) -> None:
 
 def is_count(steps: float) -> bool:
     """Whether this many steps can have been made."""
-    return steps >= 0 and steps.is_integer()
+    return 0 <= steps < math.inf
 
 
 def refuse_counter(value: Any, name: Name) -> RuntimeError:

@@ -104,7 +104,8 @@ class ParamGroups:
                 rate = coefficients.decay_rate(numbers.lr, numbers.max_lr, numbers.decay_rule) * numbers.weight_decay
                 if rate > 1 and "excess decay" not in self._warned:
                     self._warned.add("excess decay")
-                    warn(_EXCESS.format(i, numbers.lr, numbers.weight_decay, rate))
+                    when = "its first" if getattr(numbers, "momentum", 0) and not group.needs.flags & Flag.DECOUPLED else "a"
+                    warn(_EXCESS.format(i, numbers.lr, numbers.weight_decay, when, rate))
             old = self.known[i] if i < len(self.known) else None
             if old is None or old.needs != group.needs:
                 with_other_needs.add(i)
@@ -183,7 +184,7 @@ class ParamGroups:
 # Without momentum the decay multiplies a weight by 1 - lr * weight_decay. With momentum m, SGD's L2 does so in its first step;
 # alone it then makes w'' = (1 + m - lr * weight_decay) w' - m w, which grows from lr * weight_decay = 2 (1 + m) on.
 _EXCESS = (
-    "fused_l2: param group {} has lr {:g} and weight_decay {:g}: the decay of a step takes {:g} times each weight, so "
+    "fused_l2: param group {} has lr {:g} and weight_decay {:g}: the decay of {} step takes {:g} times each weight, so "
     "that it changes the sign of all of them. weight_decay is multiplied by lr, and is lambda / n, not lambda: see "
     "fused_l2.weight_decay.from_lambda."
 )

@@ -7,7 +7,9 @@ for; make new state visible; launch.
 from __future__ import annotations
 
 import math
+import os
 import threading
+import weakref
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -24,6 +26,18 @@ from .groups import Groups
 from .plan import Plan
 from .rules import UpdateRule
 from .surroundings import dispatch_modes, functorch_level, outside_transforms, refuse_modes
+
+_steppers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a process that was forked while another thread was in a step: that thread is not there, and would never be done."""
+    for stepper in _steppers:
+        stepper.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class Stepper:
@@ -48,6 +62,7 @@ class Stepper:
         # Threads that use one optimizer wait for each other. What comes within a step of the same thread, as a signal handler
         # does, does not wait.
         self.lock = threading.RLock()
+        _steppers.add(self)
         self.tell_scaler: Callable[[Tensor], None] | None = None  # takes what was found in all processes
         self._gradients = LocalGradients()
         self._plan: Plan | None = None
@@ -57,6 +72,14 @@ class Stepper:
         self._norm_dtype = torch.float32
         self._lazy_statistics: LazyStatistics | None = None  # what the last step's statistics are made of
         self.set_options(options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy of a wrapper that took the optimizer's ``__dict__``: it has a lock and a plan of its own."""
+        return {**self.__dict__, "lock": None, "_plan": None, "_captured": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
+        _steppers.add(self)
 
     def step(
         self,

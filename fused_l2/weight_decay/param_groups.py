@@ -246,8 +246,13 @@ def _is_a(module: nn.Module, types: type[nn.Module] | tuple[type[nn.Module], ...
     if not isinstance(module, torch.jit.ScriptModule):
         return isinstance(module, types)
     kind, types = _kind(module), types if isinstance(types, tuple) else (types,)
-    known = getattr(nn, kind, None)
+    known = _class_of_torch(kind)
     return isinstance(module, types) or (issubclass(known, types) if known else kind in [t.__name__ for t in types])
+
+
+def _class_of_torch(kind: str) -> type[nn.Module] | None:
+    found = getattr(nn, kind, None)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
 def _decide(shape: tuple[int, ...], where: list[_Use]) -> tuple[bool, str]:
@@ -261,7 +266,7 @@ def _decide(shape: tuple[int, ...], where: list[_Use]) -> tuple[bool, str]:
     kind = _kind(use.owners[0])
     if "bias" in use.tensor:
         return False, f"bias of {kind}"
-    if isinstance(use.owners[0], torch.jit.ScriptModule) and use.is_weight and not hasattr(nn, kind):
+    if isinstance(use.owners[0], torch.jit.ScriptModule) and use.is_weight and _class_of_torch(kind) is None:
         raise ValueError(
             f"param_groups: {use.name} is the weight of {kind}, whose name is all that TorchScript knows: it may be a layer, a "
             f"normalization or an embedding. Pass the model that was given to torch.jit.script, which has the same parameters, "
