@@ -37,7 +37,7 @@ def run_each(programs: Sequence[str], path: Sequence[str]) -> list[subprocess.Co
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FUSED_L2")}
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, "-P", "-c", _PARENT],
+            [sys.executable, "-c", _PARENT],
             input=json.dumps([list(path), list(programs), folder]),
             env=environment,
             capture_output=True,
