@@ -69,9 +69,12 @@ def stepped_by_an_engine():
 @each
 @pytest.mark.parametrize("kind", BAD_GRADIENTS)
 @pytest.mark.parametrize("when", ["first step", "later step"])
-def test_bad_gradients_are_refused_by_name_and_change_nothing(name, kind, when, stepped_by_an_engine):
+@pytest.mark.parametrize("layout", ["dense", "strided"])
+def test_bad_gradients_are_refused_by_name_and_change_nothing(name, kind, when, layout, stepped_by_an_engine):
+    """Strided parameters are stepped by plain PyTorch, which would leave half of a step."""
     make_grad, says = BAD_GRADIENTS[kind]
-    good, bad = torch.nn.Parameter(torch.randn(7)), Tricked(torch.randn(4, 3))
+    good = torch.nn.Parameter(torch.randn(7))
+    bad = Tricked(torch.randn(4, 6)[:, ::2] if layout == "strided" else torch.randn(4, 3))
     optimizer = make(name, [("first", good), ("second", bad)])
     good.grad, bad.grad = torch.randn(7), torch.randn(4, 3)
     if when == "later step":
@@ -83,22 +86,6 @@ def test_bad_gradients_are_refused_by_name_and_change_nothing(name, kind, when, 
     assert_unchanged(before, optimizer)
     bad.grad = torch.randn(4, 3)
     optimizer.step()  # and it goes on
-
-
-@each
-@pytest.mark.parametrize("kind", BAD_GRADIENTS)
-def test_bad_gradients_of_what_plain_pytorch_steps_leave_no_half_of_a_step(name, kind, stepped_by_an_engine):
-    make_grad, says = BAD_GRADIENTS[kind]
-    good, bad = torch.nn.Parameter(torch.randn(7)), Tricked(torch.randn(4, 6)[:, ::2])
-    optimizer = make(name, [good, bad])
-    for _ in range(2):
-        good.grad, bad.grad = torch.randn(7), torch.randn(4, 3)
-        optimizer.step()
-    bad.grad = make_grad(bad)
-    before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match=rf"parameter 1 of group 0.*{says}"):
-        optimizer.step()
-    assert_unchanged(before, optimizer)
 
 
 @each

@@ -136,7 +136,7 @@ def test_a_backward_pass_that_is_ended_at_any_line_uses_no_gradient_twice(name: 
         optimizer.step()
         for p, was, now in zip(params, before, then, strict=True):
             assert torch.equal(was, now) or torch.equal(now, p), where
-    assert ended > 25  # instructions; Python 3.12 tells of fewer than others
+    assert ended > (50 if sys.version_info < (3, 12) else 25)  # later Pythons tell of fewer instructions
 
 
 @each
